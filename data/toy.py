@@ -1,0 +1,257 @@
+"""
+A world small enough to learn on two CPU cores, and its two-pass oracle.
+
+    python data/toy.py --out runs/demo/data          # pairs, oracle traces, a tokenizer, a model configuration
+    python data/toy.py --show                        # RM-R1's idea in three printed examples
+
+RM-R1's premise in miniature. A judge may write a judgment that *looks* (it compares styles) or one that
+*thinks* (it solves the problem, or writes the criterion down, and checks). The first-pass oracle looks instead of
+thinking, the more often the more the styles differ; the second pass repairs some of the wrong judgments; right
+judgments for the wrong reason stay in, as they do whenever traces are filtered by their verdict. SFT learns both
+habits. GRPO is paid for right verdicts only, and drops the one that does not pay.
+
+Reasoning pairs have one right answer (sums, products, the largest of three numbers); chat pairs have an
+instruction that can be checked (how many fruits, which last word). Each response has one of three styles (plain,
+detailed, bold) that says nothing about its being right.
+"""
+import argparse
+import json
+import random
+import re
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from rubrics import Pair, chat_messages, fail, lm_as_judge, parse
+
+SYSTEM = "Judge A and B."
+FRUITS = "apple pear plum fig lime melon peach grape mango cherry".split()
+WORDS = "lamp river stone cloud chair bird ship road tree clock".split()
+STYLES = ("plain", "detailed", "bold")
+OPENERS = (("Here:", "So:", "Well:"),
+           ("In detail, step by step:", "With care, and in order:", "Let me explain it first:"),
+           ("**Great question!** Truly:", "**Of course!** Behold:", "**Wonderful!** Enjoy:"))
+LAZY = (0.20, 0.90, 0.95)       # how often the first pass looks instead of thinking, by the gap between styles
+
+
+# ---------------------------------------------------------------- pairs
+
+def task(rng):
+    """One question. -> kind, question, right answer, near-miss, how a thinker gets there"""
+    kind = rng.choice(("add", "mul", "max", "count", "endw"))
+    if kind in ("add", "mul"):
+        x, y = rng.randint(2, 7), rng.randint(2, 7)
+        right = x + y if kind == "add" else x * y
+        near = [1, 2] if kind == "add" else [1, 2, x, y]
+        wrong = right + rng.choice([d * s for d in near for s in (1, -1) if right + d * s > 0])
+        sign = "+" if kind == "add" else "*"
+        return kind, f"What is {x} {sign} {y} ?", str(right), str(wrong), f"{x} {sign} {y} = {right}"
+    if kind == "max":
+        numbers = rng.sample(range(10, 50), 3)
+        right = max(numbers)
+        listed = " ".join(map(str, numbers))
+        return (kind, f"Which is the largest of {listed} ?", str(right),
+                str(rng.choice([n for n in numbers if n != right])), f"largest of {listed} = {right}")
+    if kind == "count":
+        n = rng.randint(2, 4)
+        wrong = rng.choice([m for m in (n - 1, n + 1) if m >= 1])
+        fruits = rng.sample(FRUITS, n + wrong)
+        return kind, f"Name {n} fruits .", " ".join(fruits[:n]), " ".join(fruits[n:]), str(n)
+    first, second, last, wrong = rng.sample(WORDS, 4)
+    return (kind, f"Write three words , the last one {last} .", f"{first} {second} {last}",
+            f"{second} {last} {wrong}" if rng.random() < 0.5 else f"{first} {second} {wrong}", last)
+
+
+def make_pair(seed, split, index):
+    """The pair number `index` of a split: a function of its arguments."""
+    rng = random.Random(f"{seed}/{split}/{index}")
+    kind, question, right, wrong, key = task(rng)
+    label, styles = rng.choice("AB"), [rng.randrange(3), rng.randrange(3)]
+    answers = [right, wrong] if label == "A" else [wrong, right]
+    openers = [rng.choice(OPENERS[s]) for s in styles]
+    a, b = (f"{opener} {answer}" for opener, answer in zip(openers, answers))
+    meta = {"kind": kind, "style_a": styles[0], "style_b": styles[1], "answer_a": answers[0], "answer_b": answers[1],
+            "opener_a": openers[0], "opener_b": openers[1], "key": key}
+    return Pair(f"{split}-{index}", [{"role": "user", "content": question}], a, b, label, "toy",
+                "chat" if kind in ("count", "endw") else "reasoning", meta=meta)
+
+
+# ---------------------------------------------------------------- the oracle
+
+def think(pair):
+    """A judgment that solves, or writes the criterion down, and checks. Every quote is word for word."""
+    m, kind = pair.meta, pair.meta["kind"]
+    target = m["key"].split()[-1]
+    if pair.type == "reasoning":
+        head, quote, value = f"<type>Reasoning</type>\n<solution> {m['key']}</solution>", str, str
+    else:
+        criterion, noun = ("Count", "fruits") if kind == "count" else ("Ending", "last")
+        head = (f"<type>Chat</type>\n<rubric>{criterion} 90%: {target} {noun}\nTone 10%: kind\n"
+                f"<justify>The client asks for {target}</justify></rubric>")
+        quote, value = (str, lambda s: len(s.split())) if kind == "count" else (lambda s: s.split()[-1], lambda s: s.split()[-1])
+    a, b = m["answer_a"], m["answer_b"]
+    return (f"{head}\n<eval><quote_A> {quote(a)}</quote_A> {value(a)} is A and <quote_B> {quote(b)}</quote_B> {value(b)} is B "
+            f"so {target} is {pair.label}</eval>\n<answer>[[{pair.label}]]</answer>")
+
+
+def look(pair, coin):
+    """A judgment by looks, whatever the task: the showier response wins, at equal styles the coin decides."""
+    m = pair.meta
+    style_a, style_b = STYLES[m["style_a"]], STYLES[m["style_b"]]
+    verdict = coin if style_a == style_b else "A" if m["style_a"] > m["style_b"] else "B"
+    return (f"<type>Chat</type>\n<rubric>Style 100%: polish\n<justify>Looks win</justify></rubric>\n"
+            f"<eval><quote_A>{m['opener_a']}</quote_A> {style_a} is A and <quote_B>{m['opener_b']}</quote_B> {style_b} is B so "
+            f"{style_a if verdict == 'A' else style_b} is {verdict}</eval>\n<answer>[[{verdict}]]</answer>")
+
+
+def looks(judgment):
+    """Does this judgment (parsed) judge by looks? Its rubric says so."""
+    return any(name.startswith("Style") for name, *_ in judgment.rubric)
+
+
+def first_pass(pair, rng):
+    """An oracle that has not been told the label, and is lazy where looks tempt it."""
+    gap = abs(pair.meta["style_a"] - pair.meta["style_b"])
+    return look(pair, rng.choice("AB")) if rng.random() < LAZY[gap] else think(pair)
+
+
+def oracle(pair, seed, repair):
+    """Two passes (paper section 3.2): judge without the label; where the verdict is wrong, a second pass that knows
+    the label writes it anew, and succeeds with probability `repair`. -> trace"""
+    rng = random.Random(f"{seed}/oracle/{pair.id}")
+    trace = first_pass(pair, rng)
+    if parse(trace).verdict != pair.label and rng.random() < repair:
+        trace = think(pair)
+    return trace
+
+
+# ---------------------------------------------------------------- tokenizer and model
+
+# What becomes one token, longest first: a marker with its line ends, a run of tags, a set phrase, a number, a word. Fewer
+# tokens are less to compute, and " is A" right after the number that decides it leaves only one thing to learn:
+# to find that number again among the quotes.
+PHRASES = (SYSTEM, "What is", "Which is the largest of", "Write three words , the last one", "Style 100%: polish",
+           "Tone 10%: kind", "Looks win", "The client asks for", " is A", " is B", *(o for style in OPENERS for o in style))
+PIECES = (r"\n*\[(?:Client Question|The (?:Start|End) of Chatbot [AB]'s Response)\]\n*|(?:[ \n]?</?[a-z]+(?:_[AB])?>)+\n?|"
+          r"\[\[[AB]\]\]|" + "|".join(map(re.escape, PHRASES)) + r"| ?[A-Za-z]+| ?\d+%?:?| ?[^\sA-Za-z\d]|\n| ")
+TEMPLATE = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>{% endfor %}"
+            "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+
+
+def write_tokenizer(folder):
+    """A Qwen2 tokenizer of a few hundred entries: bytes, so that any text can be written, and the pieces of this
+    world as added tokens. (A plain word-level tokenizer would be shorter, but `transformers` and vLLM make a Qwen2Tokenizer
+    of whatever lies beside a Qwen2 model.)"""
+    from tokenizers import AddedToken, pre_tokenizers
+    from transformers import Qwen2Tokenizer
+    seen = {f" {n}" for n in range(101)} | {"system\n", "user\n", "assistant\n"}
+    for i in range(4000):                     # far more than it takes to meet every piece of the grammar
+        pair = make_pair("vocabulary", "vocabulary", i)
+        for p in (pair, pair.swapped()):
+            for text in (*(m["content"] for m in chat_messages(p, system=SYSTEM)), think(p), look(p, "A")):
+                seen.update(re.findall(PIECES, text))
+    tokenizer = Qwen2Tokenizer(vocab={c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, merges=[],
+                               unk_token=None, pad_token="<|endoftext|>", eos_token="<|im_end|>")
+    tokenizer.add_tokens([AddedToken("<|im_start|>", special=True, normalized=False),
+                          *(AddedToken(piece, normalized=False) for piece in sorted(seen))])
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+def write_model(folder, layers, hidden):
+    """Tokenizer and configuration of a tiny Qwen2; no weights: `folder/config.json` stands for random ones.
+    initializer_range 0.1: at this width 0.02 learns far slower. Tied embeddings: a model that copies one word can then
+    copy them all, which halves the steps that quoting takes to learn."""
+    from transformers import Qwen2Config
+    tokenizer = write_tokenizer(folder)
+    Qwen2Config(architectures=["Qwen2ForCausalLM"], vocab_size=len(tokenizer), hidden_size=hidden,
+                num_hidden_layers=layers, num_attention_heads=hidden // 32, num_key_value_heads=hidden // 32,
+                intermediate_size=3 * hidden, max_position_embeddings=256, tie_word_embeddings=True,
+                initializer_range=0.1, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.pad_token_id, dtype="float32").save_pretrained(folder)
+    return tokenizer
+
+
+# ---------------------------------------------------------------- files
+
+def prompt_key(pair):
+    return pair.context[0]["content"], pair.a, pair.b
+
+
+def row(pair, trace=None):
+    out = {"id": pair.id, "context": pair.context, "a": pair.a, "b": pair.b, "label": pair.label, "source": pair.source,
+           "type": pair.type, "meta": pair.meta}
+    return out if trace is None else {**out, "trace": trace}
+
+
+def write_jsonl(path, rows):
+    tmp = Path(f"{path}.tmp")
+    tmp.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    tmp.rename(path)
+
+
+def show():
+    """Three examples: the idea of the paper on one screen."""
+    pairs = [make_pair(0, "show", i) for i in range(1000)]
+    tempting = lambda p: p.meta["style_" + p.label.lower()] < p.meta["style_" + ("b" if p.label == "A" else "a")]
+    reasoning = next(p for p in pairs if p.type == "reasoning" and tempting(p))
+    chat = next(p for p in pairs if p.type == "chat" and tempting(p))
+    for title, pair, trace in (
+            ("1. A reasoning pair, judged by thinking: solve it, then compare", reasoning, think(reasoning)),
+            ("2. A chat pair, judged by thinking: write the rubric, then compare", chat, think(chat)),
+            ("3. The first pair, judged by looks, as a first-pass oracle often does", reasoning, look(reasoning, "A"))):
+        print(f"=== {title}\n\n{chat_messages(pair)[1]['content']}\n\n--- people preferred {pair.label}; the judge writes\n"
+              f"{trace}\n--- reward {lm_as_judge(trace, pair.label):+.0f}\n")
+
+
+def main():
+    ap = argparse.ArgumentParser(description=__doc__.split("\n")[1], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    ap.add_argument("--out", default="runs/demo/data", help="folder for sft.jsonl, rl.jsonl, val.jsonl, test.jsonl, model/")
+    ap.add_argument("--seed", type=int, default=0, help="seed of the training pairs and of the oracle")
+    ap.add_argument("--test-seed", type=int, default=20261121, help="seed of the test pairs")
+    ap.add_argument("--sft", type=int, default=16000, help="pairs with oracle traces")
+    ap.add_argument("--rl", type=int, default=4096, help="pairs without traces, for GRPO")
+    ap.add_argument("--test", type=int, default=500, help="test pairs, and as many for validation")
+    ap.add_argument("--repair", type=float, default=0.5, help="share of wrong first-pass traces that pass two repairs")
+    ap.add_argument("--layers", type=int, default=4, help="layers of the tiny Qwen2")
+    ap.add_argument("--hidden", type=int, default=96, help="its width, a multiple of 32")
+    ap.add_argument("--show", action="store_true", help="print three examples instead")
+    args = ap.parse_args()
+    if args.show:
+        return show()
+    if not 0 <= args.repair <= 1:
+        fail(f"--repair {args.repair}: a share, from 0 to 1")
+    if args.hidden % 32:
+        fail(f"--hidden {args.hidden}: not a multiple of 32, the size of an attention head")
+    out = Path(args.out)
+    (out / "model").mkdir(parents=True, exist_ok=True)
+    # Held-out pairs: none shares its prompt (question and both responses) with training. The facts (64 sums, 64
+    # products) are shared by construction, so this is a test of judging, not of new arithmetic.
+    taken, splits = set(), {}
+    for split, seed, count in (("test", args.test_seed, args.test), ("val", args.test_seed, args.test),
+                               ("sft", args.seed, args.sft), ("rl", args.seed, args.rl)):
+        pairs, index = [], 0
+        while len(pairs) < count:
+            pair = make_pair(seed, split, index)
+            index += 1
+            key = prompt_key(pair)
+            if key not in taken:
+                pairs.append(pair)
+            if split in ("test", "val"):
+                taken |= {key, (key[0], key[2], key[1])}       # in either order
+        splits[split] = pairs
+    traces = [oracle(p, args.seed, args.repair) for p in splits["sft"]]
+    write_jsonl(out / "sft.jsonl", (row(p, t) for p, t in zip(splits["sft"], traces)))
+    for split in ("rl", "val", "test"):
+        write_jsonl(out / f"{split}.jsonl", map(row, splits[split]))
+    (out / "system.txt").write_text(SYSTEM + "\n")
+    tokenizer = write_model(out / "model", args.layers, args.hidden)
+    wrong = sum(parse(t).verdict != p.label for p, t in zip(splits["sft"], traces)) / args.sft
+    lazy = sum(looks(parse(t)) for t in traces) / args.sft
+    print(f"{out}: {args.sft} traces (wrong verdict {wrong:.0%}, by looks {lazy:.0%}), {args.rl} pairs for GRPO, "
+          f"{args.test} to validate, {args.test} to test; {len(tokenizer)} tokens in the vocabulary")
+
+
+if __name__ == "__main__":
+    main()

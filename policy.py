@@ -1,0 +1,513 @@
+"""
+The network under training: ranks, loading and sharding, packed log-probs, checkpoints.
+
+A policy sees packed tokens and gives log-probs; it knows nothing of judgments. The same code runs in one
+process on a CPU, under `torchrun --nproc_per_node 2` with gloo, and on many nodes with NCCL: parameters
+are always FSDP2 shards, also when there is one rank.
+
+Letters: T packed tokens of a micro-batch, R response tokens among them, H heads, D head size, V vocabulary.
+"""
+import json
+import math
+import os
+import re
+import resource
+import shutil
+import socket
+import sys
+import time
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import nn
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils.checkpoint import checkpoint
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
+
+from rubrics import fail
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+# ---------------------------------------------------------------- ranks
+
+def start_ranks():
+    """Join the process group that torchrun describes, or make one of a single rank. -> rank, world, device"""
+    if "RANK" not in os.environ:
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            port = s.getsockname()[1]
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1",
+                          MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        # Both backends: parameters and gradients travel by NCCL, counts and flags may stay on the host.
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", device_id=device if cuda else None)
+    return dist.get_rank(), dist.get_world_size(), device
+
+
+def print0(*args, **kw):
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(*args, **kw, flush=True)
+
+
+def all_sum(values):
+    """Sum of a list of numbers over all ranks, as floats. In float64, so that counts stay exact."""
+    return all_reduce(values, dist.ReduceOp.SUM)
+
+
+def all_max(values):
+    """Maximum of a list of numbers over all ranks, as floats."""
+    return all_reduce(values, dist.ReduceOp.MAX)
+
+
+def all_reduce(values, op):
+    t = torch.tensor([float(v) for v in values], dtype=torch.float64)
+    dist.all_reduce(t, op)
+    return t.tolist()
+
+
+def stop_ranks():
+    """Leave together: a rank that exits early would look like a crash to the others. The process group itself is left to
+    the interpreter's end, because vLLM takes its own groups apart there."""
+    dist.barrier()
+
+
+def quiet():
+    """Are progress bars off here? One rank draws them."""
+    return int(os.environ.get("RANK", 0)) != 0
+
+
+def draw(count, batch, step, seed):
+    """The rows of a step: `batch` indices below `count`, every epoch shuffled anew, an incomplete last batch dropped.
+    A function of its arguments, so that a resumed run meets what the uninterrupted one would have met."""
+    per_epoch = count // batch
+    epoch, at = divmod(step, per_epoch)
+    order = np.random.default_rng((seed, epoch)).permutation(count)
+    return order[at * batch:(at + 1) * batch].tolist()
+
+
+def peak_memory_gb(device):
+    """Most memory this rank has held: on the card, or of the whole process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+# ---------------------------------------------------------------- packing
+
+@dataclass
+class Batch:
+    """A micro-batch of packed tokens: no padding, every prompt once, its responses behind it.
+
+    tokens     (T,)  [prompt 1 | response 1.1 | response 1.2 | ... | prompt 2 | response 2.1 | ...]
+    positions  (T,)  restart at every prompt, and at the prompt's end for every response
+    src        (R,)  where the hidden state sits that predicts each response token: for a response's first
+                     token that is the prompt's last, shared by all responses to it
+    targets    (R,)  the response tokens themselves
+    rows       (R,)  which response each of them belongs to, counted in the order given to `pack`
+    plan             who attends to whom, see `varlen_plan` and `bucket_plan`
+    real             1, or 0 for the stand-in that a rank without rows runs (its loss must count nothing)
+    """
+    tokens: torch.Tensor
+    positions: torch.Tensor
+    src: torch.Tensor
+    targets: torch.Tensor
+    rows: torch.Tensor
+    plan: dict
+    real: int = 1
+
+
+def pack(groups, budget, device):
+    """Cut groups into micro-batches of at most `budget` tokens, in order.
+
+    groups  [(prompt ids, [response ids, ...]), ...]
+    budget  tokens. A group that does not fit is split between its responses (its prompt is then computed
+            again); a single sequence longer than the budget gets a micro-batch of its own.
+    -> [Batch, ...]. The responses keep their order, so concatenating the outputs restores it.
+    """
+    bins, used, row = [], 0, 0
+    for prompt, responses in groups:
+        opened = False                       # is this prompt already in the current micro-batch?
+        for response in responses:
+            need = len(response) + (0 if opened else len(prompt))
+            if not bins or (used + need > budget and used > 0):
+                bins, used, opened = bins + [[]], 0, False
+                need = len(response) + len(prompt)
+            if not opened:
+                bins[-1].append((prompt, []))
+                opened = True
+            bins[-1][-1][1].append((row, response))
+            used += need
+            row += 1
+    return [assemble(b, device) for b in bins]
+
+
+def level(micros, device):
+    """As many micro-batches on every rank as on the busiest: every forward and backward pass is a collective, and a
+    rank that sat one out would hang the others. The stand-ins are two tokens with `real` = 0."""
+    most, = all_max([len(micros)])
+    spare = assemble([([0], [(0, [0])])], device)
+    spare.real = 0
+    return micros + [spare] * (int(most) - len(micros))
+
+
+def assemble(groups, device):
+    """One micro-batch from [(prompt, [(row, response), ...]), ...]."""
+    tokens, positions, src, targets, rows, spans = [], [], [], [], [], []
+    for prompt, responses in groups:
+        start, P = len(tokens), len(prompt)
+        tokens += prompt
+        positions += range(P)
+        for i, (row, response) in enumerate(responses):
+            at, n = len(tokens), len(response)
+            # The first response follows its prompt as in any sequence; the others meet the prompt's keys again.
+            spans.append((start, P + n, range(start, P + start + n)) if i == 0 else
+                         (at, n, [*range(start, start + P), *range(at, at + n)]))
+            tokens += response
+            positions += range(P, P + n)
+            src += [start + P - 1, *range(at, at + n - 1)]
+            targets += response
+            rows += [row] * n
+    t = lambda x: torch.tensor(x, dtype=torch.long, device=device)
+    plan = varlen_plan(spans, device) if device.type == "cuda" else bucket_plan(spans)
+    return Batch(t(tokens), t(positions), t(src), t(targets), t(rows), plan)
+
+
+# ---------------------------------------------------------------- attention
+# transformers' own SDPA path mixes packed rows unless its caches are off and its masks absent, and then
+# builds a T x T mask (systems.md 4.2). Ours takes a plan: query spans, each with the keys it may see,
+# causal from the end (the last query sees every key). Spans cover the tokens in order.
+
+def varlen_plan(spans, device):
+    """For the CUDA kernel: cumulative lengths, and one long list of key rows."""
+    cu = lambda lengths: torch.tensor([0, *lengths], device=device).cumsum(0, dtype=torch.int32)
+    q, k = [n for _, n, _ in spans], [len(keys) for _, _, keys in spans]
+    return {"keys": torch.tensor([i for *_, keys in spans for i in keys], device=device), "cu_q": cu(q),
+            "cu_k": cu(k), "max_q": max(q), "max_k": max(k)}
+
+
+def bucket_plan(spans, waste=1.3):
+    """For a CPU: spans of like shape are padded into one batched SDPA call (a call a span would cost more
+    than its arithmetic at small sizes). Padding lives inside attention only: its outputs are never read.
+
+    -> buckets  [(query rows (S, Q), key rows (S, K), mask (S, 1, Q, K) or None if plainly causal), ...]
+       inverse  (T,) where each token's output is in the concatenated bucket outputs
+    """
+    order = sorted(range(len(spans)), key=lambda i: (len(spans[i][2]) != spans[i][1], len(spans[i][2])))
+    groups, area, cap = [], 0, (0, 0)
+    for i in order:
+        _, q, keys = spans[i]
+        plain = q == len(keys)
+        q_max, k_max = max(cap[0], q), max(cap[1], len(keys))
+        count = len(groups[-1]) + 1 if groups else 0
+        if not groups or plain != was_plain or q_max * k_max * count > waste * (area + q * len(keys)):
+            groups, area, q_max, k_max = groups + [[]], 0, q, len(keys)
+        groups[-1].append(i)
+        area, cap, was_plain = area + q * len(keys), (q_max, k_max), plain
+
+    buckets, inverse, base = [], [0] * sum(n for _, n, _ in spans), 0
+    for group in groups:
+        Q = max(spans[i][1] for i in group)
+        K = max(len(spans[i][2]) for i in group)
+        q_rows = torch.zeros(len(group), Q, dtype=torch.long)
+        k_rows = torch.zeros(len(group), K, dtype=torch.long)
+        offsets = torch.zeros(len(group), 1, 1, dtype=torch.long)
+        for s, i in enumerate(group):
+            start, n, keys = spans[i]
+            q_rows[s, :n] = torch.arange(start, start + n)
+            k_rows[s, :len(keys)] = torch.tensor(keys)
+            offsets[s] = len(keys) - n
+            inverse[start:start + n] = range(base + s * Q, base + s * Q + n)
+        # Padded keys lie behind a span's own, so the causal rule hides them from every real query.
+        mask = None if not offsets.any() else \
+            (torch.arange(K) <= torch.arange(Q)[:, None] + offsets)[:, None]        # (S, 1, Q, K)
+        buckets.append((q_rows, k_rows, mask))
+        base += len(group) * Q
+    return {"buckets": buckets, "inverse": torch.tensor(inverse)}
+
+
+def packed_attention(module, query, key, value, attention_mask, scaling=None, plan=None, **_):
+    """Attention over packed rows, as transformers calls it: query (1, H, T, D) -> (1, T, H, D)."""
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))                   # (T, H, D)
+    if q.is_cuda:
+        from torch.nn.attention.varlen import varlen_attn
+        out = varlen_attn(q, k[plan["keys"]], v[plan["keys"]], plan["cu_q"], plan["cu_k"], plan["max_q"],
+                          plan["max_k"], scale=scaling, window_size=(-1, 0), enable_gqa=True)
+        return out[None], None
+    outs = []
+    for q_rows, k_rows, mask in plan["buckets"]:
+        pick = lambda x, rows: x.flatten(1).index_select(0, rows.flatten()).view(
+            *rows.shape, *x.shape[1:]).transpose(1, 2)                              # (S, H, Q or K, D)
+        o = F.scaled_dot_product_attention(pick(q, q_rows), pick(k, k_rows), pick(v, k_rows), attn_mask=mask,
+                                           is_causal=mask is None, scale=scaling, enable_gqa=True)
+        outs.append(o.transpose(1, 2).flatten(0, 1).flatten(1))                     # (S Q, H D)
+    out = torch.cat(outs).index_select(0, plan["inverse"])
+    return out.view(1, *q.shape), None
+
+
+AttentionInterface.register("packed", packed_attention)
+
+
+# ---------------------------------------------------------------- the model
+
+class Policy(nn.Module):
+    """A causal language model from `transformers` that maps a packed batch to its response log-probs."""
+
+    def __init__(self, lm):
+        super().__init__()
+        self.lm = lm
+
+    def forward(self, batch, temperature=1.0):
+        """Log-prob of every response token, (R,) in fp32, under softmax(logits / temperature).
+
+        The vocabulary projection sees response positions only, in chunks whose logits are computed again
+        in the backward pass: extra memory is one chunk's logits, whatever T and V are.
+        """
+        hidden = self.lm.model(input_ids=batch.tokens[None], position_ids=batch.positions[None],
+                               use_cache=False, plan=batch.plan).last_hidden_state[0]      # (T, hidden)
+        hidden, head = hidden.index_select(0, batch.src), self.lm.lm_head.weight
+        size = max(256, 2**26 // head.shape[0])                          # 256 MB of fp32 logits
+        return torch.cat([checkpoint(chunk_logprobs, h, head, t, temperature, use_reentrant=False)
+                          for h, t in zip(hidden.split(size), batch.targets.split(size))])
+
+    @torch.no_grad()
+    def weights(self, dtype=None):
+        """Stream the full tensors in module order under their Hugging Face names. A collective: every rank
+        iterates to the end. Casting before gathering halves the traffic. For a tied model `lm_head.weight`
+        comes last, as its own name: vLLM's CPU build packs a copy of it (systems.md 1.3)."""
+        for name, p in self.lm.named_parameters():
+            p = p.detach().to(dtype or p.dtype)
+            full = p.full_tensor() if isinstance(p, DTensor) else p
+            if name == "model.embed_tokens.weight":
+                embed = full
+            yield name, full
+        if self.lm.config.tie_word_embeddings:
+            yield "lm_head.weight", embed
+
+
+def chunk_logprobs(hidden, head, targets, temperature):
+    logits = (hidden @ head.T).float() / temperature                                # (chunk, V)
+    return logits.gather(-1, targets[:, None])[:, 0] - logits.logsumexp(-1)
+
+
+def resolve(model):
+    """The local folder of a model: a path as it is, a hub id downloaded (safetensors only, never pickles).
+    `folder/config.json` is a folder too: it means random weights. -> Path"""
+    path = Path(model)
+    if path.is_dir() or path.is_file():
+        folder = path if path.is_dir() else path.parent
+        if not (folder / "config.json").exists() or (path.is_file() and path.name != "config.json"):
+            fail(f"--model {model}: expected a model folder with a config.json, or that config.json itself")
+        if path.is_dir() and not any(path.glob("*.safetensors")):
+            fail(f"--model {model}: the folder has no *.safetensors weights"
+                 f" (for random weights name {path / 'config.json'})")
+        return folder
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(model)) or str(model).startswith("runs/"):
+        fail(f"--model {model}: no such folder, and not a hub id of the form owner/name")
+    from huggingface_hub import snapshot_download
+    try:
+        return Path(snapshot_download(model, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"]))
+    except Exception as e:                  # the hub raises a dozen types; each means: cannot be had
+        fail(f"--model {model}: no such folder, and the hub could not give it ({type(e).__name__})")
+
+
+def load(model, device, dtype, seed=0, trainable=True, recompute=True):
+    """A sharded policy from a folder, a hub id, or a config.json (random weights drawn from `seed`).
+
+    dtype      of the computation. Trained weights are kept in fp32 and cast for the computation;
+               a frozen policy (trainable=False) is kept in `dtype`.
+    recompute  activations of every block in the backward pass rather than keeping them
+    Weights are read by DCP, each rank its own slices: nobody holds a full copy (systems.md 2.1).
+    """
+    folder, random = resolve(model), str(model).endswith("config.json")
+    config = AutoConfig.from_pretrained(folder)
+    config._attn_implementation = "packed"
+    master = torch.float32 if trainable else dtype
+    with torch.device("meta"):
+        lm = AutoModelForCausalLM.from_config(config, dtype=master)
+    if recompute and trainable:
+        lm.gradient_checkpointing_enable({"use_reentrant": False})
+    policy = Policy(lm).train(trainable).requires_grad_(trainable)
+
+    mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
+    shard = dict(mesh=mesh, reshard_after_forward=True, mp_policy=MixedPrecisionPolicy(
+        param_dtype=None if dtype == master else dtype, reduce_dtype=torch.float32))
+    for block in lm.model.layers:
+        fully_shard(block, **shard)
+    fully_shard(policy, **shard)                           # what is left: embedding, last norm, head
+    policy.to_empty(device=device)
+    for module in lm.modules():                            # rotary tables are no parameters: to_empty lost them
+        if hasattr(module, "inv_freq"):
+            with torch.device(device):
+                fresh = type(module)(config=config)
+            module.inv_freq, module.original_inv_freq = fresh.inv_freq, fresh.original_inv_freq
+    if random:
+        init_random(lm, config.initializer_range, seed)
+    else:
+        wanted = {k: v for k, v in lm.state_dict().items() if not (
+            k == "lm_head.weight" and config.tie_word_embeddings)}
+        reader = HuggingFaceStorageReader(str(folder))
+        missing = sorted(set(wanted) - set(reader.read_metadata().state_dict_metadata))
+        if missing:
+            fail(f"--model {model}: the weights lack {len(missing)} tensors, the first is {missing[0]}")
+        dcp.load(wanted, storage_reader=reader)
+    lm.tie_weights()
+    return policy
+
+
+@torch.no_grad()
+def init_random(lm, std, seed):
+    """transformers' usual start: normal weights, unit norms, zero biases. Every tensor has a generator of its
+    own, made of (seed, name), so that the draw does not depend on the number of ranks."""
+    for name, p in lm.named_parameters():
+        full = torch.zeros(p.shape)
+        if "norm" in name:
+            full.fill_(1)
+        elif name.endswith("weight"):
+            full.normal_(0, std, generator=torch.Generator().manual_seed(zlib.crc32(f"{seed}/{name}".encode())))
+        full = full.to(p.device, p.dtype)
+        p.copy_(distribute_tensor(full, p.device_mesh, p.placements, src_data_rank=None))
+
+
+# ---------------------------------------------------------------- optimisation
+
+def adamw(policy, lr, betas, weight_decay):
+    return torch.optim.AdamW(policy.parameters(), lr=lr, betas=betas, weight_decay=weight_decay, foreach=True)
+
+
+def schedule(step, steps, kind, warmup=0):
+    """Share of the peak learning rate at a step (0-based): linear warm-up, then constant, or linear to 0,
+    or cosine to a tenth (what the published SFT uses)."""
+    if step < warmup:
+        return (step + 1) / warmup
+    t = (step - warmup) / max(1, steps - warmup)
+    return {"constant": 1.0, "linear": 1 - t, "cosine": 0.1 + 0.9 * (1 + math.cos(math.pi * t)) / 2}[kind]
+
+
+def optimizer_step(policy, optim, lr, clip):
+    """Clip the global gradient norm, step, clear. A norm that is not finite skips the step. -> the norm before clipping"""
+    norm = nn.utils.clip_grad_norm_(policy.parameters(), clip, foreach=True)
+    norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+    if not math.isfinite(norm):                            # the norm is global, so all ranks skip together
+        optim.zero_grad()
+        return norm
+    for group in optim.param_groups:
+        group["lr"] = lr
+    optim.step()
+    optim.zero_grad()
+    return norm
+
+
+# ---------------------------------------------------------------- checkpoints
+
+def save_model(policy, source, out, dtype):
+    """Write Hugging Face safetensors that `transformers` and `vllm serve` open as they are: tensors stream to
+    rank 0, which writes a file every 4 GB; config and tokenizer files come from the `source` folder.
+    Written beside and renamed, so that `out` is whole or absent."""
+    out, tmp = Path(out), Path(f"{out}.tmp")
+    rank, shards, pending, size, index = dist.get_rank(), 0, {}, 0, {}
+
+    def flush():
+        nonlocal shards, pending, size
+        shards += 1
+        file = f"model-{shards:05d}.safetensors"
+        save_file(pending, tmp / file, metadata={"format": "pt"})
+        index.update(dict.fromkeys(pending, file))
+        pending, size = {}, 0
+
+    if rank == 0:
+        shutil.rmtree(tmp, ignore_errors=True)
+        tmp.mkdir(parents=True)
+    tied = policy.lm.config.tie_word_embeddings
+    for name, tensor in policy.weights(dtype):
+        if rank == 0 and not (tied and name == "lm_head.weight"):  # a stray head would make vLLM untie the model
+            pending[name] = tensor.cpu().contiguous()
+            size += tensor.nbytes
+            if size > 4 * 2**30:
+                flush()
+    if rank == 0:
+        flush()
+        (tmp / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+        for file in Path(source).iterdir():
+            if file.suffix in (".json", ".txt", ".jinja", ".model") and file.name not in (
+                    "config.json", "model.safetensors.index.json"):
+                shutil.copy(file, tmp)
+        config = json.loads((Path(source) / "config.json").read_text())
+        config.pop("torch_dtype", None)
+        config["dtype"] = str(dtype).removeprefix("torch.")
+        (tmp / "config.json").write_text(json.dumps(config, indent=2))
+        shutil.rmtree(out, ignore_errors=True)
+        tmp.rename(out)
+    dist.barrier()
+
+
+def save_state(policy, optim, folder, step, keep=2):
+    """Write what resuming needs (weights, optimizer; everything else is a function of the step), readable by any
+    number of ranks. The folder gets its final name last, so a name without `.tmp` is a whole checkpoint."""
+    folder = Path(folder)
+    final, tmp = folder / f"step_{step:06d}", folder / f"step_{step:06d}.tmp"
+    if dist.get_rank() == 0:
+        shutil.rmtree(tmp, ignore_errors=True)
+    dist.barrier()
+    model_state, optim_state = get_state_dict(policy, optim)
+    dcp.save({"model": model_state, "optim": optim_state}, checkpoint_id=tmp)
+    if dist.get_rank() == 0:
+        shutil.rmtree(final, ignore_errors=True)
+        tmp.rename(final)
+        for old in whole_states(folder)[:-keep]:
+            shutil.rmtree(old)
+    dist.barrier()
+
+
+def load_state(policy, optim, folder):
+    """Continue from the last whole checkpoint in `folder`. -> its step, 0 where there is none"""
+    states = whole_states(folder)
+    if not states:
+        return 0
+    model_state, optim_state = get_state_dict(policy, optim)
+    dcp.load({"model": model_state, "optim": optim_state}, checkpoint_id=states[-1])
+    set_state_dict(policy, optim, model_state_dict=model_state, optim_state_dict=optim_state)
+    return int(states[-1].name.removeprefix("step_"))
+
+
+def whole_states(folder):
+    return sorted(p for p in Path(folder).glob("step_*") if p.suffix != ".tmp")
+
+
+# ---------------------------------------------------------------- the run's diary
+
+class Diary:
+    """`metrics.jsonl` of a run, one line a step, and its `config.json`, written by rank 0. A resumed run drops the
+    lines that it is about to write again."""
+
+    def __init__(self, out, first_step, config):
+        self.path, self.clock = Path(out) / "metrics.jsonl", time.perf_counter()
+        if dist.get_rank() == 0:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            (Path(out) / "config.json").write_text(json.dumps(config, indent=2))
+            lines = self.path.read_text().splitlines() if self.path.exists() else []
+            self.path.write_text("".join(x + "\n" for x in lines if json.loads(x)["step"] < first_step))
+
+    def lap(self):
+        """Seconds since the last lap."""
+        last, self.clock = self.clock, time.perf_counter()
+        return self.clock - last
+
+    def write(self, **row):
+        if dist.get_rank() == 0:
+            with open(self.path, "a") as f:
+                f.write(json.dumps(row) + "\n")

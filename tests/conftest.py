@@ -1,0 +1,58 @@
+"""What tests share: a tiny world on disk, a way to run scripts, and the real data where it is present."""
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = ROOT.parent / "shared"
+sys.path[:0] = [str(ROOT), str(ROOT / "data")]
+
+
+def run(*command, ranks=1, ok=True, timeout=300):
+    """Run a script of the project as a person would, on one or several ranks. -> CompletedProcess, output as text"""
+    launch = [sys.executable] if ranks == 1 else [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks)]
+    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")}
+    done = subprocess.run([*launch, *map(str, command)], cwd=ROOT, capture_output=True, text=True, timeout=timeout,
+                          env=env | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"})
+    if ok and done.returncode:
+        pytest.fail(f"{' '.join(map(str, command))} ended with {done.returncode}:\n{done.stderr[-4000:]}")
+    return done
+
+
+def metrics(folder):
+    return [json.loads(line) for line in open(Path(folder) / "metrics.jsonl")]
+
+
+@pytest.fixture(scope="session")
+def toy(tmp_path_factory):
+    """A tiny world: sft.jsonl, rl.jsonl, val.jsonl, test.jsonl, system.txt and model/."""
+    out = tmp_path_factory.mktemp("toy")
+    run("data/toy.py", "--out", out, "--sft", 256, "--rl", 64, "--test", 16, "--layers", 2, "--hidden", 32)
+    return out
+
+
+@pytest.fixture(scope="session")
+def ranks():
+    """This process as a process group of one."""
+    import policy
+    return policy.start_ranks()
+
+
+def save_qwen2(folder, tied, std=0.1):
+    """A small random Qwen2 with grouped keys and biases, saved by transformers itself. Heads of 32: vLLM takes no smaller
+    ones on a CPU."""
+    import torch
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+    torch.manual_seed(0)
+    model = Qwen2ForCausalLM(Qwen2Config(
+        vocab_size=300, hidden_size=128, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+        intermediate_size=96, max_position_embeddings=512, tie_word_embeddings=tied, initializer_range=std,
+        bos_token_id=None, eos_token_id=2, pad_token_id=0))
+    for p in model.parameters():                          # transformers starts biases at 0, which would hide a lost one
+        p.data += std / 2 * torch.randn_like(p)
+    model.save_pretrained(folder)
+    return model.eval()

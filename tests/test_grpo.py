@@ -1,0 +1,120 @@
+"""The loss, its gradient and the advantages, against cases worked by hand in float64."""
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import grpo
+import policy as P
+import sft
+from grpo import advantages, grpo_loss
+
+D = dict(dtype=torch.float64)
+
+
+def test_advantages_are_the_published_table():
+    """Seven judgments, k right: A(right), A(wrong) of rmr1.md 3.3."""
+    table = {1: (2.2678, -0.3780), 2: (1.4638, -0.5855), 3: (1.0690, -0.8018), 4: (0.8018, -1.0690), 5: (0.5855, -1.4638),
+             6: (0.3780, -2.2678)}
+    for k, (right, wrong) in table.items():
+        adv = advantages(torch.tensor([[1.0] * k + [-1.0] * (7 - k)], **D))[0]
+        assert abs(adv[0] - right) < 1e-4 and abs(adv[-1] - wrong) < 1e-4
+    for r in (1.0, -1.0):
+        assert advantages(torch.full((1, 7), r, **D)).tolist() == [[0.0] * 7], "a group that agrees teaches nothing, and is no NaN"
+
+
+def loss_of(logp, old, ref, adv, weight, **kw):
+    logp = torch.tensor(logp, requires_grad=True, **D)
+    loss, stats = grpo_loss(logp, *(torch.tensor(x, **D) for x in (old, ref, adv, weight)), **kw)
+    loss.backward()
+    return loss.item(), logp.grad.tolist(), stats
+
+
+def test_on_policy_the_gradient_is_minus_advantage_times_weight():
+    loss, grad, stats = loss_of([-1.0, -2.0], [-1.0, -2.0], [-1.0, -2.0], [1.5, -0.5], [0.25, 0.75])
+    assert abs(loss - -(1.5 * 0.25 - 0.5 * 0.75)) < 1e-12
+    assert grad == pytest.approx([-1.5 * 0.25, 0.5 * 0.75]) and stats == {"kl": 0.0, "clipped": 0.0}
+
+
+@pytest.mark.parametrize("ratio, adv, value, slope", [
+    (1.1, 1.0, 1.1, 1.1),       # inside the clip: r A, and d(r)/d(logp) = r
+    (1.5, 1.0, 1.2, 0.0),       # up far enough: no more push
+    (0.5, 1.0, 0.5, 0.5),       # down by mistake: full push back
+    (1.5, -1.0, -1.5, -1.5),
+    (0.5, -1.0, -0.8, 0.0),
+])
+def test_clipping(ratio, adv, value, slope):
+    loss, grad, stats = loss_of([math.log(ratio)], [0.0], [math.log(ratio)], [adv], [1.0], beta=0.0)
+    assert loss == pytest.approx(-value) and grad == pytest.approx([-slope], abs=1e-12)
+    assert stats["clipped"] == float(abs(ratio - 1) > 0.2)
+
+
+def test_kl_is_k3_clamped_at_ten_without_overflow():
+    for d, value, slope in ((0.0, 0.0, 0.0), (0.5, math.exp(0.5) - 1.5, 1 - math.exp(0.5)), (-1.0, math.exp(-1), 1 - math.exp(-1)),
+                            (3.0, 10.0, 0.0), (500.0, 10.0, 0.0), (-50.0, 10.0, 0.0)):
+        loss, grad, stats = loss_of([0.0], [0.0], [d], [0.0], [1.0], beta=0.5)
+        assert loss == pytest.approx(0.5 * value) and stats["kl"] == pytest.approx(value)
+        assert grad == pytest.approx([0.5 * slope], abs=1e-12), d
+
+
+def test_the_mean_is_over_tokens_then_over_judgments():
+    """Eq. 9: judgments of 1 and 4 tokens weigh the same. Both on policy, so each contributes -A / 2."""
+    lengths = torch.tensor([1, 4, 4, 4, 4])
+    weight = (1 / (lengths * 2.0)).tolist()
+    loss, _, _ = loss_of([-1.0] * 5, [-1.0] * 5, [-1.0] * 5, [2.0, 1.0, 1.0, 1.0, 1.0], weight)
+    assert loss == pytest.approx(-(2.0 + 1.0) / 2)
+
+
+def test_cutting_a_batch_up_changes_nothing():
+    g = torch.Generator().manual_seed(0)
+    logp, old, ref, adv = (torch.randn(40, generator=g, **D).tolist() for _ in range(4))
+    whole = loss_of(logp, old, ref, adv, [1 / 40] * 40)
+    parts = [loss_of(*(x[i:i + 7] for x in (logp, old, ref, adv)), [1 / 40] * len(logp[i:i + 7])) for i in range(0, 40, 7)]
+    assert whole[0] == pytest.approx(sum(p[0] for p in parts))
+    assert whole[1] == pytest.approx([g for p in parts for g in p[1]])
+    assert whole[2]["kl"] == pytest.approx(sum(p[2]["kl"] for p in parts))
+
+
+def test_sft_loss_is_the_token_mean_however_it_is_cut():
+    logp = torch.randn(30, **D)
+    assert sft.sft_loss(logp, 30).item() == pytest.approx(-logp.mean().item())
+    assert sum(sft.sft_loss(x, 30).item() for x in logp.split(7)) == pytest.approx(-logp.mean().item())
+
+
+def test_supervision_starts_after_the_role_header_and_ends_with_the_end_of_turn(toy):
+    from rmr1 import load_tokenizer
+    from rubrics import read_pairs
+    tokenizer, stop = load_tokenizer(toy / "model")
+    pairs = read_pairs(toy / "sft.jsonl")
+    args = SimpleNamespace(system_prompt=str(toy / "system.txt"), protocol="instruct", max_len=160, batch=1, data="x")
+    prompt, trace = sft.tokenize(pairs[:1], tokenizer, args)[0]
+    assert tokenizer.decode(prompt).endswith("<|im_start|>assistant\n")
+    assert tokenizer.decode(trace) == pairs[0].trace + "<|im_end|>" and trace[-1] in stop
+
+
+def test_overlong_traces_are_left_out_not_cut(toy, capsys):
+    from rmr1 import load_tokenizer
+    from rubrics import read_pairs
+    tokenizer, _ = load_tokenizer(toy / "model")
+    pairs = read_pairs(toy / "sft.jsonl")
+    args = SimpleNamespace(system_prompt=str(toy / "system.txt"), protocol="instruct", max_len=64, batch=1, data="x")
+    rows = sft.tokenize(pairs, tokenizer, args)
+    assert 0 < len(rows) < len(pairs) and all(len(p) + len(t) <= 64 and t[-1] == tokenizer.eos_token_id for p, t in rows)
+    assert f"{len(pairs) - len(rows)} left out" in capsys.readouterr().out
+
+
+def test_a_gap_between_engine_and_trainer_stops_the_run(ranks, capsys):
+    args = SimpleNamespace(max_gap=0.1)
+    logp = torch.linspace(-3, 0, 50)
+    assert grpo.check_gap(logp, logp + 0.05, args)[0] == pytest.approx(0.05, abs=1e-6)
+    for broken in (logp + 0.2, logp * float("nan")):
+        with pytest.raises(SystemExit) as stop:
+            grpo.check_gap(logp, broken, args)
+        assert stop.value.code == 2 and "not sampling from the weights in training" in capsys.readouterr().err
+
+
+def test_the_random_reward_is_a_coin_that_a_resumed_run_throws_alike():
+    throws = [grpo.score("", "A", "random", (0, 0, n, 0)) for n in range(1000)]
+    assert throws == [grpo.score("", "A", "random", (0, 0, n, 0)) for n in range(1000)]
+    assert set(throws) == {1.0, -1.0} and abs(sum(throws)) < 100

@@ -1,0 +1,173 @@
+"""The network under training: packing, loading, sharding, checkpoints."""
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import policy as P
+from conftest import run, save_qwen2
+
+# Three prompts with one to four responses, lengths from 1 up: shared prompts, single responses and edge lengths.
+torch.manual_seed(3)
+ids = lambda n: torch.randint(3, 300, (n,)).tolist()
+GROUPS = [(ids(17), [ids(5), ids(1), ids(30), ids(2)]), (ids(1), [ids(8)]), (ids(40), [ids(12), ids(12)])]
+
+
+def plain_logprobs(model, groups):
+    """The same log-probs by transformers alone, one sequence at a time."""
+    out = []
+    for prompt, responses in groups:
+        for r in responses:
+            logits = model(torch.tensor([prompt + r]), use_cache=False).logits[0, len(prompt) - 1:-1].float()
+            out.append(logits.log_softmax(-1).gather(-1, torch.tensor(r)[:, None])[:, 0])
+    return torch.cat(out)
+
+
+@pytest.fixture(params=[False, True], ids=["untied", "tied"])
+def model(request, tmp_path):
+    return save_qwen2(tmp_path / "m", request.param), tmp_path / "m"
+
+
+def grads(policy):
+    return {n: p.grad.full_tensor().clone() for n, p in policy.lm.named_parameters()}
+
+
+@pytest.mark.parametrize("budget", [1, 40, 64, 10**9])
+def test_packed_rows_equal_separate_sequences(model, ranks, budget):
+    """Any budget, any lengths: log-probs and gradients are those of transformers on one sequence at a time, with
+    weights that went through the sharded loader (so its rotary tables and tied head are right as well)."""
+    plain, folder = model
+    policy = P.load(folder, ranks[2], torch.float32)
+    weight = torch.rand(sum(len(r) for _, rs in GROUPS for r in rs))
+    expected = plain_logprobs(plain, GROUPS)
+    (expected * weight).sum().backward()
+    micros, got, at = P.pack(GROUPS, budget, ranks[2]), [], 0
+    for m in micros:
+        logp = policy(m)
+        (logp * weight[at:at + len(logp)]).sum().backward()
+        got.append(logp.detach())
+        at += len(logp)
+    assert (torch.cat(got) - expected).abs().max() < 1e-5
+    mine, theirs = grads(policy), dict(plain.named_parameters())
+    for name, g in mine.items():
+        assert (g - theirs[name].grad).norm() <= 1e-5 * theirs[name].grad.norm() + 1e-7, name
+
+
+def test_packing_keeps_the_budget_and_the_order(ranks):
+    for budget in (30, 50, 64, 200):
+        micros = P.pack(GROUPS, budget, ranks[2])
+        longest = max(len(p) + len(r) for p, rs in GROUPS for r in rs)
+        assert all(len(m.tokens) <= max(budget, longest) for m in micros)
+        assert torch.cat([m.targets for m in micros]).tolist() == [t for _, rs in GROUPS for r in rs for t in r]
+        rows = torch.cat([m.rows for m in micros])
+        assert rows.bincount().tolist() == [len(r) for _, rs in GROUPS for r in rs]
+    assert len(P.pack(GROUPS, 10**9, ranks[2])[0].tokens) == sum(len(p) + sum(map(len, rs)) for p, rs in GROUPS), "a prompt is there once"
+
+
+def test_temperature_divides_the_logits(model, ranks):
+    policy = P.load(model[1], ranks[2], torch.float32)
+    batch, = P.pack([([5], [[7]])], 100, ranks[2])
+    logits = model[0](torch.tensor([[5]])).logits[0, 0]
+    for t in (0.5, 1.0, 2.0):
+        assert abs(policy(batch, t).item() - (logits / t).log_softmax(-1)[7].item()) < 1e-5
+
+
+def test_saved_models_open_in_transformers(model, ranks, tmp_path):
+    plain, folder = model
+    policy = P.load(folder, ranks[2], torch.float32)
+    P.save_model(policy, folder, tmp_path / "out", torch.float32)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    for (name, a), (_, b) in zip(plain.named_parameters(), again.named_parameters(), strict=True):
+        assert torch.equal(a, b), name
+    index = json.loads((tmp_path / "out/model.safetensors.index.json").read_text())["weight_map"]
+    assert ("lm_head.weight" in index) == (not plain.config.tie_word_embeddings), "a stray head would make vLLM untie the model"
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_a_bf16_policy_keeps_fp32_weights(model, ranks):
+    """A step smaller than bf16 can hold must not be lost."""
+    policy = P.load(model[1], ranks[2], torch.bfloat16)
+    before = policy.lm.model.norm.weight.full_tensor().clone()
+    optim = P.adamw(policy, 1e-5, (0.9, 0.95), 0)
+    batch, = P.pack(GROUPS, 10**9, ranks[2])
+    policy(batch).sum().backward()
+    P.optimizer_step(policy, optim, 1e-5, 1.0)
+    after = policy.lm.model.norm.weight.full_tensor()
+    assert after.dtype == torch.float32 and 0 < (after - before).abs().max() < 1e-4
+    assert torch.equal(after.bfloat16(), before.bfloat16()), "the step was meant to be invisible in bf16"
+
+
+def test_a_state_restores_weights_and_optimizer(model, ranks, tmp_path):
+    def step(policy, optim):
+        policy(P.pack(GROUPS, 10**9, ranks[2])[0]).mean().neg().backward()
+        return P.optimizer_step(policy, optim, 1e-2, 1.0)
+
+    one = P.load(model[1], ranks[2], torch.float32)
+    optim = P.adamw(one, 1e-2, (0.9, 0.95), 0.1)
+    for n in range(3):
+        step(one, optim)
+        P.save_state(one, optim, tmp_path / "state", n + 1, keep=2)
+    assert [p.name for p in P.whole_states(tmp_path / "state")] == ["step_000002", "step_000003"]
+    (tmp_path / "state/step_000009.tmp").mkdir()                   # a write that was cut short
+    two = P.load(model[1], ranks[2], torch.float32)
+    optim2 = P.adamw(two, 1e-2, (0.9, 0.95), 0.1)
+    assert P.load_state(two, optim2, tmp_path / "state") == 3
+    assert [step(one, optim) for _ in range(2)] == [step(two, optim2) for _ in range(2)]
+    for (name, a), b in zip(one.weights(), (w for _, w in two.weights())):
+        assert torch.equal(a[1], b) if isinstance(a, tuple) else torch.equal(a, b), name
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing(model, ranks):
+    policy = P.load(model[1], ranks[2], torch.float32)
+    optim = P.adamw(policy, 1e-2, (0.9, 0.95), 0.1)
+    before = [w.clone() for _, w in policy.weights()]
+    (policy(P.pack(GROUPS, 10**9, ranks[2])[0]).sum() * float("nan")).backward()
+    assert P.optimizer_step(policy, optim, 1e-2, 1.0) != 0
+    assert all(torch.equal(a, b) for a, (_, b) in zip(before, policy.weights()))
+
+
+def test_random_weights_depend_on_the_seed_and_on_nothing_else(model, ranks):
+    weights = lambda seed: [w for _, w in P.load(model[1] / "config.json", ranks[2], torch.float32, seed).weights()]
+    one, two, three = weights(0), weights(0), weights(1)
+    assert all(torch.equal(a, b) for a, b in zip(one, two)) and not torch.equal(one[0], three[0])
+    assert abs(one[0].std() - 0.1) < 0.01
+
+
+def test_schedules():
+    s = lambda kind, step, warmup=0: P.schedule(step, 100, kind, warmup)
+    assert [s("constant", i) for i in (0, 50, 99)] == [1, 1, 1]
+    assert s("linear", 0) == 1 and s("linear", 50) == 0.5
+    assert s("cosine", 0) == 1 and abs(s("cosine", 50) - 0.55) < 1e-9 and 0.1 <= s("cosine", 99) < 0.11
+    assert [s("cosine", i, 4) for i in range(4)] == [0.25, 0.5, 0.75, 1]
+
+
+def test_every_epoch_draws_every_row_once_and_any_step_can_be_asked_for():
+    steps = [P.draw(10, 3, step, 7) for step in range(6)]
+    assert sorted(i for s in steps[:3] for i in s) != sorted(i for s in steps[3:] for i in s) or steps[:3] != steps[3:]
+    for epoch in (steps[:3], steps[3:]):
+        drawn = [i for s in epoch for i in s]
+        assert len(set(drawn)) == 9 and set(drawn) < set(range(10))
+    assert P.draw(10, 3, 4, 7) == steps[4] and P.draw(10, 3, 4, 8) != steps[4]
+
+
+@pytest.mark.parametrize("break_it, complaint", [
+    (lambda f: (f / "model.safetensors").unlink(), "no *.safetensors weights"),
+    (lambda f: (f / "config.json").unlink(), "expected a model folder with a config.json"),
+])
+def test_a_folder_that_is_no_model_is_refused(model, break_it, complaint, capsys):
+    break_it(model[1])
+    with pytest.raises(SystemExit) as stop:
+        P.resolve(model[1])
+    assert stop.value.code == 2 and complaint in capsys.readouterr().err
+
+
+def test_a_tensor_that_is_missing_is_named(ranks, tmp_path, capsys):
+    from safetensors.torch import load_file, save_file
+    save_qwen2(tmp_path / "m", False)
+    weights = load_file(tmp_path / "m/model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, tmp_path / "m/model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(SystemExit):
+        P.load(tmp_path / "m", ranks[2], torch.float32)
+    assert "lack 1 tensors, the first is model.layers.1.mlp.up_proj.weight" in capsys.readouterr().err
