@@ -31,7 +31,7 @@ STYLES = ("plain", "detailed", "bold")
 OPENERS = (("Here:", "So:", "Well:"),
            ("In detail, step by step:", "With care, and in order:", "Let me explain it first:"),
            ("**Great question!** Truly:", "**Of course!** Behold:", "**Wonderful!** Enjoy:"))
-LAZY = (0.20, 0.90, 0.95)       # how often the first pass looks instead of thinking, by the gap between styles
+LAZY = (0.25, 0.95, 0.97)       # how often the first pass looks instead of thinking, by the gap between styles
 
 
 # ---------------------------------------------------------------- pairs
@@ -210,7 +210,7 @@ def main():
     ap.add_argument("--out", default="runs/demo/data", help="folder for sft.jsonl, rl.jsonl, val.jsonl, test.jsonl, model/")
     ap.add_argument("--seed", type=int, default=0, help="seed of the training pairs and of the oracle")
     ap.add_argument("--test-seed", type=int, default=20261121, help="seed of the test pairs")
-    ap.add_argument("--sft", type=int, default=16000, help="pairs with oracle traces")
+    ap.add_argument("--sft", type=int, default=20000, help="pairs with oracle traces")
     ap.add_argument("--rl", type=int, default=4096, help="pairs without traces, for GRPO")
     ap.add_argument("--test", type=int, default=500, help="test pairs, and as many for validation")
     ap.add_argument("--repair", type=float, default=0.5, help="share of wrong first-pass traces that pass two repairs")
