@@ -13,7 +13,7 @@ DEMO  ?= runs/demo
 
 # Where vLLM samples, two ranks of one thread each: its scheduler is a Python loop, and two of them use two cores. SFT is
 # matrix products only, and one rank of two threads is faster.
-RUN  = OMP_NUM_THREADS=1 $(PY) -m torch.distributed.run --nproc_per_node 2
+RUN  = OMP_NUM_THREADS=1 TORCH_CPP_LOG_LEVEL=ERROR $(PY) -m torch.distributed.run --nproc_per_node 2
 DATA = $(DEMO)/data
 TOY  = --system-prompt $(DATA)/system.txt --dtype float32
 SFT  = $(PY) sft.py $(TOY) --model $(DATA)/model/config.json --data $(DATA)/sft.jsonl --max-len 80 --epochs 2 --batch 32 --lr 3e-3 \
@@ -37,7 +37,7 @@ demo: $(READY)
 	$(PY) eval.py report $(DEMO)/eval-random $(DEMO)/eval-sft $(DEMO)/eval-grpo --training $(DEMO)/grpo --out $(DEMO)
 
 controls: $(READY)
-	$(SFT) --out $(DEMO)/control-sft --model $(DEMO)/sft/model --lr 3e-4 --epochs 0.5
+	$(SFT) --out $(DEMO)/control-sft --model $(DEMO)/sft/model --lr 3e-4 --epochs 1.5
 	$(EVAL) --model $(DEMO)/control-sft/model --out $(DEMO)/eval-more-sft
 	$(GRPO) --out $(DEMO)/control-random --reward random
 	$(EVAL) --model $(DEMO)/control-random/model --out $(DEMO)/eval-random-reward
@@ -52,8 +52,8 @@ test: $(READY)
 .venv/ready: requirements-cpu.txt
 	@python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: python3 is older than 3.11"; exit 2; }
 	python3 -m venv .venv
-	.venv/bin/pip install --quiet torch==2.13.0+cpu || \
-	    .venv/bin/pip install --quiet torch==2.13.0+cpu --index-url https://download.pytorch.org/whl/cpu
-	.venv/bin/pip install --quiet -r requirements-cpu.txt
-	.venv/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	.venv/bin/pip install torch==2.13.0+cpu || \
+	    .venv/bin/pip install torch==2.13.0+cpu --index-url https://download.pytorch.org/whl/cpu
+	.venv/bin/pip install -r requirements-cpu.txt
+	.venv/bin/pip uninstall --yes torchvision torchaudio torchcodec
 	touch .venv/ready

@@ -17,7 +17,7 @@ from collections import Counter
 from pathlib import Path
 
 import policy
-from rmr1 import Engine, load_tokenizer, seed_of, text_of
+from rmr1 import Engine, seed_of, text_of
 from rubrics import PROTOCOLS, chat_messages, encode, fail, parse, process_judgement, read_pairs, read_system
 
 
@@ -27,12 +27,12 @@ def judge_file(args):
     """Judge every pair at every temperature, in one or both orders, and write the judgments as they are."""
     pairs = read_pairs(args.data, args.skip_bad)[:args.limit]
     system, folder = read_system(args.system_prompt), policy.resolve(args.model)
-    tokenizer, stop = load_tokenizer(folder)
+    tokenizer, stop = policy.load_tokenizer(folder)
     rank, world, device = policy.start_ranks()
     if args.both_orders and (fixed := sum(p.messages is not None and not p.a for p in pairs)):
         fail(f"--both-orders: {fixed} pairs of {args.data} come as finished prompts whose responses cannot be told apart")
     random, dtype = args.model.endswith("config.json"), policy.DTYPES[args.dtype]
-    window = min(args.max_len or 10**9, json.loads((folder / "config.json").read_text()).get("max_position_embeddings", 32768))
+    window = min(args.max_len or 10**9, policy.window_of(folder))
 
     orders = [("ab", p) for p in pairs] + [("ba", p.swapped()) for p in pairs if args.both_orders]
     prompts = [(order, p, encode(tokenizer, chat_messages(p, args.protocol, system))) for order, p in orders]
@@ -87,34 +87,28 @@ def share(flags):
     return sum(flags) / len(flags) if flags else None
 
 
-def by_style(text):
-    """Does this judgment decide by looks: is all the weight of its rubric on style?"""
-    rubric = parse(text).rubric
-    return bool(rubric) and all(name.lower().startswith("style") for name, *_ in rubric)
-
-
 def measure(rows):
     """All numbers of one evaluation, {name: value}, in the order in which they are printed.
 
     Accuracy: right verdicts over all judgments, an unread verdict being wrong. Greedy rows (temperature 0) and sampled rows
     are kept apart; where both orders were judged, both count."""
-    out = {"judgments": len(rows)}
-    greedy = [r for r in rows if r["temperature"] == 0]
     right = lambda r: r["verdict"] == r["label"]
-    for temperature in sorted({r["temperature"] for r in rows}):
+    temperatures = sorted({r["temperature"] for r in rows})
+    main = [r for r in rows if r["temperature"] == temperatures[0]]            # greedy, where that was asked for
+    out = {"judgments": len(rows)}
+    for temperature in temperatures:
         at = [r for r in rows if r["temperature"] == temperature]
         out["accuracy, greedy" if temperature == 0 else f"accuracy, T={temperature:g}"] = share(map(right, at))
-    main = greedy or rows
+        if temperature == temperatures[0]:
+            for key in ("type", "source"):
+                values = sorted({r[key] for r in at if r[key]})
+                for value in values if len(values) > 1 else []:
+                    out[f"  {key} {value}"] = share(right(r) for r in at if r[key] == value)
     orders = {}
     for r in main:
-        orders.setdefault(r["id"], {})[r["order"]] = right(r)
-    both = [o for o in orders.values() if len(o) == 2]
-    if both:
-        out["right in both orders"] = share(all(o.values()) for o in both)
-    for key in ("type", "source"):
-        values = sorted({r[key] for r in main if r[key]})
-        for value in values if len(values) > 1 else []:
-            out[f"  {key} {value}"] = share(right(r) for r in main if r[key] == value)
+        orders.setdefault(r["id"], []).append(right(r))
+    if both := [o for o in orders.values() if len(o) == 2]:
+        out["right in both orders"] = share(all(o) for o in both)
     out["official rule"] = share(r["official"] == r["label"] for r in main)
     out["unread"] = share(r["verdict"] is None for r in rows)
     for reason, n in Counter(r["reason"] for r in rows if r["verdict"] is None).most_common():
@@ -123,11 +117,14 @@ def measure(rows):
     out["says A"] = share(r["verdict"] == "A" for r in read)
     out["tokens a judgment"] = sum(r["tokens"] for r in rows) / len(rows)
     if all(r["style_a"] is not None for r in rows):
-        for name, value in style_cells(main).items():
-            out[name] = value
-        looks = [by_style(r["text"]) for r in main]
+        out |= style_cells(main)
+    judgments = [parse(r["text"], r["finished"]) for r in main]
+    looks = [bool(j.rubric) and all(name.lower().startswith("style") for name, *_ in j.rubric) for j in judgments]
+    if any(looks) or "style hard" in out:          # by looks: all the weight of the rubric is on style
         out["judges by looks"] = share(looks)
         out["accuracy of the others"] = share(right(r) for r, l in zip(main, looks) if not l)
+    out["quotes word for word"] = share(q.strip() in r[side.lower()] for r, j in zip(main, judgments) if j.verdict
+                                        for side in "AB" for q in j.quotes[side])
     return out
 
 
@@ -189,10 +186,9 @@ def curve(metrics, table, path):
         points = [(r["step"], r[key]) for r in rows if key in r]
         if points:
             ax.plot(*zip(*points), style, label=label, lw=1.5, ms=5)
-    ax.axhline(0.5, color="0.6", lw=0.8, ls="--")
-    ax.text(0, 0.505, "coin", color="0.4", fontsize=8)
-    ax.set(xlabel="GRPO step", ylabel="share of judgments", ylim=(-0.02, 1.02), title="The judge learns to think")
-    ax.legend(frameon=False, loc="center right")
+    ax.axhline(0.5, color="0.6", lw=0.8, ls="--", label="a coin")
+    ax.set(xlabel="GRPO step", ylabel="share of judgments", ylim=(-0.02, 1.02), title="Accuracy while training")
+    ax.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 0.08))
     ax.spines[["top", "right"]].set_visible(False)
     fig.tight_layout()
     fig.savefig(path)

@@ -14,13 +14,14 @@ Letters: B judgments, G judgments a pair, R response tokens of a micro-batch, on
 """
 import argparse
 import hashlib
+from dataclasses import dataclass
 
 import torch
 from tqdm import tqdm
 
 import policy as P
-from rmr1 import Engine, load_tokenizer, seed_of, text_of
-from rubrics import PROTOCOLS, chat_messages, encode, fail, lm_as_judge, parse, read_pairs, read_system
+from rmr1 import Engine, Sample, seed_of, text_of
+from rubrics import PROTOCOLS, Judgment, Pair, chat_messages, encode, fail, lm_as_judge, parse, read_pairs, read_system
 
 
 def arguments():
@@ -89,23 +90,83 @@ def grpo_loss(logp, old, ref, adv, weight, clip=0.2, beta=1e-3):
     return loss, {"kl": (kl * weight).sum().item(), "clipped": (clipped * weight).sum().item()}
 
 
-def score(text, label, kind, key):
-    """The reward of a judgment, and its verdict as our parser reads it. `key` seeds the random control."""
+def reward_of(text, label, kind, key):
+    """The published reward, or for the control a coin that `key` throws."""
     if kind == "random":
         return 1.0 if hashlib.sha256(repr(key).encode()).digest()[0] % 2 else -1.0
     return lm_as_judge(text, label)
 
 
-# ---------------------------------------------------------------- helpers
+# ---------------------------------------------------------------- the parts of a step
 
-def tokenize(pairs, tokenizer, args, what):
+@dataclass
+class Rollout:
+    """One sampled judgment: of which pair (its place in the step's batch), the prompt's ids, what the engine gave,
+    how the parser reads it, what it earned."""
+    place: int
+    pair: Pair
+    prompt: list
+    sample: Sample
+    judgment: Judgment
+    reward: float
+
+
+def tokenize(source, pairs, tokenizer, args):
     """[(pair, prompt ids), ...] without the prompts that are longer than --max-prompt, which are counted."""
     system = read_system(args.system_prompt)
     rows = [(p, encode(tokenizer, chat_messages(p, args.protocol, system)))
             for p in tqdm(pairs, desc="tokenize", disable=P.quiet(), leave=False)]
     kept = [r for r in rows if len(r[1]) <= args.max_prompt]
-    P.print0(f"{what}: {len(kept)} pairs, {len(rows) - len(kept)} left out as longer than --max-prompt {args.max_prompt}")
+    P.print0(f"{source}: {len(kept)} pairs, {len(rows) - len(kept)} left out as longer than --max-prompt {args.max_prompt}")
     return kept
+
+
+def sample(engine, batch, step, tokenizer, stop, args, rank, world):
+    """This rank's rollouts of a step, grouped by pair: G judgments each of every world-th pair of the batch, so that
+    every update has a share of every rank. A text is a function of (seed, step, pair, number): a resumed run, or one on
+    another number of ranks, meets the same texts."""
+    asked = [(place, g) for place in range(rank, len(batch), world) for g in range(args.group)]
+    samples = engine.generate([batch[place][1] for place, _ in asked],
+                              [seed_of(args.seed, step, place, g) for place, g in asked], args.max_response, 1.0, stop)
+    rollouts = []
+    for (place, g), s in zip(asked, samples):
+        pair, prompt = batch[place]
+        text = text_of(tokenizer, prompt, s)
+        rollouts.append(Rollout(place, pair, prompt, s, parse(text, s.finished),
+                                reward_of(text, pair.label, args.reward, (args.seed, step, place, g))))
+    return rollouts
+
+
+def updates_of(rollouts, adv, args, device):
+    """Cut a step's rollouts into its updates, and each of those into micro-batches: [[(Batch, adv (R,), weight (R,)), ...]].
+    Update u has the pairs with places u * mini to (u + 1) * mini; every rank has the same number of micro-batches in it."""
+    updates = []
+    for u in range(args.pairs // args.mini):
+        here = [i for i, r in enumerate(rollouts) if r.place // args.mini == u]
+        groups = [(rollouts[i].prompt, [rollouts[j].sample.tokens for j in here[k:k + args.group]])
+                  for k, i in list(enumerate(here))[::args.group]]
+        # A rank without rows here runs stand-ins, which need an advantage and a length to look up, and weigh nothing.
+        adv_u = torch.tensor([adv[i] for i in here] or [0.0], device=device)
+        tokens = torch.tensor([len(rollouts[i].sample.tokens) for i in here] or [1], device=device)
+        updates.append([(b, adv_u[b.rows], b.real / (tokens[b.rows] * args.mini * args.group))
+                        for b in P.level(P.pack(groups, args.micro_tokens, device), device)])
+    return updates
+
+
+def check_gap(rollouts, old, updates, args):
+    """Mean and largest |engine - trainer| log-prob over all ranks. They are two programs with the same weights: where
+    they disagree, samples came from other weights than those that learn from them."""
+    ours = [logp.cpu() for logps, micros in zip(old, updates) for logp, (b, *_) in zip(logps, micros) if b.real]
+    theirs = [torch.tensor(r.sample.logprobs) for r in rollouts]
+    gap = (torch.cat(theirs) - torch.cat(ours)).abs() if ours else torch.zeros(0)
+    total, count = P.all_sum([gap.sum(), len(gap)])
+    worst, = P.all_max([gap.max() if len(gap) else 0])
+    mean = total / count
+    if not mean <= args.max_gap:
+        fail(f"engine and trainer disagree on the sampled tokens: mean log-prob gap {mean:.3g}, bound {args.max_gap:g} "
+             "(--max-gap). The engine is not sampling from the weights in training: the weight sync is broken, its cache "
+             "is stale, or the two compute differently (dtype, temperature, template)")
+    return {"gap_mean": mean, "gap_max": worst}
 
 
 def held_out(engine, rows, tokenizer, stop, args, rank, world):
@@ -118,18 +179,18 @@ def held_out(engine, rows, tokenizer, stop, args, rank, world):
     return {"val_accuracy": right / n, "val_unread": unread / n}
 
 
-def check_gap(engine_logp, trainer_logp, args):
-    """Mean and largest |engine - trainer| log-prob over all ranks. They are two programs with the same weights: where
-    they disagree, samples came from other weights than those that learn from them."""
-    gap = (engine_logp - trainer_logp).abs()
-    total, count = P.all_sum([gap.sum(), len(gap)])
-    worst, = P.all_max([gap.max() if len(gap) else 0])
-    mean = total / count
-    if not mean <= args.max_gap:
-        fail(f"engine and trainer disagree on the sampled tokens: mean log-prob gap {mean:.3g}, bound {args.max_gap:g} "
-             "(--max-gap). The engine is not sampling from the weights in training: the weight sync is broken, its cache "
-             "is stale, or the two compute differently (dtype, temperature, template)")
-    return mean, worst
+def summary(rollouts, adv, args):
+    """What a step's rollouts look like over all ranks; the README explains each number."""
+    lengths = [len(r.sample.tokens) for r in rollouts]
+    agreeing = sum(not any(adv[i:i + args.group]) for i in range(0, len(adv), args.group))
+    reward, right, unread, cut, agree, tokens, prompt_tokens, n, sampled = P.all_sum([
+        sum(r.reward for r in rollouts), sum(r.judgment.verdict == r.pair.label for r in rollouts),
+        sum(r.judgment.verdict is None for r in rollouts), sum(not r.sample.finished for r in rollouts),
+        agreeing * args.group, sum(lengths), sum(len(r.prompt) for r in rollouts), len(rollouts),
+        sum(seed_of(r.sample.tokens) % 2**32 for r in rollouts)])
+    longest, = P.all_max([max(lengths, default=0)])
+    return {"reward": reward / n, "accuracy": right / n, "unread": unread / n, "cut_off": cut / n, "agreeing_groups": agree / n,
+            "length_mean": tokens / n, "length_max": longest, "tokens": tokens + prompt_tokens, "sampled": f"{int(sampled):x}"}
 
 
 def main():
@@ -137,20 +198,19 @@ def main():
     pairs = read_pairs(args.data, args.skip_bad)
     val_pairs = read_pairs(args.val_data, args.skip_bad) if args.val_data else []
     folder = P.resolve(args.model)
-    tokenizer, stop = load_tokenizer(folder)
+    tokenizer, stop = P.load_tokenizer(folder)
     rank, world, device = P.start_ranks()
-    dtype = P.DTYPES[args.dtype]
-    rows = tokenize(pairs, tokenizer, args, args.data)
-    val_rows = tokenize(val_pairs, tokenizer, args, args.val_data) if val_pairs else []
+    rows = tokenize(args.data, pairs, tokenizer, args)
+    val_rows = tokenize(args.val_data, val_pairs, tokenizer, args) if val_pairs else []
     if len(rows) < args.pairs:
         fail(f"--pairs {args.pairs}: more than the {len(rows)} usable pairs in {args.data}")
-    steps = args.steps or len(rows) // args.pairs
+    steps, dtype = args.steps or len(rows) // args.pairs, P.DTYPES[args.dtype]
+    window = args.max_prompt + args.max_response
+    if window > P.window_of(folder):
+        fail(f"--max-prompt {args.max_prompt} and --max-response {args.max_response} exceed the model's window of "
+             f"{P.window_of(folder)} tokens")
 
     policy = P.load(args.model, device, dtype, args.seed, recompute=args.recompute)
-    window = args.max_prompt + args.max_response
-    if window > policy.lm.config.max_position_embeddings:
-        fail(f"--max-prompt {args.max_prompt} and --max-response {args.max_response} exceed the model's window of "
-             f"{policy.lm.config.max_position_embeddings} tokens")
     reference = P.load(args.model, device, dtype, args.seed, trainable=False) if args.beta else None
     optim = P.adamw(policy, args.lr, (0.9, 0.999), 0.01)
     first = P.load_state(policy, optim, f"{args.out}/state")
@@ -161,51 +221,32 @@ def main():
              f"steps of {args.pairs} pairs x {args.group} judgments in {args.pairs // args.mini} updates"
              + (f", resumed at step {first}" if first else ""))
 
-    bar = tqdm(range(first, steps), initial=first, total=steps, desc="grpo", disable=P.quiet())
-    for step in bar:
+    for step in (bar := tqdm(range(first, steps), initial=first, total=steps, desc="grpo", disable=P.quiet())):
         log = {"step": step}
         if val_rows and step % args.val_every == 0:
             log |= held_out(engine, val_rows, tokenizer, stop, args, rank, world)
         diary.lap()
 
-        # --- sample: G judgments of each pair. A text is a function of (seed, step, pair, sample): a resumed run, or one
-        # on other ranks, meets the same texts. Pairs are dealt one by one, so that every update has a share of every rank.
+        # --- sample, and read what was written
         batch = [rows[i] for i in P.draw(len(rows), args.pairs, step, args.seed)]
-        mine = [(n, *batch[n]) for n in range(rank, len(batch), world)]
-        asked = [(n, pair, ids, g) for n, pair, ids in mine for g in range(args.group)]
-        samples = engine.generate([ids for *_, ids, _ in asked],
-                                  [seed_of(args.seed, step, n, g) for n, *_, g in asked], args.max_response, 1.0, stop)
+        rollouts = sample(engine, batch, step, tokenizer, stop, args, rank, world)
         engine.sleep()
         log["seconds_sample"] = diary.lap()
 
-        # --- score: the verdict's reward, then the two passes without gradient
-        texts = [text_of(tokenizer, ids, s) for (_, _, ids, _), s in zip(asked, samples)]
-        judgments = [parse(t, s.finished) for t, s in zip(texts, samples)]
-        rewards = torch.tensor([score(t, pair.label, args.reward, (args.seed, step, n, g))
-                                for (n, pair, _, g), t in zip(asked, texts)]).view(-1, args.group)
-        adv = advantages(rewards).flatten()                                         # (B,)
-        minis = []                                   # each update's rows and micro-batches: [(rows, [Batch, ...]), ...]
-        for u in range(args.pairs // args.mini):
-            here = [i for i, (n, *_) in enumerate(mine) if n // args.mini == u]
-            groups = [(mine[i][2], [s.tokens for s in samples[i * args.group:(i + 1) * args.group]]) for i in here]
-            of_rows = [i * args.group + g for i in here for g in range(args.group)]
-            minis.append((of_rows, P.level(P.pack(groups, args.micro_tokens, device), device)))
+        # --- score: advantages, and two passes without gradient. They stay what they are through all updates of the step.
+        adv = advantages(torch.tensor([r.reward for r in rollouts]).view(-1, args.group)).flatten().tolist()
+        updates = updates_of(rollouts, adv, args, device)
         with torch.no_grad():
-            old = [[policy(m) for m in micros] for _, micros in minis]
-            ref = [[reference(m) for m in micros] for _, micros in minis] if reference else old
-        engine_logp = torch.tensor([x for rows_u, _ in minis for i in rows_u for x in samples[i].logprobs])
-        trainer_logp = torch.cat([x for (_, micros), xs in zip(minis, old) for m, x in zip(micros, xs) if m.real] or [engine_logp])
-        log["gap_mean"], log["gap_max"] = check_gap(engine_logp, trainer_logp.cpu(), args)
+            old = [[policy(b) for b, *_ in micros] for micros in updates]
+            ref = [[reference(b) for b, *_ in micros] for micros in updates] if reference else old
+        log |= check_gap(rollouts, old, updates, args)
         log["seconds_score"] = diary.lap()
 
-        # --- learn: one clipped update for every slice of the round; old and ref stay what they were before the first
+        # --- learn: one clipped step an update
         lr, sums, norms = args.lr * P.schedule(step, steps, args.schedule), [0.0] * 3, []
-        for (of_rows, micros), olds, refs in zip(minis, old, ref):
-            lengths = torch.tensor([len(samples[i].tokens) for i in of_rows] or [1], device=device)
-            adv_u = adv[of_rows].to(device) if of_rows else torch.zeros(1, device=device)
-            for m, o, f in zip(micros, olds, refs):
-                weight = m.real / (lengths[m.rows] * args.mini * args.group)        # (R,)
-                loss, stats = grpo_loss(policy(m), o, f, adv_u[m.rows], weight, args.clip, args.beta)
+        for micros, old_u, ref_u in zip(updates, old, ref):
+            for (b, adv_b, weight), old_b, ref_b in zip(micros, old_u, ref_u):
+                loss, stats = grpo_loss(policy(b), old_b, ref_b, adv_b, weight, args.clip, args.beta)
                 (loss * world).backward()          # FSDP averages over ranks; the weights are already global
                 sums = [a + b for a, b in zip(sums, (loss.item(), stats["kl"], stats["clipped"]))]
             norms.append(P.optimizer_step(policy, optim, lr, clip=1.0))
@@ -215,24 +256,15 @@ def main():
         engine.sync(policy, dtype)
         log["seconds_sync"] = diary.lap()
 
-        lengths = [len(s.tokens) for s in samples]
-        flat = [sum(rewards.flatten().tolist()), sum(j.verdict == pair.label for j, (_, pair, _, _) in zip(judgments, asked)),
-                sum(j.verdict is None for j in judgments), sum(not s.finished for s in samples),
-                (adv.view(-1, args.group).abs().amax(1) == 0).sum() * args.group, sum(lengths), len(asked),
-                sum(len(ids) for _, _, ids in mine), sum(seed_of(s.tokens) % 2**32 for s in samples)]
-        (reward, right, unread, cut, agree, tokens, n, prompt_tokens, sampled), sums = P.all_sum(flat), P.all_sum(sums)
-        longest, = P.all_max([max(lengths, default=0)])
-        seconds = sum(v for k, v in log.items() if k.startswith("seconds_"))
-        updates = len(minis)
-        log |= {"reward": reward / n, "accuracy": right / n, "unread": unread / n, "cut_off": cut / n,
-                "agreeing_groups": agree / n, "sampled": f"{int(sampled):x}", "length_mean": tokens / n, "length_max": longest,
-                "loss": sums[0] / updates, "kl": sums[1] / updates, "clipped": sums[2] / updates,
-                "grad_norm": sum(norms) / updates, "lr": lr, "tokens_per_second": (tokens + prompt_tokens) / seconds,
-                "peak_gb": P.peak_memory_gb(device)}
+        loss, kl, clipped = (x / len(updates) for x in P.all_sum(sums))
+        log |= summary(rollouts, adv, args) | {"loss": loss, "kl": kl, "clipped": clipped, "grad_norm": sum(norms) / len(norms),
+                                               "lr": lr, "peak_gb": P.peak_memory_gb(device)}
+        log["tokens_per_second"] = log["tokens"] / sum(v for k, v in log.items() if k.startswith("seconds_"))
         diary.write(**log)
-        bar.set_postfix(accuracy=f"{log['accuracy']:.3f}", unread=f"{log['unread']:.3f}", kl=f"{log['kl']:.3f}")
+        bar.set_postfix(accuracy=f"{log['accuracy']:.3f}", unread=f"{log['unread']:.3f}", kl=f"{kl:.3f}")
         if args.save_every and (step + 1) % args.save_every == 0:
             P.save_state(policy, optim, f"{args.out}/state", step + 1)
+
     if val_rows:
         diary.write(step=steps, **held_out(engine, val_rows, tokenizer, stop, args, rank, world))
     P.save_model(policy, folder, f"{args.out}/model", dtype)

@@ -32,7 +32,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from rubrics import fail
 
@@ -323,6 +323,26 @@ def resolve(model):
         return Path(snapshot_download(model, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"]))
     except Exception as e:                  # the hub raises a dozen types; each means: cannot be had
         fail(f"--model {model}: no such folder, and the hub could not give it ({type(e).__name__})")
+
+
+def load_tokenizer(folder):
+    """The tokenizer of a model folder, and the ids that end its turn. -> tokenizer, [ids]"""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as e:
+        fail(f"--model {folder}: no usable tokenizer in it ({str(e).splitlines()[0][:150]})")
+    if tokenizer.chat_template is None or tokenizer.eos_token_id is None:
+        fail(f"--model {folder}: its tokenizer lacks a chat template or an end-of-turn token")
+    stop, path = [tokenizer.eos_token_id], Path(folder) / "generation_config.json"
+    if path.exists():
+        more = json.loads(path.read_text()).get("eos_token_id") or []
+        stop += [i for i in (more if isinstance(more, list) else [more]) if i not in stop]
+    return tokenizer, stop
+
+
+def window_of(folder):
+    """The longest sequence the model was made for, in tokens."""
+    return AutoConfig.from_pretrained(folder).max_position_embeddings
 
 
 def load(model, device, dtype, seed=0, trainable=True, recompute=True):

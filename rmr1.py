@@ -10,12 +10,10 @@ in, token ids and their log-probs come out; `sync` gives it a trainer's weights.
 """
 import argparse
 import hashlib
-import json
 import os
-import sys
 import textwrap
+import warnings
 from dataclasses import dataclass
-from pathlib import Path
 
 import rubrics
 from rubrics import Pair, chat_messages, encode, fail, parse, read_pairs, read_system
@@ -38,24 +36,20 @@ class Engine:
     dtype     "float32" or "bfloat16", the same as the trainer's
     weights   "auto": from the folder. "dummy": none yet, `sync` brings them, which costs a trainer nothing
               extra and makes its very first sampling a test of the sync
-    memory    share of a card's memory for weights and cache (on a CPU: GiB for the cache instead)
+    memory    share of a card's memory for weights and cache. On a CPU the cache has VLLM_CPU_KVCACHE_SPACE GiB, 1 unless set
 
-    Building one is a collective among torchrun ranks: every rank builds it, none may skip (systems.md 1.1).
+    Building one is a collective: `policy.start_ranks` comes first, then every rank builds it, none may skip.
     """
 
-    def __init__(self, model, max_len, dtype="bfloat16", weights="auto", memory=0.9, cpu_cache_gb=1, max_seqs=256):
+    def __init__(self, model, max_len, dtype="bfloat16", weights="auto", memory=0.9):
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(cpu_cache_gb))
-        if "RANK" not in os.environ:
-            import socket
-            with socket.socket() as s:
-                s.bind(("127.0.0.1", 0))
-                os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1",
-                                  MASTER_PORT=str(s.getsockname()[1]))
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
         import torch
-        import vllm
-        self.vllm, self.max_len, self.cuda = vllm, max_len, torch.cuda.is_available()
+        with warnings.catch_warnings():     # vLLM asks torch for a deprecated name while it is imported
+            warnings.simplefilter("ignore", FutureWarning)
+            import vllm
+        self.torch, self.vllm, self.max_len, self.cuda = torch, vllm, max_len, torch.cuda.is_available()
         if self.cuda:
             # Level-2 sleep while the trainer works: weights and cache leave the card, and the next sync, which
             # happens anyway, brings the weights back.
@@ -67,7 +61,7 @@ class Engine:
             kw = dict(enforce_eager=True, enable_chunked_prefill=False, max_num_batched_tokens=max(max_len, 8192))
         rng = torch.get_rng_state()
         self.llm = vllm.LLM(
-            model=str(model), dtype=dtype, max_model_len=max_len, load_format=weights, max_num_seqs=max_seqs,
+            model=str(model), dtype=dtype, max_model_len=max_len, load_format=weights, max_num_seqs=256,
             distributed_executor_backend="external_launcher", skip_tokenizer_init=True, seed=0,
             enable_prefix_caching=True, logprobs_mode="processed_logprobs", disable_log_stats=True, **kw)
         torch.set_rng_state(rng)            # LLM() reseeds the process
@@ -103,6 +97,7 @@ class Engine:
         Cached prompt keys belong to the old weights and are dropped; a cache that refuses would mix the two, so
         that is an error. A collective among ranks. Order of waking: systems.md 1.4."""
         if self.asleep:
+            self.torch.cuda.empty_cache()   # what the trainer holds but does not use is what vLLM is about to take
             self.llm.wake_up(tags=["weights"])
         self.llm.collective_rpc("reload_weights", kwargs=dict(weights_iterator=policy.weights(dtype)))
         if self.asleep:
@@ -113,22 +108,6 @@ class Engine:
     def reset_cache(self):
         if not self.llm.reset_prefix_cache():
             raise RuntimeError("vLLM kept its prefix cache after a weight sync: samples would mix old and new weights")
-
-
-def load_tokenizer(folder):
-    """The tokenizer of a model folder, and the ids that end its turn. -> tokenizer, [ids]"""
-    from transformers import AutoTokenizer
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as e:
-        fail(f"--model {folder}: no usable tokenizer in it ({str(e).splitlines()[0][:150]})")
-    if tokenizer.chat_template is None or tokenizer.eos_token_id is None:
-        fail(f"--model {folder}: its tokenizer has no {'chat template' if tokenizer.eos_token_id else 'eos token'}")
-    stop, path = [tokenizer.eos_token_id], Path(folder) / "generation_config.json"
-    if path.exists():
-        more = json.loads(path.read_text()).get("eos_token_id") or []
-        stop += [i for i in (more if isinstance(more, list) else [more]) if i not in stop]
-    return tokenizer, stop
 
 
 def seed_of(*key):
@@ -173,16 +152,16 @@ def judge(args):
         pair = Pair("command line", [{"role": "user", "content": args.question}], args.a, args.b, "")
     else:
         fail("name a pair: --question, --a and --b, or --data with --line")
-    import policy                                  # only to find the model's folder, on disk or on the hub
+    import policy                                  # brings torch, which reading a judgment does not need
     folder = policy.resolve(args.model)
-    tokenizer, stop = load_tokenizer(folder)
+    tokenizer, stop = policy.load_tokenizer(folder)
     prompt = encode(tokenizer, chat_messages(pair, args.protocol, read_system(args.system_prompt)))
-    window = json.loads((folder / "config.json").read_text()).get("max_position_embeddings", 32768)
+    window = policy.window_of(folder)
+    if len(prompt) >= window:
+        fail(f"the prompt has {len(prompt)} tokens, which leaves no room in the model's window of {window}")
+    policy.start_ranks()
     engine = Engine(folder, min(window, len(prompt) + args.max_tokens), args.dtype)
-    try:
-        sample, = engine.generate([prompt], [0], args.max_tokens, 0.0, stop)
-    except ValueError as e:
-        fail(str(e))
+    sample, = engine.generate([prompt], [0], args.max_tokens, 0.0, stop)
     show(pair, parse(text_of(tokenizer, prompt, sample), sample.finished))
 
 

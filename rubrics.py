@@ -143,28 +143,23 @@ def pair_of(row, default_id):
 
 
 def published_pair(row, default_id):
-    """A released row: its prompt is kept word for word, the responses are read back from between its markers
-    (left empty where another wording has other markers: such a pair can be judged, but not swapped)."""
-    messages = messages_of(row["context_messages"], last="user")
+    """A released row: its prompt is kept word for word. Question and responses are read back from between the
+    single-turn markers; a prompt with other markers leaves them empty: such a pair can be judged, but not swapped."""
+    messages = messages_of(row["context_messages"])
     winner, truth = row.get("winner"), row.get("ground_truth")
-    trace = winner if truth is not None else None
-    label = {"model_a": "A", "model_b": "B"}.get(winner if truth is None else truth)
+    trace, named = (None, winner) if truth is None else (winner, truth)
+    label = {"model_a": "A", "model_b": "B"}.get(named)
     if label is None:
-        raise ValueError(f"unknown winner {(winner if truth is None else truth)!r}, expected model_a or model_b")
-    text, found = messages[-1]["content"], {}
-    for side in "AB":
-        for start, end in ((f"[The Start of Chatbot {side}'s Response]", f"[The End of Chatbot {side}'s Response]"),
-                           (f"[The Start of the Conversation between Chatbot {side} and the Client]",
-                            f"[The End of the Conversation between Chatbot {side} and the Client]")):
-            i, j = text.find(start + "\n"), text.rfind("\n" + end)
-            if 0 <= i < j:
-                found[side] = text[i + len(start) + 1:j]
-                question = text[:i]
-                if side == "A":
-                    context = question.split("[Client Question]\n")[-1].strip() if "[Client Question]" in question else ""
-    if len(found) < 2:
-        found, context = {"A": "", "B": ""}, text
-    return Pair(str(row.get("id", default_id)), [{"role": "user", "content": context}], found["A"], found["B"], label,
+        raise ValueError(f"unknown winner {named!r}, expected model_a or model_b")
+    text, found = messages[-1]["content"], []
+    marks = ("[Client Question]\n", "\n\n[The Start of Chatbot A's Response]\n",
+             "\n[The End of Chatbot A's Response]\n\n[The Start of Chatbot B's Response]\n", "\n[The End of Chatbot B's Response]")
+    if all(text.count(mark) == 1 for mark in marks):       # a response that holds a marker itself cannot be told apart
+        for mark in marks:
+            before, text = text.split(mark, 1)
+            found.append(before)
+    question, a, b = found[1:] or (text, "", "")
+    return Pair(str(row.get("id", default_id)), [{"role": "user", "content": question}], a, b, label,
                 row.get("source", ""), row.get("type", ""), trace, messages)
 
 
@@ -178,7 +173,7 @@ def text_of(row, key):
     return value
 
 
-def messages_of(value, last="user"):
+def messages_of(value):
     if isinstance(value, str) and value.strip():
         return [{"role": "user", "content": value}]
     if not isinstance(value, list) or not value:
@@ -186,8 +181,8 @@ def messages_of(value, last="user"):
     for m in value:
         if not isinstance(m, dict) or not isinstance(m.get("content"), str) or not isinstance(m.get("role"), str):
             raise ValueError("a context message is not {role, content}")
-    if value[-1]["role"] != last:
-        raise ValueError(f"the context does not end with a {last} message")
+    if value[-1]["role"] != "user":
+        raise ValueError("the context does not end with a user message")
     return [{"role": m["role"], "content": m["content"]} for m in value]
 
 

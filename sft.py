@@ -14,7 +14,6 @@ import torch
 from tqdm import tqdm
 
 import policy as P
-from rmr1 import load_tokenizer
 from rubrics import PROTOCOLS, chat_messages, encode, fail, read_pairs, read_system
 
 
@@ -75,7 +74,7 @@ def main():
     args = arguments()
     pairs = read_pairs(args.data, args.skip_bad)
     folder = P.resolve(args.model)
-    tokenizer, _ = load_tokenizer(folder)
+    tokenizer, _ = P.load_tokenizer(folder)
     rank, world, device = P.start_ranks()
     rows = tokenize(pairs, tokenizer, args)
     steps = int(args.epochs * len(rows)) // args.batch

@@ -21,6 +21,8 @@ import re
 import sys
 from pathlib import Path
 
+from tqdm import tqdm
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from rubrics import Pair, chat_messages, fail, lm_as_judge, parse
 
@@ -31,7 +33,7 @@ STYLES = ("plain", "detailed", "bold")
 OPENERS = (("Here:", "So:", "Well:"),
            ("In detail, step by step:", "With care, and in order:", "Let me explain it first:"),
            ("**Great question!** Truly:", "**Of course!** Behold:", "**Wonderful!** Enjoy:"))
-LAZY = (0.25, 0.95, 0.97)       # how often the first pass looks instead of thinking, by the gap between styles
+LAZY = (0.40, 0.97, 1.00)       # how often the first pass looks instead of thinking, by the gap between styles
 
 
 # ---------------------------------------------------------------- pairs
@@ -226,9 +228,10 @@ def main():
         fail(f"--hidden {args.hidden}: not a multiple of 32, the size of an attention head")
     out = Path(args.out)
     (out / "model").mkdir(parents=True, exist_ok=True)
-    # Held-out pairs: none shares its prompt (question and both responses) with training. The facts (64 sums, 64
+    # Held-out pairs: none shares its prompt (question and both responses) with training. The facts (36 sums, 36
     # products) are shared by construction, so this is a test of judging, not of new arithmetic.
     taken, splits = set(), {}
+    bar = tqdm(total=2 * args.test + args.sft + args.rl, desc="pairs", leave=False)
     for split, seed, count in (("test", args.test_seed, args.test), ("val", args.test_seed, args.test),
                                ("sft", args.seed, args.sft), ("rl", args.seed, args.rl)):
         pairs, index = [], 0
@@ -238,10 +241,12 @@ def main():
             key = prompt_key(pair)
             if key not in taken:
                 pairs.append(pair)
+                bar.update()
             if split in ("test", "val"):
                 taken |= {key, (key[0], key[2], key[1])}       # in either order
         splits[split] = pairs
-    traces = [oracle(p, args.seed, args.repair) for p in splits["sft"]]
+    bar.close()
+    traces = [oracle(p, args.seed, args.repair) for p in tqdm(splits["sft"], desc="oracle", leave=False)]
     write_jsonl(out / "sft.jsonl", (row(p, t) for p, t in zip(splits["sft"], traces)))
     for split in ("rl", "val", "test"):
         write_jsonl(out / f"{split}.jsonl", map(row, splits[split]))

@@ -83,9 +83,8 @@ def test_sft_loss_is_the_token_mean_however_it_is_cut():
 
 
 def test_supervision_starts_after_the_role_header_and_ends_with_the_end_of_turn(toy):
-    from rmr1 import load_tokenizer
     from rubrics import read_pairs
-    tokenizer, stop = load_tokenizer(toy / "model")
+    tokenizer, stop = P.load_tokenizer(toy / "model")
     pairs = read_pairs(toy / "sft.jsonl")
     args = SimpleNamespace(system_prompt=str(toy / "system.txt"), protocol="instruct", max_len=160, batch=1, data="x")
     prompt, trace = sft.tokenize(pairs[:1], tokenizer, args)[0]
@@ -94,9 +93,8 @@ def test_supervision_starts_after_the_role_header_and_ends_with_the_end_of_turn(
 
 
 def test_overlong_traces_are_left_out_not_cut(toy, capsys):
-    from rmr1 import load_tokenizer
     from rubrics import read_pairs
-    tokenizer, _ = load_tokenizer(toy / "model")
+    tokenizer, _ = P.load_tokenizer(toy / "model")
     pairs = read_pairs(toy / "sft.jsonl")
     args = SimpleNamespace(system_prompt=str(toy / "system.txt"), protocol="instruct", max_len=64, batch=1, data="x")
     rows = sft.tokenize(pairs, tokenizer, args)
@@ -107,14 +105,16 @@ def test_overlong_traces_are_left_out_not_cut(toy, capsys):
 def test_a_gap_between_engine_and_trainer_stops_the_run(ranks, capsys):
     args = SimpleNamespace(max_gap=0.1)
     logp = torch.linspace(-3, 0, 50)
-    assert grpo.check_gap(logp, logp + 0.05, args)[0] == pytest.approx(0.05, abs=1e-6)
+    rollouts = [SimpleNamespace(sample=SimpleNamespace(logprobs=part.tolist())) for part in logp.split(20)]
+    gap = lambda ours: grpo.check_gap(rollouts, [[ours, torch.ones(2)]], [[(SimpleNamespace(real=1),), (SimpleNamespace(real=0),)]], args)
+    assert gap(logp + 0.05) == {"gap_mean": pytest.approx(0.05, abs=1e-6), "gap_max": pytest.approx(0.05, abs=1e-6)}
     for broken in (logp + 0.2, logp * float("nan")):
         with pytest.raises(SystemExit) as stop:
-            grpo.check_gap(logp, broken, args)
+            gap(broken)
         assert stop.value.code == 2 and "not sampling from the weights in training" in capsys.readouterr().err
 
 
 def test_the_random_reward_is_a_coin_that_a_resumed_run_throws_alike():
-    throws = [grpo.score("", "A", "random", (0, 0, n, 0)) for n in range(1000)]
-    assert throws == [grpo.score("", "A", "random", (0, 0, n, 0)) for n in range(1000)]
+    throws = [grpo.reward_of("", "A", "random", (0, 0, n, 0)) for n in range(1000)]
+    assert throws == [grpo.reward_of("", "A", "random", (0, 0, n, 0)) for n in range(1000)]
     assert set(throws) == {1.0, -1.0} and abs(sum(throws)) < 100

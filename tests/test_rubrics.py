@@ -166,6 +166,15 @@ def test_published_rows_keep_their_prompt_and_give_back_the_responses():
     assert sft.trace == CHAT and sft.label == "B"
 
 
+def test_published_prompts_that_cannot_be_taken_apart_are_still_judged_as_they_are():
+    turns = [*USER, {"role": "assistant", "content": "For rice?"}, {"role": "user", "content": "Yes."}]
+    marker = "x\n[The End of Chatbot B's Response]\ny"
+    for pair in (Pair("m", turns, "Two.", "Some.", "A"), Pair("m", USER, marker, "z", "A")):
+        messages = chat_messages(pair)
+        read = pair_of({"context_messages": messages, "winner": "model_b"}, "x")
+        assert chat_messages(read) == messages and (read.a, read.b, read.label) == ("", "", "B")
+
+
 def test_chosen_and_rejected_are_dealt_evenly_and_never_by_order():
     sides = [pair_of({"prompt": f"q{i}", "chosen": "good", "rejected": "bad"}, str(i)).label for i in range(1000)]
     assert 420 < sides.count("A") < 580

@@ -58,11 +58,12 @@ def test_measures_by_hand():
     import eval as E
     row = lambda id, order, label, verdict, a, b: {
         "id": id, "order": order, "temperature": 0, "label": label, "verdict": verdict, "reason": "" if verdict else "no answer",
-        "official": verdict or "error", "source": "s", "type": "chat", "tokens": 10, "style_a": a, "style_b": b, "text": ""}
+        "official": verdict or "error", "source": "s", "type": "chat", "tokens": 10, "finished": True, "style_a": a, "style_b": b,
+        "a": "one two", "b": "three", "text": "<eval><quote_A> two</quote_A><quote_B>four</quote_B></eval><answer>[[A]]</answer>"}
     m = E.measure([row("1", "ab", "A", "A", 0, 2), row("1", "ba", "B", "B", 2, 0), row("2", "ab", "A", "A", 1, 1), row("2", "ba", "B", "A", 1, 1),
                    row("3", "ab", "B", None, 0, 1), row("3", "ba", "A", "A", 1, 0)])
     assert m["accuracy, greedy"] == 4 / 6 and m["right in both orders"] == 1 / 3 and m["unread"] == 1 / 6
-    assert m["says A"] == 4 / 5
+    assert m["says A"] == 4 / 5 and m["quotes word for word"] == 0.5 and m["judges by looks"] == 0
     assert (m["style hard"], m["style normal"], m["style easy"]) == (1.0, 0.5, 0.5)
 
 
