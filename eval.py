@@ -129,7 +129,7 @@ def measure(rows):
 
 
 def style_cells(rows):
-    """RM-Bench's view (rmr1.md 4.4): the mean of M[style of the right response][style of the wrong one] over the cells
+    """RM-Bench's view: the mean of M[style of the right response][style of the wrong one] over the cells
     where the right one is plainer (hard), as showy (normal) or showier (easy)."""
     cells = {}
     for r in rows:

@@ -217,8 +217,8 @@ def main():
     engine = Engine(folder, window, args.dtype, weights="dummy", memory=args.engine_memory)
     engine.sync(policy, dtype)
     diary = P.Diary(args.out, first, vars(args))
-    P.print0(f"{sum(p.numel() for p in policy.parameters()) / 1e6:.2f}M parameters, {world} ranks on {device.type}, {steps} "
-             f"steps of {args.pairs} pairs x {args.group} judgments in {args.pairs // args.mini} updates"
+    P.print0(f"{P.describe(policy, world, device)}; {steps} steps of {args.pairs} pairs x {args.group} judgments in "
+             f"{args.pairs // args.mini} updates"
              + (f", resumed at step {first}" if first else ""))
 
     for step in (bar := tqdm(range(first, steps), initial=first, total=steps, desc="grpo", disable=P.quiet())):

@@ -14,7 +14,6 @@ import re
 import resource
 import shutil
 import socket
-import sys
 import time
 import zlib
 from dataclasses import dataclass
@@ -179,7 +178,7 @@ def assemble(groups, device):
                          (at, n, [*range(start, start + P), *range(at, at + n)]))
             tokens += response
             positions += range(P, P + n)
-            src += [start + P - 1, *range(at, at + n - 1)]
+            src += [start + P - 1, *range(at, at + n - 1)][:n]
             targets += response
             rows += [row] * n
     t = lambda x: torch.tensor(x, dtype=torch.long, device=device)
@@ -188,9 +187,9 @@ def assemble(groups, device):
 
 
 # ---------------------------------------------------------------- attention
-# transformers' own SDPA path mixes packed rows unless its caches are off and its masks absent, and then
-# builds a T x T mask (systems.md 4.2). Ours takes a plan: query spans, each with the keys it may see,
-# causal from the end (the last query sees every key). Spans cover the tokens in order.
+# transformers' own SDPA path silently mixes packed rows unless caches are off and masks absent, and then builds
+# a T x T mask (transformers #46634). Ours takes a plan: query spans, each with the keys it may see, causal from
+# the end (the last query sees every key). Spans cover the tokens in order.
 
 def varlen_plan(spans, device):
     """For the CUDA kernel: cumulative lengths, and one long list of key rows."""
@@ -208,7 +207,7 @@ def bucket_plan(spans, waste=1.3):
        inverse  (T,) where each token's output is in the concatenated bucket outputs
     """
     order = sorted(range(len(spans)), key=lambda i: (len(spans[i][2]) != spans[i][1], len(spans[i][2])))
-    groups, area, cap = [], 0, (0, 0)
+    groups, area, cap, was_plain = [], 0, (0, 0), None
     for i in order:
         _, q, keys = spans[i]
         plain = q == len(keys)
@@ -288,7 +287,7 @@ class Policy(nn.Module):
     def weights(self, dtype=None):
         """Stream the full tensors in module order under their Hugging Face names. A collective: every rank
         iterates to the end. Casting before gathering halves the traffic. For a tied model `lm_head.weight`
-        comes last, as its own name: vLLM's CPU build packs a copy of it (systems.md 1.3)."""
+        comes last, as its own name: vLLM's CPU build packs a copy of it, which the embedding's name does not reach."""
         for name, p in self.lm.named_parameters():
             p = p.detach().to(dtype or p.dtype)
             full = p.full_tensor() if isinstance(p, DTensor) else p
@@ -351,7 +350,7 @@ def load(model, device, dtype, seed=0, trainable=True, recompute=True):
     dtype      of the computation. Trained weights are kept in fp32 and cast for the computation;
                a frozen policy (trainable=False) is kept in `dtype`.
     recompute  activations of every block in the backward pass rather than keeping them
-    Weights are read by DCP, each rank its own slices: nobody holds a full copy (systems.md 2.1).
+    Weights are read by DCP, each rank its own slices: nobody holds a full copy.
     """
     folder, random = resolve(model), str(model).endswith("config.json")
     config = AutoConfig.from_pretrained(folder)
@@ -401,6 +400,13 @@ def init_random(lm, std, seed):
             full.normal_(0, std, generator=torch.Generator().manual_seed(zlib.crc32(f"{seed}/{name}".encode())))
         full = full.to(p.device, p.dtype)
         p.copy_(distribute_tensor(full, p.device_mesh, p.placements, src_data_rank=None))
+
+
+def describe(policy, world, device):
+    """One line to start a run with: size, ranks, and what the trainer's weights will take."""
+    n = sum(p.numel() for p in policy.parameters())
+    return (f"{n / 1e6:.2f}M parameters, {world} ranks on {device.type}, about {16 * n / world / 2**30:.2g} GB a rank "
+            "for weights, gradients and optimizer")
 
 
 # ---------------------------------------------------------------- optimisation

@@ -56,7 +56,7 @@ class Engine:
             kw = dict(gpu_memory_utilization=memory, enable_sleep_mode=weights == "dummy")
         else:
             # Eager, and no compiled sampler: starts in 2 s instead of 28, and without a C++ compiler. No chunked prefill:
-            # a chunked, seeded request crashes vLLM's CPU sampler (systems.md 1.7), so a prompt must fit into one batch.
+            # a chunked, seeded request crashes vLLM's CPU sampler, so a prompt must fit into one batch.
             torch._dynamo.config.disable = True
             kw = dict(enforce_eager=True, enable_chunked_prefill=False, max_num_batched_tokens=max(max_len, 8192))
         rng = torch.get_rng_state()
@@ -95,7 +95,8 @@ class Engine:
     def sync(self, policy, dtype):
         """Take over the policy's weights: one call, tensors streamed in module order, every name of a tied pair.
         Cached prompt keys belong to the old weights and are dropped; a cache that refuses would mix the two, so
-        that is an error. A collective among ranks. Order of waking: systems.md 1.4."""
+        that is an error. A collective among ranks. After a sleep,
+        weights wake first and the cache only once they are in: both plus the trainer's leftovers may not fit."""
         if self.asleep:
             self.torch.cuda.empty_cache()   # what the trainer holds but does not use is what vLLM is about to take
             self.llm.wake_up(tags=["weights"])

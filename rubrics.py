@@ -66,7 +66,7 @@ def read_pairs(source, skip_bad=False):
     ours       {"context": [...] or "prompt": str, "a", "b", "label": "A" | "B", ...the fields of `Pair`}
     preferred  {"prompt": str or messages, "chosen": str, "rejected": str}: sides are dealt by a hash of the content
     published  {"context_messages": [...], "winner": "model_a" | "model_b"}, and its SFT rows, where `winner` is the
-               oracle's trace and `ground_truth` the label (rmr1.md 1.3)
+               oracle's trace and `ground_truth` the label
 
     A bad row stops the program and names its file and line; with skip_bad it is reported, counted and left out.
     """
@@ -224,7 +224,7 @@ PROTOCOLS = ("instruct", "reasoning")
 
 
 def chat_messages(pair, protocol="instruct", system=None):
-    """The chat messages that ask for a judgment of `pair`, in its order (rmr1.md 1.2).
+    """The chat messages that ask for a judgment of `pair`, in its order.
 
     protocol  "instruct": a Chain-of-Rubrics system message (`system`, or ours) and a user message;
               "reasoning": for models that think in <think> ... </think>, one user message, no system message
@@ -275,7 +275,7 @@ def read_system(path):
 
 def encode(tokenizer, messages):
     """Token ids of a prompt, up to where the judge begins to write. The template brings its own BOS, and
-    from here on only ids travel, so it cannot get a second one (rmr1.md 4.2)."""
+    from here on only ids travel, so it cannot get a second one."""
     return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
 
 

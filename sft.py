@@ -10,7 +10,6 @@ Killed and started again with the same command, it continues from its last check
 """
 import argparse
 
-import torch
 from tqdm import tqdm
 
 import policy as P
@@ -83,8 +82,8 @@ def main():
     optim = P.adamw(policy, args.lr, args.betas, args.weight_decay)
     first = P.load_state(policy, optim, f"{args.out}/state")
     diary = P.Diary(args.out, first, vars(args))
-    P.print0(f"{sum(p.numel() for p in policy.parameters()) / 1e6:.2f}M parameters, {world} ranks on {device.type}, "
-             f"{steps} steps of {args.batch} rows" + (f", resumed at step {first}" if first else ""))
+    P.print0(f"{P.describe(policy, world, device)}; {steps} steps of {args.batch} rows"
+             + (f", resumed at step {first}" if first else ""))
 
     bar = tqdm(range(first, steps), initial=first, total=steps, desc="sft", disable=P.quiet())
     for step in bar:

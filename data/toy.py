@@ -30,10 +30,8 @@ SYSTEM = "Judge A and B."
 FRUITS = "apple pear plum fig lime melon peach grape mango cherry".split()
 WORDS = "lamp river stone cloud chair bird ship road tree clock".split()
 STYLES = ("plain", "detailed", "bold")
-OPENERS = (("Here:", "So:", "Well:"),
-           ("In detail, step by step:", "With care, and in order:", "Let me explain it first:"),
-           ("**Great question!** Truly:", "**Of course!** Behold:", "**Wonderful!** Enjoy:"))
-LAZY = (0.40, 0.97, 1.00)       # how often the first pass looks instead of thinking, by the gap between styles
+OPENERS = ("Here:", "In detail, step by step:", "**Great question!** Truly:")
+LAZY = (0.25, 0.95, 0.97)       # how often the first pass looks instead of thinking, by the gap between styles
 
 
 # ---------------------------------------------------------------- pairs
@@ -70,7 +68,7 @@ def make_pair(seed, split, index):
     kind, question, right, wrong, key = task(rng)
     label, styles = rng.choice("AB"), [rng.randrange(3), rng.randrange(3)]
     answers = [right, wrong] if label == "A" else [wrong, right]
-    openers = [rng.choice(OPENERS[s]) for s in styles]
+    openers = [OPENERS[s] for s in styles]
     a, b = (f"{opener} {answer}" for opener, answer in zip(openers, answers))
     meta = {"kind": kind, "style_a": styles[0], "style_b": styles[1], "answer_a": answers[0], "answer_b": answers[1],
             "opener_a": openers[0], "opener_b": openers[1], "key": key}
@@ -133,7 +131,7 @@ def oracle(pair, seed, repair):
 # tokens are less to compute, and " is A" right after the number that decides it leaves only one thing to learn:
 # to find that number again among the quotes.
 PHRASES = (SYSTEM, "What is", "Which is the largest of", "Write three words , the last one", "Style 100%: polish",
-           "Tone 10%: kind", "Looks win", "The client asks for", " is A", " is B", *(o for style in OPENERS for o in style))
+           "Tone 10%: kind", "Looks win", "The client asks for", " is A", " is B", *OPENERS)
 PIECES = (r"\n*\[(?:Client Question|The (?:Start|End) of Chatbot [AB]'s Response)\]\n*|(?:[ \n]?</?[a-z]+(?:_[AB])?>)+\n?|"
           r"\[\[[AB]\]\]|" + "|".join(map(re.escape, PHRASES)) + r"| ?[A-Za-z]+| ?\d+%?:?| ?[^\sA-Za-z\d]|\n| ")
 TEMPLATE = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>{% endfor %}"

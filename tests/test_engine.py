@@ -3,7 +3,7 @@ import json
 
 import pytest
 
-from conftest import ROOT, metrics, run, save_qwen2
+from conftest import metrics, run, save_qwen2
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

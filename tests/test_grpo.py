@@ -14,7 +14,7 @@ D = dict(dtype=torch.float64)
 
 
 def test_advantages_are_the_published_table():
-    """Seven judgments, k right: A(right), A(wrong) of rmr1.md 3.3."""
+    """Seven judgments, k right: A(right), A(wrong), as the published code has them."""
     table = {1: (2.2678, -0.3780), 2: (1.4638, -0.5855), 3: (1.0690, -0.8018), 4: (0.8018, -1.0690), 5: (0.5855, -1.4638),
              6: (0.3780, -2.2678)}
     for k, (right, wrong) in table.items():

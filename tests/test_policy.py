@@ -6,7 +6,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import policy as P
-from conftest import run, save_qwen2
+from conftest import save_qwen2
 
 # Three prompts with one to four responses, lengths from 1 up: shared prompts, single responses and edge lengths.
 torch.manual_seed(3)

@@ -123,7 +123,7 @@ def test_single_turn_markers_stand_on_lines_of_their_own():
 
 
 def test_multi_turn_shows_both_conversations_under_the_same_names():
-    """The published training data spell one chatbot's name wrong exactly when A is right (rmr1.md 1.1)."""
+    """The published training data spell one chatbot's name wrong exactly when A is right (mix_data.py, line 168)."""
     context = [*USER, {"role": "assistant", "content": "For rice?"}, {"role": "user", "content": "Yes."}]
     for label in "AB":
         text = chat_messages(Pair("m", context, "Two.", "Some.", label))[1]["content"]
@@ -209,6 +209,16 @@ def test_a_bad_line_is_named_counted_and_never_dropped_in_silence(row, complaint
     assert len(read_pairs(path, skip_bad=True)) == 2
     said = capsys.readouterr().err
     assert f"{path}:3: " in said and "1 bad lines of 3" in said
+
+
+def test_a_hub_dataset_is_read_by_its_name(monkeypatch):
+    """Without a network: the rows that `datasets` would bring are made here, in the published form."""
+    import datasets
+    rows = [{"context_messages": chat_messages(PAIR), "winner": w} for w in ("model_a", "model_b")]
+    asked = []
+    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **kw: asked.append((a, kw)) or datasets.Dataset.from_list(rows))
+    assert [p.label for p in read_pairs("gaotang/RM-R1-after-Distill-RLVR")] == ["A", "B"]
+    assert asked == [(("gaotang/RM-R1-after-Distill-RLVR",), {"split": "train"})]
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason="../shared is absent")

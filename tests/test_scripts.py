@@ -3,7 +3,6 @@ import json
 import shutil
 
 import pytest
-import torch
 from transformers import AutoModelForCausalLM
 
 from conftest import SHARED, metrics, run
