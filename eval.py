@@ -1,9 +1,12 @@
 """
 How good a judge is: accuracy on a file of pairs, and reports that need no model.
 
-    python eval.py --model runs/demo/grpo/model --data runs/demo/data/test.jsonl --out runs/demo/eval-grpo ...   # see Makefile
-    torchrun --nproc_per_node 8 eval.py --model MODEL --data test.jsonl --out DIR     # every rank judges a slice
-    python eval.py report runs/demo/eval-* --training runs/demo/grpo --out runs/demo  # tables, curve, page of judgments
+    python eval.py --model runs/demo/grpo/model --data runs/demo/data/test.jsonl \\
+        --out runs/demo/eval-grpo ...                                       # see Makefile
+    torchrun --nproc_per_node 8 eval.py --model MODEL --data test.jsonl \\
+        --out DIR                                                           # every rank judges a slice
+    python eval.py report runs/demo/eval-* --training runs/demo/grpo \\
+        --out runs/demo                                                     # tables, curve, page of judgments
 
 Writes one line a judgment to DIR/judgments.jsonl, and computes every number from those lines alone.
 """
@@ -30,7 +33,8 @@ def judge_file(args):
     tokenizer, stop = policy.load_tokenizer(folder)
     rank, world, device = policy.start_ranks()
     if args.both_orders and (fixed := sum(p.messages is not None and not p.a for p in pairs)):
-        fail(f"--both-orders: {fixed} pairs of {args.data} come as finished prompts whose responses cannot be told apart")
+        fail(f"--both-orders: {fixed} pairs of {args.data} come as finished prompts whose responses cannot "
+             "be told apart")
     random, dtype = args.model.endswith("config.json"), policy.DTYPES[args.dtype]
     window = min(args.max_len or 10**9, policy.window_of(folder))
 
@@ -47,18 +51,19 @@ def judge_file(args):
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     parts = [out / f"judgments.part{r}" for r in range(world)]
-    samples = engine.generate([prompt for *_, prompt in mine], [seed_of(args.seed, p.id, order, t) for t, order, p, _ in mine],
+    samples = engine.generate([prompt for *_, prompt in mine],
+                              [seed_of(args.seed, p.id, order, t) for t, order, p, _ in mine],
                               args.max_tokens, [t for t, *_ in mine], stop, progress=rank == 0)
     with open(parts[rank], "w") as f:
         for (temperature, order, pair, prompt), s in zip(mine, samples):
             text = text_of(tokenizer, prompt, s)
             j = parse(text, s.finished)
             f.write(json.dumps({
-                "id": pair.id, "order": order, "temperature": temperature, "label": pair.label, "verdict": j.verdict,
-                "reason": j.reason, "official": process_judgement(text), "source": pair.source, "type": pair.type,
-                "finished": s.finished, "tokens": len(s.tokens), "style_a": pair.meta.get("style_a"),
-                "style_b": pair.meta.get("style_b"), "question": pair.context[-1]["content"], "a": pair.a, "b": pair.b,
-                "text": text}) + "\n")
+                "id": pair.id, "order": order, "temperature": temperature, "label": pair.label,
+                "verdict": j.verdict, "reason": j.reason, "official": process_judgement(text),
+                "source": pair.source, "type": pair.type, "finished": s.finished, "tokens": len(s.tokens),
+                "style_a": pair.meta.get("style_a"), "style_b": pair.meta.get("style_b"),
+                "question": pair.context[-1]["content"], "a": pair.a, "b": pair.b, "text": text}) + "\n")
     policy.stop_ranks()                            # everyone has written
     if rank == 0:
         lines = [p.read_text().splitlines(keepends=True) for p in parts]
@@ -68,7 +73,8 @@ def judge_file(args):
         for p in parts:
             p.unlink()
         if len(prompts) * len(args.temperature) > len(todo):
-            print(f"{len(prompts) - len(todo) // len(args.temperature)} prompts leave no room in a window of {window} tokens: not judged")
+            print(f"{len(prompts) - len(todo) // len(args.temperature)} prompts leave no room in a window of "
+                  f"{window} tokens: not judged")
         print_table([(out.name, measure(read_judgments(out)))])
 
 
@@ -90,15 +96,16 @@ def share(flags):
 def measure(rows):
     """All numbers of one evaluation, {name: value}, in the order in which they are printed.
 
-    Accuracy: right verdicts over all judgments, an unread verdict being wrong. Greedy rows (temperature 0) and sampled rows
-    are kept apart; where both orders were judged, both count."""
+    Accuracy: right verdicts over all judgments, an unread verdict being wrong. Greedy rows (temperature 0)
+    and sampled rows are kept apart; where both orders were judged, both count."""
     right = lambda r: r["verdict"] == r["label"]
     temperatures = sorted({r["temperature"] for r in rows})
-    main = [r for r in rows if r["temperature"] == temperatures[0]]            # greedy, where that was asked for
+    main = [r for r in rows if r["temperature"] == temperatures[0]]        # greedy, where that was asked for
     out = {"judgments": len(rows)}
     for temperature in temperatures:
         at = [r for r in rows if r["temperature"] == temperature]
-        out["accuracy, greedy" if temperature == 0 else f"accuracy, T={temperature:g}"] = share(map(right, at))
+        out["accuracy, greedy" if temperature == 0 else f"accuracy, T={temperature:g}"] = share(
+            map(right, at))
         if temperature == temperatures[0]:
             for key in ("type", "source"):
                 values = sorted({r[key] for r in at if r[key]})
@@ -119,12 +126,13 @@ def measure(rows):
     if all(r["style_a"] is not None for r in rows):
         out |= style_cells(main)
     judgments = [parse(r["text"], r["finished"]) for r in main]
-    looks = [bool(j.rubric) and all(name.lower().startswith("style") for name, *_ in j.rubric) for j in judgments]
+    looks = [bool(j.rubric) and all(name.lower().startswith("style") for name, *_ in j.rubric)
+             for j in judgments]
     if any(looks) or "style hard" in out:          # by looks: all the weight of the rubric is on style
         out["judges by looks"] = share(looks)
         out["accuracy of the others"] = share(right(r) for r, l in zip(main, looks) if not l)
-    out["quotes word for word"] = share(q.strip() in r[side.lower()] for r, j in zip(main, judgments) if j.verdict
-                                        for side in "AB" for q in j.quotes[side])
+    out["quotes word for word"] = share(q.strip() in r[side.lower()] for r, j in zip(main, judgments)
+                                        if j.verdict for side in "AB" for q in j.quotes[side])
     return out
 
 
@@ -148,11 +156,13 @@ def print_table(runs, file=sys.stdout):
     """runs: [(name, measures), ...] -> one column a run, in the order of the names' first appearance."""
     names = list(dict.fromkeys(k for _, m in runs for k in m))
     wide = max(len(n) for n in names)
-    cell = lambda v: "" if v is None else f"{v:,}" if isinstance(v, int) else f"{v:.1f}" if v > 1 else f"{v:.3f}"
+    cell = lambda v: ("" if v is None else f"{v:,}" if isinstance(v, int) else
+                      f"{v:.1f}" if v > 1 else f"{v:.3f}")
     columns = [max(10, len(name) + 2) for name, _ in runs]
     print(" " * wide + "".join(f"{name:>{w}}" for (name, _), w in zip(runs, columns)), file=file)
     for n in names:
-        print(f"{n:<{wide}}" + "".join(f"{cell(m.get(n)):>{w}}" for (_, m), w in zip(runs, columns)), file=file)
+        print(f"{n:<{wide}}" + "".join(f"{cell(m.get(n)):>{w}}" for (_, m), w in zip(runs, columns)),
+              file=file)
 
 
 # ---------------------------------------------------------------- report
@@ -169,7 +179,8 @@ def report(args):
         (out / "judgments.html").write_text(page(runs, table, args.examples))
         if args.training:
             curve(Path(args.training) / "metrics.jsonl", table, out / "curve.png")
-        print(f"\nwrote {out}/table.txt, {out}/judgments.html" + (f", {out}/curve.png" if args.training else ""))
+        print(f"\nwrote {out}/table.txt, {out}/judgments.html"
+              + (f", {out}/curve.png" if args.training else ""))
 
 
 def curve(metrics, table, path):
@@ -181,13 +192,15 @@ def curve(metrics, table, path):
         fail(f"{metrics}: no such file; is --training the --out of a training run?")
     rows = [json.loads(line) for line in open(metrics)]
     fig, ax = plt.subplots(figsize=(7, 4), dpi=150)
-    for key, label, style in (("accuracy", "sampled while training, T=1", "C0.-"), ("val_accuracy", "held-out pairs, greedy", "C3o-"),
+    for key, label, style in (("accuracy", "sampled while training, T=1", "C0.-"),
+                              ("val_accuracy", "held-out pairs, greedy", "C3o-"),
                               ("unread", "unread verdicts", "C7:")):
         points = [(r["step"], r[key]) for r in rows if key in r]
         if points:
             ax.plot(*zip(*points), style, label=label, lw=1.5, ms=5)
     ax.axhline(0.5, color="0.6", lw=0.8, ls="--", label="a coin")
-    ax.set(xlabel="GRPO step", ylabel="share of judgments", ylim=(-0.02, 1.02), title="Accuracy while training")
+    ax.set(xlabel="GRPO step", ylabel="share of judgments", ylim=(-0.02, 1.02),
+           title="Accuracy while training")
     ax.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 0.08))
     ax.spines[["top", "right"]].set_visible(False)
     fig.tight_layout()
@@ -210,53 +223,64 @@ def page(runs, table, examples):
     """A self-contained page: some pairs with the judgment of every run beside each other."""
     text = io.StringIO()
     print_table(table, text)
-    keyed = [(name, {(r["id"], r["order"]): r for r in rows if r["temperature"] == min(x["temperature"] for x in rows)})
+    keyed = [(name, {(r["id"], r["order"]): r for r in rows
+                     if r["temperature"] == min(x["temperature"] for x in rows)})
              for name, rows in runs]
     shown = list(keyed[-1][1])[:examples]
     sections = []
     for key in shown:
         first = keyed[-1][1][key]
         sides = "".join(f"<div><small{' class=best' if first['label'] == s else ''}>Response {s}"
-                        f"{' (preferred)' if first['label'] == s else ''}</small><pre>{html.escape(first[s.lower()])}</pre></div>" for s in "AB")
+                        f"{' (preferred)' if first['label'] == s else ''}</small>"
+                        f"<pre>{html.escape(first[s.lower()])}</pre></div>" for s in "AB")
         cards = ""
         for name, rows in keyed:
             if r := rows.get(key):
-                kind = "unread" if r["verdict"] is None else "right" if r["verdict"] == r["label"] else "wrong"
-                cards += (f'<div class="card {kind}"><h2>{html.escape(name)}: {r["verdict"] or html.escape(r["reason"])}</h2>'
+                kind = ("unread" if r["verdict"] is None else
+                        "right" if r["verdict"] == r["label"] else "wrong")
+                cards += (f'<div class="card {kind}"><h2>{html.escape(name)}: '
+                          f'{r["verdict"] or html.escape(r["reason"])}</h2>'
                           f'<pre>{marked(r["text"])}</pre></div>')
-        sections.append(f"<section><h2>{html.escape(first['question'])}</h2><div class=row>{sides}</div><div class=row>{cards}</div></section>")
+        sections.append(f"<section><h2>{html.escape(first['question'])}</h2><div class=row>{sides}</div>"
+                        f"<div class=row>{cards}</div></section>")
     return PAGE % (html.escape(text.getvalue()), "".join(sections))
 
 
 def marked(text):
     """A judgment as HTML: quotes highlighted, tags grey; no more than 4,000 characters of it."""
-    text = re.sub(r"&lt;(quote_[AB])&gt;(.*?)&lt;/\1&gt;", r"&lt;\1&gt;<q>\2</q>&lt;/\1&gt;", html.escape(text[:4000]), flags=re.S)
+    text = re.sub(r"&lt;(quote_[AB])&gt;(.*?)&lt;/\1&gt;", r"&lt;\1&gt;<q>\2</q>&lt;/\1&gt;",
+                  html.escape(text[:4000]), flags=re.S)
     return re.sub(r"&lt;/?\w+&gt;", r"<span class=tag>\g<0></span>", text)
 
 
 def main():
     if sys.argv[1:2] == ["report"]:
-        ap = argparse.ArgumentParser(prog="eval.py report", description="tables, curve and page from finished evaluations",
+        ap = argparse.ArgumentParser(prog="eval.py report",
+                                     description="tables, curve and page from finished evaluations",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
         ap.add_argument("runs", nargs="+", help="folders of evaluations, in the order of their columns")
         ap.add_argument("--training", help="folder of a training run, for the curve")
         ap.add_argument("--out", help="folder for table.txt, judgments.html and curve.png")
         ap.add_argument("--examples", type=int, default=12, help="pairs on the page")
         return report(ap.parse_args(sys.argv[2:]))
-    ap = argparse.ArgumentParser(description=__doc__.split("\n")[1], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    ap.add_argument("--model", required=True, help="folder, hub id, or FOLDER/config.json for random weights")
-    ap.add_argument("--data", required=True, help="pairs: JSONL file or hub dataset")
-    ap.add_argument("--out", required=True, help="folder for judgments.jsonl")
-    ap.add_argument("--protocol", choices=PROTOCOLS, default="instruct", help="prompt form, for rows without published prompts")
-    ap.add_argument("--system-prompt", help="file with the system prompt, instead of ours or the published row's")
-    ap.add_argument("--temperature", type=float, nargs="+", default=[0.0], help="0 for greedy; several are judged one after the other")
-    ap.add_argument("--both-orders", action="store_true", help="judge every pair a second time with A and B swapped")
-    ap.add_argument("--max-tokens", type=int, default=8192, help="longest judgment in tokens")
-    ap.add_argument("--max-len", type=int, help="window in tokens; default: the model's")
-    ap.add_argument("--limit", type=int, help="only the first pairs")
-    ap.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the computation")
-    ap.add_argument("--seed", type=int, default=0, help="of sampled judgments and random weights")
-    ap.add_argument("--skip-bad", action="store_true", help="report and leave out bad lines instead of stopping")
+    ap = argparse.ArgumentParser(description=__doc__.split("\n")[1],
+                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    arg = ap.add_argument
+    arg("--model", required=True, help="folder, hub id, or FOLDER/config.json for random weights")
+    arg("--data", required=True, help="pairs: JSONL file or hub dataset")
+    arg("--out", required=True, help="folder for judgments.jsonl")
+    arg("--protocol", choices=PROTOCOLS, default="instruct",
+        help="prompt form, for rows without published prompts")
+    arg("--system-prompt", help="file with the system prompt, instead of ours or the published row's")
+    arg("--temperature", type=float, nargs="+", default=[0.0],
+        help="0 for greedy; several are judged one after the other")
+    arg("--both-orders", action="store_true", help="judge every pair a second time with A and B swapped")
+    arg("--max-tokens", type=int, default=8192, help="longest judgment in tokens")
+    arg("--max-len", type=int, help="window in tokens; default: the model's")
+    arg("--limit", type=int, help="only the first pairs")
+    arg("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the computation")
+    arg("--seed", type=int, default=0, help="of sampled judgments and random weights")
+    arg("--skip-bad", action="store_true", help="report and leave out bad lines instead of stopping")
     judge_file(ap.parse_args())
 
 

@@ -1,14 +1,15 @@
 """
 Stage 2: GRPO with verifiable rewards (paper section 3.3, eq. 7 to 10). The whole algorithm is on this page.
 
-    torchrun --nproc_per_node 8 grpo.py                      # the published 7B run, from the SFT model in runs/sft/model
-    torchrun --nproc_per_node 8 grpo.py --model deepseek-ai/DeepSeek-R1-Distill-Qwen-7B --protocol reasoning \\
-        --data gaotang/RM-R1-Reasoning-RLVR
+    torchrun --nproc_per_node 8 grpo.py          # the published 7B run, from the SFT model in runs/sft/model
+    torchrun --nproc_per_node 8 grpo.py --model deepseek-ai/DeepSeek-R1-Distill-Qwen-7B \\
+        --protocol reasoning --data gaotang/RM-R1-Reasoning-RLVR
     python grpo.py --model runs/demo/sft/model --data runs/demo/data/rl.jsonl ...     # see Makefile
 
-Sample G judgments a pair with vLLM, reward right verdicts, take the group's mean and spread away, make a few clipped
-updates, give vLLM the new weights. Every rank does all of it on its share of the pairs; loss, gradient and samples do
-not depend on how many ranks there are. Writes OUT/model, OUT/metrics.jsonl, OUT/state.
+Sample G judgments a pair with vLLM, reward right verdicts, take the group's mean and spread away, make a
+few clipped updates, give vLLM the new weights. Every rank does all of it on its share of the pairs;
+loss, gradient and samples do not depend on how many ranks there are. Writes OUT/model,
+OUT/metrics.jsonl, OUT/state.
 
 Letters: B judgments, G judgments a pair, R response tokens of a micro-batch, one after the other.
 """
@@ -21,37 +22,47 @@ from tqdm import tqdm
 
 import policy as P
 from rmr1 import Engine, Sample, seed_of, text_of
-from rubrics import PROTOCOLS, Judgment, Pair, chat_messages, encode, fail, lm_as_judge, parse, read_pairs, read_system
+from rubrics import (PROTOCOLS, Judgment, Pair, chat_messages, encode, fail, lm_as_judge, parse, read_pairs,
+                     read_system)
 
 
 def arguments():
-    ap = argparse.ArgumentParser(description=__doc__.split("\n")[1], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    ap.add_argument("--model", default="runs/sft/model", help="start and frozen reference: folder, hub id, or config.json")
-    ap.add_argument("--data", default="gaotang/RM-R1-after-Distill-RLVR", help="pairs: JSONL file or hub dataset")
-    ap.add_argument("--val-data", help="held-out pairs, judged greedily every --val-every steps")
-    ap.add_argument("--val-every", type=int, default=5, help="steps between held-out evaluations")
-    ap.add_argument("--out", default="runs/grpo", help="folder of this run")
-    ap.add_argument("--protocol", choices=PROTOCOLS, default="instruct", help="prompt form, for rows without published prompts")
-    ap.add_argument("--system-prompt", help="file with the system prompt, instead of ours or the published row's")
-    ap.add_argument("--max-prompt", type=int, default=4096, help="longest prompt in tokens; longer ones are left out")
-    ap.add_argument("--max-response", type=int, default=8192, help="longest judgment in tokens")
-    ap.add_argument("--pairs", type=int, default=1024, help="pairs sampled before each round of updates")
-    ap.add_argument("--mini", type=int, default=128, help="pairs in one update")
-    ap.add_argument("--group", type=int, default=7, help="judgments a pair (G)")
-    ap.add_argument("--steps", type=int, help="rounds; default: one pass over the data")
-    ap.add_argument("--lr", type=float, default=1e-6, help="learning rate (paper: 1e-6, 7e-7, 5e-7 for 7B, 14B, 32B)")
-    ap.add_argument("--schedule", choices=("constant", "linear", "cosine"), default="constant", help="of the learning rate")
-    ap.add_argument("--clip", type=float, default=0.2, help="how far a ratio may leave 1 and still be pushed")
-    ap.add_argument("--beta", type=float, default=1e-3, help="weight of the pull towards the reference")
-    ap.add_argument("--reward", choices=("published", "random"), default="published", help="random: a control that must not learn")
-    ap.add_argument("--micro-tokens", type=int, default=16384, help="tokens a rank computes at once: lower it when memory runs out")
-    ap.add_argument("--recompute", action=argparse.BooleanOptionalAction, default=True, help="recompute activations in the backward pass")
-    ap.add_argument("--engine-memory", type=float, default=0.5, help="share of each card for vLLM while it samples")
-    ap.add_argument("--max-gap", type=float, default=0.1, help="stop if engine and trainer log-probs differ by more on average")
-    ap.add_argument("--dtype", choices=P.DTYPES, default="bfloat16", help="of the computation (weights are kept in fp32)")
-    ap.add_argument("--save-every", type=int, default=10, help="steps between checkpoints for resuming, 0 for none")
-    ap.add_argument("--seed", type=int, default=1, help="of data order, samples and random weights")
-    ap.add_argument("--skip-bad", action="store_true", help="report and leave out bad lines instead of stopping")
+    ap = argparse.ArgumentParser(description=__doc__.split("\n")[1],
+                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    arg = ap.add_argument
+    arg("--model", default="runs/sft/model",
+        help="start and frozen reference: folder, hub id, or config.json")
+    arg("--data", default="gaotang/RM-R1-after-Distill-RLVR", help="pairs: JSONL file or hub dataset")
+    arg("--val-data", help="held-out pairs, judged greedily every --val-every steps")
+    arg("--val-every", type=int, default=5, help="steps between held-out evaluations")
+    arg("--out", default="runs/grpo", help="folder of this run")
+    arg("--protocol", choices=PROTOCOLS, default="instruct",
+        help="prompt form, for rows without published prompts")
+    arg("--system-prompt", help="file with the system prompt, instead of ours or the published row's")
+    arg("--max-prompt", type=int, default=4096, help="longest prompt in tokens; longer ones are left out")
+    arg("--max-response", type=int, default=8192, help="longest judgment in tokens")
+    arg("--pairs", type=int, default=1024, help="pairs sampled before each round of updates")
+    arg("--mini", type=int, default=128, help="pairs in one update")
+    arg("--group", type=int, default=7, help="judgments a pair (G)")
+    arg("--steps", type=int, help="rounds; default: one pass over the data")
+    arg("--lr", type=float, default=1e-6, help="learning rate (paper: 1e-6, 7e-7, 5e-7 for 7B, 14B, 32B)")
+    arg("--schedule", choices=("constant", "linear", "cosine"), default="constant",
+        help="of the learning rate")
+    arg("--clip", type=float, default=0.2, help="how far a ratio may leave 1 and still be pushed")
+    arg("--beta", type=float, default=1e-3, help="weight of the pull towards the reference")
+    arg("--reward", choices=("published", "random"), default="published",
+        help="random: a control that must not learn")
+    arg("--micro-tokens", type=int, default=16384,
+        help="tokens a rank computes at once: lower it when memory runs out")
+    arg("--recompute", action=argparse.BooleanOptionalAction, default=True,
+        help="recompute activations in the backward pass")
+    arg("--engine-memory", type=float, default=0.5, help="share of each card for vLLM while it samples")
+    arg("--max-gap", type=float, default=0.1,
+        help="stop if engine and trainer log-probs differ by more on average")
+    arg("--dtype", choices=P.DTYPES, default="bfloat16", help="of the computation (weights are kept in fp32)")
+    arg("--save-every", type=int, default=10, help="steps between checkpoints for resuming, 0 for none")
+    arg("--seed", type=int, default=1, help="of data order, samples and random weights")
+    arg("--skip-bad", action="store_true", help="report and leave out bad lines instead of stopping")
     args = ap.parse_args()
     if args.group < 2:
         fail(f"--group {args.group}: a group of one has no spread, so no advantage; take at least 2")
@@ -63,7 +74,8 @@ def arguments():
 # ---------------------------------------------------------------- the algorithm, without a model
 
 def advantages(rewards):
-    """(r - mean) / (std + 1e-6) within each group (paper eq. 10; sample std and 1e-6 as in the published code).
+    """(r - mean) / (std + 1e-6) within each group (paper eq. 10; sample std and 1e-6 as
+    in the published code).
 
     rewards  (P, G) -> (P, G). A group that agrees gets zeros: it teaches nothing, but its KL term still acts.
     """
@@ -73,18 +85,18 @@ def advantages(rewards):
 def grpo_loss(logp, old, ref, adv, weight, clip=0.2, beta=1e-3):
     """Clipped policy gradient plus a pull towards the reference (paper eq. 9), on response tokens only.
 
-    logp, old, ref  (R,)  log-prob of each sampled token under the model we train, the model that sampled it, the
-                          frozen reference (the last two without gradient)
+    logp, old, ref  (R,)  log-prob of each sampled token under the model we train, the model that sampled it,
+                          the frozen reference (the last two without gradient)
     adv             (R,)  its judgment's advantage
-    weight          (R,)  its share of the mean: 1 / (tokens of its judgment x judgments of the whole update). All
-                          weights of an update, over every rank and micro-batch, sum to 1, so that cutting it up
-                          differently changes nothing.
+    weight          (R,)  its share of the mean: 1 / (tokens of its judgment x judgments of the whole update).
+                          All weights of an update, over every rank and micro-batch, sum to 1, so that cutting
+                          it up differently changes nothing.
     -> loss, {"kl", "clipped"}: this micro-batch's share of the update's means
     """
-    ratio = (logp - old).exp()                                     # 1 everywhere in the first update
+    ratio = (logp - old).exp()                       # 1 everywhere in the first update
     gain = torch.min(ratio * adv, ratio.clamp(1 - clip, 1 + clip) * adv)
-    d = (ref - logp).clamp(max=20)                                 # e^20 is finite; where it bites, the next line does too
-    kl = (d.exp() - d - 1).clamp(max=10)                           # k3 estimate, clamped as published
+    d = (ref - logp).clamp(max=20)                   # e^20 is finite; where it bites, the next line does too
+    kl = (d.exp() - d - 1).clamp(max=10)             # k3 estimate, clamped as published
     loss = ((beta * kl - gain) * weight).sum()
     clipped = ((ratio - 1).abs() > clip).float()
     return loss, {"kl": (kl * weight).sum().item(), "clipped": (clipped * weight).sum().item()}
@@ -101,8 +113,8 @@ def reward_of(text, label, kind, key):
 
 @dataclass
 class Rollout:
-    """One sampled judgment: of which pair (its place in the step's batch), the prompt's ids, what the engine gave,
-    how the parser reads it, what it earned."""
+    """One sampled judgment: of which pair (its place in the step's batch), the prompt's ids, what the engine
+    gave, how the parser reads it, what it earned."""
     place: int
     pair: Pair
     prompt: list
@@ -117,17 +129,19 @@ def tokenize(source, pairs, tokenizer, args):
     rows = [(p, encode(tokenizer, chat_messages(p, args.protocol, system)))
             for p in tqdm(pairs, desc="tokenize", disable=P.quiet(), leave=False)]
     kept = [r for r in rows if len(r[1]) <= args.max_prompt]
-    P.print0(f"{source}: {len(kept)} pairs, {len(rows) - len(kept)} left out as longer than --max-prompt {args.max_prompt}")
+    P.print0(f"{source}: {len(kept)} pairs, {len(rows) - len(kept)} left out as longer than "
+             f"--max-prompt {args.max_prompt}")
     return kept
 
 
 def sample(engine, batch, step, tokenizer, stop, args, rank, world):
-    """This rank's rollouts of a step, grouped by pair: G judgments each of every world-th pair of the batch, so that
-    every update has a share of every rank. A text is a function of (seed, step, pair, number): a resumed run, or one on
-    another number of ranks, meets the same texts."""
+    """This rank's rollouts of a step, grouped by pair: G judgments each of every world-th pair of the batch,
+    so that every update has a share of every rank. A text is a function of (seed, step, pair, number): a
+    resumed run, or one on another number of ranks, meets the same texts."""
     asked = [(place, g) for place in range(rank, len(batch), world) for g in range(args.group)]
     samples = engine.generate([batch[place][1] for place, _ in asked],
-                              [seed_of(args.seed, step, place, g) for place, g in asked], args.max_response, 1.0, stop)
+                              [seed_of(args.seed, step, place, g) for place, g in asked],
+                              args.max_response, 1.0, stop)
     rollouts = []
     for (place, g), s in zip(asked, samples):
         pair, prompt = batch[place]
@@ -138,14 +152,16 @@ def sample(engine, batch, step, tokenizer, stop, args, rank, world):
 
 
 def updates_of(rollouts, adv, args, device):
-    """Cut a step's rollouts into its updates, and each of those into micro-batches: [[(Batch, adv (R,), weight (R,)), ...]].
-    Update u has the pairs with places u * mini to (u + 1) * mini; every rank has the same number of micro-batches in it."""
+    """Cut a step's rollouts into its updates, and each of those into micro-batches:
+    [[(Batch, adv (R,), weight (R,)), ...]]. Update u has the pairs with places u * mini to (u + 1) * mini;
+    every rank has the same number of micro-batches in it."""
     updates = []
     for u in range(args.pairs // args.mini):
         here = [i for i, r in enumerate(rollouts) if r.place // args.mini == u]
         groups = [(rollouts[i].prompt, [rollouts[j].sample.tokens for j in here[k:k + args.group]])
                   for k, i in list(enumerate(here))[::args.group]]
-        # A rank without rows here runs stand-ins, which need an advantage and a length to look up, and weigh nothing.
+        # A rank without rows here runs stand-ins, which need an advantage and a length to look
+        # up, and weigh nothing.
         adv_u = torch.tensor([adv[i] for i in here] or [0.0], device=device)
         tokens = torch.tensor([len(rollouts[i].sample.tokens) for i in here] or [1], device=device)
         updates.append([(b, adv_u[b.rows], b.real / (tokens[b.rows] * args.mini * args.group))
@@ -154,18 +170,20 @@ def updates_of(rollouts, adv, args, device):
 
 
 def check_gap(rollouts, old, updates, args):
-    """Mean and largest |engine - trainer| log-prob over all ranks. They are two programs with the same weights: where
-    they disagree, samples came from other weights than those that learn from them."""
-    ours = [logp.cpu() for logps, micros in zip(old, updates) for logp, (b, *_) in zip(logps, micros) if b.real]
+    """Mean and largest |engine - trainer| log-prob over all ranks. They are two programs with the same
+    weights: where they disagree, samples came from other weights than those that learn from them."""
+    ours = [logp.cpu() for logps, micros in zip(old, updates) for logp, (b, *_) in zip(logps, micros)
+            if b.real]
     theirs = [torch.tensor(r.sample.logprobs) for r in rollouts]
     gap = (torch.cat(theirs) - torch.cat(ours)).abs() if ours else torch.zeros(0)
     total, count = P.all_sum([gap.sum(), len(gap)])
     worst, = P.all_max([gap.max() if len(gap) else 0])
     mean = total / count
     if not mean <= args.max_gap:
-        fail(f"engine and trainer disagree on the sampled tokens: mean log-prob gap {mean:.3g}, bound {args.max_gap:g} "
-             "(--max-gap). The engine is not sampling from the weights in training: the weight sync is broken, its cache "
-             "is stale, or the two compute differently (dtype, temperature, template)")
+        fail(f"engine and trainer disagree on the sampled tokens: mean log-prob gap {mean:.3g}, "
+             f"bound {args.max_gap:g} (--max-gap). The engine is not sampling from the weights in training: "
+             "the weight sync is broken, its cache is stale, or the two compute differently (dtype, "
+             "temperature, template)")
     return {"gap_mean": mean, "gap_max": worst}
 
 
@@ -189,8 +207,9 @@ def summary(rollouts, adv, args):
         agreeing * args.group, sum(lengths), sum(len(r.prompt) for r in rollouts), len(rollouts),
         sum(seed_of(r.sample.tokens) % 2**32 for r in rollouts)])
     longest, = P.all_max([max(lengths, default=0)])
-    return {"reward": reward / n, "accuracy": right / n, "unread": unread / n, "cut_off": cut / n, "agreeing_groups": agree / n,
-            "length_mean": tokens / n, "length_max": longest, "tokens": tokens + prompt_tokens, "sampled": f"{int(sampled):x}"}
+    return {"reward": reward / n, "accuracy": right / n, "unread": unread / n, "cut_off": cut / n,
+            "agreeing_groups": agree / n, "length_mean": tokens / n, "length_max": longest,
+            "tokens": tokens + prompt_tokens, "sampled": f"{int(sampled):x}"}
 
 
 def main():
@@ -207,8 +226,8 @@ def main():
     steps, dtype = args.steps or len(rows) // args.pairs, P.DTYPES[args.dtype]
     window = args.max_prompt + args.max_response
     if window > P.window_of(folder):
-        fail(f"--max-prompt {args.max_prompt} and --max-response {args.max_response} exceed the model's window of "
-             f"{P.window_of(folder)} tokens")
+        fail(f"--max-prompt {args.max_prompt} and --max-response {args.max_response} exceed the model's "
+             f"window of {P.window_of(folder)} tokens")
 
     policy = P.load(args.model, device, dtype, args.seed, recompute=args.recompute)
     reference = P.load(args.model, device, dtype, args.seed, trainable=False) if args.beta else None
@@ -217,11 +236,12 @@ def main():
     engine = Engine(folder, window, args.dtype, weights="dummy", memory=args.engine_memory)
     engine.sync(policy, dtype)
     diary = P.Diary(args.out, first, vars(args))
-    P.print0(f"{P.describe(policy, world, device)}; {steps} steps of {args.pairs} pairs x {args.group} judgments in "
-             f"{args.pairs // args.mini} updates"
+    P.print0(f"{P.describe(policy, world, device)}; {steps} steps of {args.pairs} pairs x {args.group} "
+             f"judgments in {args.pairs // args.mini} updates"
              + (f", resumed at step {first}" if first else ""))
 
-    for step in (bar := tqdm(range(first, steps), initial=first, total=steps, desc="grpo", disable=P.quiet())):
+    for step in (bar := tqdm(range(first, steps), initial=first, total=steps, desc="grpo",
+                             disable=P.quiet())):
         log = {"step": step}
         if val_rows and step % args.val_every == 0:
             log |= held_out(engine, val_rows, tokenizer, stop, args, rank, world)
@@ -233,7 +253,8 @@ def main():
         engine.sleep()
         log["seconds_sample"] = diary.lap()
 
-        # --- score: advantages, and two passes without gradient. They stay what they are through all updates of the step.
+        # --- score: advantages, and two passes without gradient. They stay what they are through all
+        # updates of the step.
         adv = advantages(torch.tensor([r.reward for r in rollouts]).view(-1, args.group)).flatten().tolist()
         updates = updates_of(rollouts, adv, args, device)
         with torch.no_grad():
@@ -257,8 +278,9 @@ def main():
         log["seconds_sync"] = diary.lap()
 
         loss, kl, clipped = (x / len(updates) for x in P.all_sum(sums))
-        log |= summary(rollouts, adv, args) | {"loss": loss, "kl": kl, "clipped": clipped, "grad_norm": sum(norms) / len(norms),
-                                               "lr": lr, "peak_gb": P.peak_memory_gb(device)}
+        log |= summary(rollouts, adv, args) | {
+            "loss": loss, "kl": kl, "clipped": clipped, "grad_norm": sum(norms) / len(norms), "lr": lr,
+            "peak_gb": P.peak_memory_gb(device)}
         log["tokens_per_second"] = log["tokens"] / sum(v for k, v in log.items() if k.startswith("seconds_"))
         diary.write(**log)
         bar.set_postfix(accuracy=f"{log['accuracy']:.3f}", unread=f"{log['unread']:.3f}", kl=f"{kl:.3f}")

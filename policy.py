@@ -80,8 +80,8 @@ def all_reduce(values, op):
 
 
 def stop_ranks():
-    """Leave together: a rank that exits early would look like a crash to the others. The process group itself is left to
-    the interpreter's end, because vLLM takes its own groups apart there."""
+    """Leave together: a rank that exits early would look like a crash to the others. The process group itself
+    is left to the interpreter's end, because vLLM takes its own groups apart there."""
     dist.barrier()
 
 
@@ -91,8 +91,9 @@ def quiet():
 
 
 def draw(count, batch, step, seed):
-    """The rows of a step: `batch` indices below `count`, every epoch shuffled anew, an incomplete last batch dropped.
-    A function of its arguments, so that a resumed run meets what the uninterrupted one would have met."""
+    """The rows of a step: `batch` indices below `count`, every epoch shuffled anew, an incomplete
+    last batch dropped. A function of its arguments, so that a resumed run meets what the
+    uninterrupted one would have met."""
     per_epoch = count // batch
     epoch, at = divmod(step, per_epoch)
     order = np.random.default_rng((seed, epoch)).permutation(count)
@@ -156,8 +157,8 @@ def pack(groups, budget, device):
 
 
 def level(micros, device):
-    """As many micro-batches on every rank as on the busiest: every forward and backward pass is a collective, and a
-    rank that sat one out would hang the others. The stand-ins are two tokens with `real` = 0."""
+    """As many micro-batches on every rank as on the busiest: every forward and backward pass is a collective,
+    and a rank that sat one out would hang the others. The stand-ins are two tokens with `real` = 0."""
     most, = all_max([len(micros)])
     spare = assemble([([0], [(0, [0])])], device)
     spare.real = 0
@@ -173,7 +174,8 @@ def assemble(groups, device):
         positions += range(P)
         for i, (row, response) in enumerate(responses):
             at, n = len(tokens), len(response)
-            # The first response follows its prompt as in any sequence; the others meet the prompt's keys again.
+            # The first response follows its prompt as in any sequence; the others meet the
+            # prompt's keys again.
             spans.append((start, P + n, range(start, P + start + n)) if i == 0 else
                          (at, n, [*range(start, start + P), *range(at, at + n)]))
             tokens += response
@@ -187,9 +189,9 @@ def assemble(groups, device):
 
 
 # ---------------------------------------------------------------- attention
-# transformers' own SDPA path silently mixes packed rows unless caches are off and masks absent, and then builds
-# a T x T mask (transformers #46634). Ours takes a plan: query spans, each with the keys it may see, causal from
-# the end (the last query sees every key). Spans cover the tokens in order.
+# transformers' own SDPA path silently mixes packed rows unless caches are off and masks absent, and then
+# builds a T x T mask (transformers #46634). Ours takes a plan: query spans, each with the keys it may see,
+# causal from the end (the last query sees every key). Spans cover the tokens in order.
 
 def varlen_plan(spans, device):
     """For the CUDA kernel: cumulative lengths, and one long list of key rows."""
@@ -285,9 +287,10 @@ class Policy(nn.Module):
 
     @torch.no_grad()
     def weights(self, dtype=None):
-        """Stream the full tensors in module order under their Hugging Face names. A collective: every rank
-        iterates to the end. Casting before gathering halves the traffic. For a tied model `lm_head.weight`
-        comes last, as its own name: vLLM's CPU build packs a copy of it, which the embedding's name does not reach."""
+        """Stream the full tensors in module order under their Hugging Face names. A collective: every
+        rank iterates to the end. Casting before gathering halves the traffic. For a tied model
+        `lm_head.weight` comes last, as its own name: vLLM's CPU build packs a copy of it, which the
+        embedding's name does not reach."""
         for name, p in self.lm.named_parameters():
             p = p.detach().to(dtype or p.dtype)
             full = p.full_tensor() if isinstance(p, DTensor) else p
@@ -319,7 +322,8 @@ def resolve(model):
         fail(f"--model {model}: no such folder, and not a hub id of the form owner/name")
     from huggingface_hub import snapshot_download
     try:
-        return Path(snapshot_download(model, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"]))
+        return Path(snapshot_download(
+            model, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"]))
     except Exception as e:                  # the hub raises a dozen types; each means: cannot be had
         fail(f"--model {model}: no such folder, and the hub could not give it ({type(e).__name__})")
 
@@ -367,9 +371,9 @@ def load(model, device, dtype, seed=0, trainable=True, recompute=True):
         param_dtype=None if dtype == master else dtype, reduce_dtype=torch.float32))
     for block in lm.model.layers:
         fully_shard(block, **shard)
-    fully_shard(policy, **shard)                           # what is left: embedding, last norm, head
+    fully_shard(policy, **shard)                        # what is left: embedding, last norm, head
     policy.to_empty(device=device)
-    for module in lm.modules():                            # rotary tables are no parameters: to_empty lost them
+    for module in lm.modules():                         # rotary tables are no parameters: to_empty lost them
         if hasattr(module, "inv_freq"):
             with torch.device(device):
                 fresh = type(module)(config=config)
@@ -397,7 +401,8 @@ def init_random(lm, std, seed):
         if "norm" in name:
             full.fill_(1)
         elif name.endswith("weight"):
-            full.normal_(0, std, generator=torch.Generator().manual_seed(zlib.crc32(f"{seed}/{name}".encode())))
+            full.normal_(0, std, generator=torch.Generator().manual_seed(
+                zlib.crc32(f"{seed}/{name}".encode())))
         full = full.to(p.device, p.dtype)
         p.copy_(distribute_tensor(full, p.device_mesh, p.placements, src_data_rank=None))
 
@@ -405,8 +410,8 @@ def init_random(lm, std, seed):
 def describe(policy, world, device):
     """One line to start a run with: size, ranks, and what the trainer's weights will take."""
     n = sum(p.numel() for p in policy.parameters())
-    return (f"{n / 1e6:.2f}M parameters, {world} ranks on {device.type}, about {16 * n / world / 2**30:.2g} GB a rank "
-            "for weights, gradients and optimizer")
+    return (f"{n / 1e6:.2f}M parameters, {world} ranks on {device.type}, about "
+            f"{16 * n / world / 2**30:.2g} GB a rank for weights, gradients and optimizer")
 
 
 # ---------------------------------------------------------------- optimisation
@@ -425,7 +430,8 @@ def schedule(step, steps, kind, warmup=0):
 
 
 def optimizer_step(policy, optim, lr, clip):
-    """Clip the global gradient norm, step, clear. A norm that is not finite skips the step. -> the norm before clipping"""
+    """Clip the global gradient norm, step, clear. A norm that is not finite skips the step.
+    -> the norm before clipping"""
     norm = nn.utils.clip_grad_norm_(policy.parameters(), clip, foreach=True)
     norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
     if not math.isfinite(norm):                            # the norm is global, so all ranks skip together
@@ -460,7 +466,8 @@ def save_model(policy, source, out, dtype):
         tmp.mkdir(parents=True)
     tied = policy.lm.config.tie_word_embeddings
     for name, tensor in policy.weights(dtype):
-        if rank == 0 and not (tied and name == "lm_head.weight"):  # a stray head would make vLLM untie the model
+        # A stray head would make vLLM untie the model.
+        if rank == 0 and not (tied and name == "lm_head.weight"):
             pending[name] = tensor.cpu().contiguous()
             size += tensor.nbytes
             if size > 4 * 2**30:
@@ -482,8 +489,9 @@ def save_model(policy, source, out, dtype):
 
 
 def save_state(policy, optim, folder, step, keep=2):
-    """Write what resuming needs (weights, optimizer; everything else is a function of the step), readable by any
-    number of ranks. The folder gets its final name last, so a name without `.tmp` is a whole checkpoint."""
+    """Write what resuming needs (weights, optimizer; everything else is a function of the step),
+    readable by any number of ranks. The folder gets its final name last, so a name without `.tmp` is
+    a whole checkpoint."""
     folder = Path(folder)
     final, tmp = folder / f"step_{step:06d}", folder / f"step_{step:06d}.tmp"
     if dist.get_rank() == 0:
@@ -517,8 +525,8 @@ def whole_states(folder):
 # ---------------------------------------------------------------- the run's diary
 
 class Diary:
-    """`metrics.jsonl` of a run, one line a step, and its `config.json`, written by rank 0. A resumed run drops the
-    lines that it is about to write again."""
+    """`metrics.jsonl` of a run, one line a step, and its `config.json`, written by rank 0. A resumed run
+    drops the lines that it is about to write again."""
 
     def __init__(self, out, first_step, config):
         self.path, self.clock = Path(out) / "metrics.jsonl", time.perf_counter()

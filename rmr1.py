@@ -36,7 +36,8 @@ class Engine:
     dtype     "float32" or "bfloat16", the same as the trainer's
     weights   "auto": from the folder. "dummy": none yet, `sync` brings them, which costs a trainer nothing
               extra and makes its very first sampling a test of the sync
-    memory    share of a card's memory for weights and cache. On a CPU the cache has VLLM_CPU_KVCACHE_SPACE GiB, 1 unless set
+    memory    share of a card's memory for weights and cache. On a CPU the cache has
+              VLLM_CPU_KVCACHE_SPACE GiB, 1 unless set
 
     Building one is a collective: `policy.start_ranks` comes first, then every rank builds it, none may skip.
     """
@@ -51,14 +52,16 @@ class Engine:
             import vllm
         self.torch, self.vllm, self.max_len, self.cuda = torch, vllm, max_len, torch.cuda.is_available()
         if self.cuda:
-            # Level-2 sleep while the trainer works: weights and cache leave the card, and the next sync, which
-            # happens anyway, brings the weights back.
+            # Level-2 sleep while the trainer works: weights and cache leave the card, and the next sync,
+            # which happens anyway, brings the weights back.
             kw = dict(gpu_memory_utilization=memory, enable_sleep_mode=weights == "dummy")
         else:
-            # Eager, and no compiled sampler: starts in 2 s instead of 28, and without a C++ compiler. No chunked prefill:
-            # a chunked, seeded request crashes vLLM's CPU sampler, so a prompt must fit into one batch.
+            # Eager, and no compiled sampler: starts in 2 s instead of 28, and without a C++ compiler.
+            # No chunked prefill: a chunked, seeded request crashes vLLM's CPU sampler, so a prompt
+            # must fit into one batch.
             torch._dynamo.config.disable = True
-            kw = dict(enforce_eager=True, enable_chunked_prefill=False, max_num_batched_tokens=max(max_len, 8192))
+            kw = dict(enforce_eager=True, enable_chunked_prefill=False,
+                      max_num_batched_tokens=max(max_len, 8192))
         rng = torch.get_rng_state()
         self.llm = vllm.LLM(
             model=str(model), dtype=dtype, max_model_len=max_len, load_format=weights, max_num_seqs=256,
@@ -68,37 +71,41 @@ class Engine:
         self.asleep = False
 
     def generate(self, prompts, seeds, max_tokens, temperature=1.0, stop=(), progress=False):
-        """One sample for every prompt (a list of token ids) with its seed, at one temperature (0: greedy) or one for
-        each. -> [Sample, ...] in order
+        """One sample for every prompt (a list of token ids) with its seed, at one temperature (0: greedy) or
+        one for each. -> [Sample, ...] in order
 
-        Texts are a function of (weights, prompt, seed): not of the other requests, the rank or what was sampled
-        before. top_p and top_k are off, so the log-probs are those of the full softmax(logits / temperature).
-        A prompt that leaves no room for a response raises ValueError before anything is sampled: vLLM would
-        refuse the whole batch.
+        Texts are a function of (weights, prompt, seed): not of the other requests, the rank or what was
+        sampled before. top_p and top_k are off, so the log-probs are those of the full
+        softmax(logits / temperature). A prompt that leaves no room for a response raises ValueError before
+        anything is sampled: vLLM would refuse the whole batch.
         """
         if longest := [len(p) for p in prompts if len(p) >= self.max_len]:
             raise ValueError(f"{len(longest)} prompts leave no room in a window of {self.max_len} tokens")
         temperatures = temperature if isinstance(temperature, list) else [temperature] * len(prompts)
-        params = [self.vllm.SamplingParams(
-            temperature=t, seed=seed, logprobs=0, detokenize=False, stop_token_ids=list(stop),
-            max_tokens=min(max_tokens, self.max_len - len(p))) for p, seed, t in zip(prompts, seeds, temperatures)]
+        params = [
+            self.vllm.SamplingParams(
+                temperature=t, seed=seed, logprobs=0, detokenize=False, stop_token_ids=list(stop),
+                max_tokens=min(max_tokens, self.max_len - len(p)))
+            for p, seed, t in zip(prompts, seeds, temperatures)]
         outputs = self.llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=progress)
         return [Sample(list(o.token_ids), [d[t].logprob for d, t in zip(o.logprobs, o.token_ids)],
                        o.finish_reason == "stop") for o in (r.outputs[0] for r in outputs)]
 
     def sleep(self):
-        """Hand the card's memory to the trainer until the next sync. On a CPU there is nothing to hand over."""
+        """Hand the card's memory to the trainer until the next sync. On a CPU there is
+        nothing to hand over."""
         if self.cuda and not self.asleep:
             self.llm.sleep(level=2)
             self.asleep = True
 
     def sync(self, policy, dtype):
-        """Take over the policy's weights: one call, tensors streamed in module order, every name of a tied pair.
-        Cached prompt keys belong to the old weights and are dropped; a cache that refuses would mix the two, so
-        that is an error. A collective among ranks. After a sleep,
-        weights wake first and the cache only once they are in: both plus the trainer's leftovers may not fit."""
+        """Take over the policy's weights: one call, tensors streamed in module order, every name of a tied
+        pair. Cached prompt keys belong to the old weights and are dropped; a cache that refuses would mix the
+        two, so that is an error. A collective among ranks. After a sleep, weights wake first and the cache
+        only once they are in: both plus the trainer's leftovers may not fit."""
         if self.asleep:
-            self.torch.cuda.empty_cache()   # what the trainer holds but does not use is what vLLM is about to take
+            # What the trainer holds but does not use is what vLLM is about to take.
+            self.torch.cuda.empty_cache()
             self.llm.wake_up(tags=["weights"])
         self.llm.collective_rpc("reload_weights", kwargs=dict(weights_iterator=policy.weights(dtype)))
         if self.asleep:
@@ -108,7 +115,8 @@ class Engine:
 
     def reset_cache(self):
         if not self.llm.reset_prefix_cache():
-            raise RuntimeError("vLLM kept its prefix cache after a weight sync: samples would mix old and new weights")
+            raise RuntimeError("vLLM kept its prefix cache after a weight sync: "
+                               "samples would mix old and new weights")
 
 
 def seed_of(*key):
@@ -117,8 +125,9 @@ def seed_of(*key):
 
 
 def text_of(tokenizer, prompt, sample):
-    """What the judge wrote, special tokens included (the published reward reads them too). Where the template opened
-    the thinking (DeepSeek's ends in `<think>`), it is put back in front, so that the parser sees where it ends."""
+    """What the judge wrote, special tokens included (the published reward reads them too). Where the
+    template opened the thinking (DeepSeek's ends in `<think>`), it is put back in front, so that the parser
+    sees where it ends."""
     opened = tokenizer.decode(prompt[-4:]).rstrip().endswith("<think>")
     return ("<think>\n" if opened else "") + tokenizer.decode(sample.tokens)
 
@@ -126,20 +135,24 @@ def text_of(tokenizer, prompt, sample):
 # ---------------------------------------------------------------- the command line
 
 def show(pair, judgment):
-    """A judgment for a person to read: what was asked, the criteria with their weights, the comparison, the verdict."""
+    """A judgment for a person to read: what was asked, the criteria with their weights, the
+    comparison, the verdict."""
     wide = lambda text, indent="  ": "\n".join(
-        textwrap.fill(line, 100, initial_indent=indent, subsequent_indent=indent) for line in text.strip().splitlines())
-    parts = [("question", "\n".join(f"{m['role']}: {m['content']}" for m in pair.context)), ("response A", pair.a),
-             ("response B", pair.b), ("task", judgment.type), ("solution", judgment.solution),
-             ("rubric", "\n".join(f"{f'{w:g} %' if w is not None else '':>6}  {name}{': ' + text if text else ''}"
-                                  for name, w, text in judgment.rubric)),
+        textwrap.fill(line, 100, initial_indent=indent, subsequent_indent=indent)
+        for line in text.strip().splitlines())
+    parts = [("question", "\n".join(f"{m['role']}: {m['content']}" for m in pair.context)),
+             ("response A", pair.a), ("response B", pair.b), ("task", judgment.type),
+             ("solution", judgment.solution),
+             ("rubric", "\n".join(f"{f'{w:g} %' if w is not None else '':>6}  {name}"
+                                  f"{': ' + text if text else ''}" for name, w, text in judgment.rubric)),
              ("why these", judgment.justify), ("comparison", judgment.eval)]
     for title, text in parts:
         if text.strip():
             print(f"{title}\n{wide(text)}\n")
     if not (judgment.solution or judgment.rubric or judgment.eval):
         print(f"what it wrote\n{wide(judgment.text)}\n")
-    print(f"verdict: {judgment.verdict or f'none ({judgment.reason})'}" + (f", people preferred {pair.label}" if pair.label else ""))
+    print(f"verdict: {judgment.verdict or f'none ({judgment.reason})'}"
+          + (f", people preferred {pair.label}" if pair.label else ""))
 
 
 def judge(args):
@@ -169,17 +182,19 @@ def judge(args):
 def main():
     ap = argparse.ArgumentParser(description=__doc__.split("\n")[1])
     commands = ap.add_subparsers(required=True, metavar="judge")
-    one = commands.add_parser("judge", help="judge one pair", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    one.add_argument("--model", required=True, help="folder or hub id of a judge")
-    one.add_argument("--question", help="the client's question")
-    one.add_argument("--a", help="response A")
-    one.add_argument("--b", help="response B")
-    one.add_argument("--data", help="or: a file of pairs")
-    one.add_argument("--line", type=int, default=1, help="which of its pairs, from 1")
-    one.add_argument("--protocol", choices=rubrics.PROTOCOLS, default="instruct", help="prompt form")
-    one.add_argument("--system-prompt", help="file with the system prompt, instead of ours")
-    one.add_argument("--max-tokens", type=int, default=8192, help="longest judgment in tokens")
-    one.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the computation")
+    one = commands.add_parser("judge", help="judge one pair",
+                              formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    arg = one.add_argument
+    arg("--model", required=True, help="folder or hub id of a judge")
+    arg("--question", help="the client's question")
+    arg("--a", help="response A")
+    arg("--b", help="response B")
+    arg("--data", help="or: a file of pairs")
+    arg("--line", type=int, default=1, help="which of its pairs, from 1")
+    arg("--protocol", choices=rubrics.PROTOCOLS, default="instruct", help="prompt form")
+    arg("--system-prompt", help="file with the system prompt, instead of ours")
+    arg("--max-tokens", type=int, default=8192, help="longest judgment in tokens")
+    arg("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the computation")
     one.set_defaults(run=judge)
     args = ap.parse_args()
     args.run(args)

@@ -3,10 +3,10 @@ Stage 1: fit oracle judgments (paper section 3.2, eq. 6).
 
     torchrun --nproc_per_node 8 sft.py                       # the published 7B run
     torchrun --nproc_per_node 8 sft.py --model Qwen/Qwen2.5-14B-Instruct --lr 3e-6
-    python sft.py --model runs/demo/data/model/config.json --data runs/demo/data/sft.jsonl ...   # see Makefile
+    python sft.py --model runs/demo/data/model/config.json --data runs/demo/data/sft.jsonl ...  # see Makefile
 
-Reads pairs with a trace, writes OUT/model (Hugging Face safetensors), OUT/metrics.jsonl and, for resuming, OUT/state.
-Killed and started again with the same command, it continues from its last checkpoint.
+Reads pairs with a trace, writes OUT/model (Hugging Face safetensors), OUT/metrics.jsonl and, for resuming,
+OUT/state. Killed and started again with the same command, it continues from its last checkpoint.
 """
 import argparse
 
@@ -17,26 +17,34 @@ from rubrics import PROTOCOLS, chat_messages, encode, fail, read_pairs, read_sys
 
 
 def arguments():
-    ap = argparse.ArgumentParser(description=__doc__.split("\n")[1], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    ap.add_argument("--model", default="Qwen/Qwen2.5-7B-Instruct", help="folder, hub id, or FOLDER/config.json for random weights")
-    ap.add_argument("--data", default="gaotang/RM-R1-Distill-SFT", help="pairs with traces: JSONL file or hub dataset")
-    ap.add_argument("--out", default="runs/sft", help="folder of this run")
-    ap.add_argument("--protocol", choices=PROTOCOLS, default="instruct", help="prompt form, for rows without published prompts")
-    ap.add_argument("--system-prompt", help="file with the system prompt, instead of ours or the published row's")
-    ap.add_argument("--max-len", type=int, default=12288, help="longest prompt + trace in tokens; longer rows are left out")
-    ap.add_argument("--batch", type=int, default=128, help="rows in an optimizer step, over all ranks")
-    ap.add_argument("--epochs", type=float, default=1, help="passes over the data")
-    ap.add_argument("--lr", type=float, default=5e-6, help="peak learning rate (paper: 5e-6, 3e-6, 2e-6 for 7B, 14B, 32B)")
-    ap.add_argument("--warmup", type=float, default=0.03, help="share of the steps with rising learning rate")
-    ap.add_argument("--betas", type=float, nargs=2, default=(0.9, 0.95), help="AdamW betas")
-    ap.add_argument("--weight-decay", type=float, default=0.0, help="AdamW weight decay")
-    ap.add_argument("--grad-clip", type=float, default=1.0, help="largest gradient norm")
-    ap.add_argument("--micro-tokens", type=int, default=16384, help="tokens a rank computes at once: lower it when memory runs out")
-    ap.add_argument("--recompute", action=argparse.BooleanOptionalAction, default=True, help="recompute activations in the backward pass")
-    ap.add_argument("--dtype", choices=P.DTYPES, default="bfloat16", help="of the computation (weights are kept in fp32)")
-    ap.add_argument("--save-every", type=int, default=50, help="steps between checkpoints for resuming, 0 for none")
-    ap.add_argument("--seed", type=int, default=42, help="of the data order and of random weights")
-    ap.add_argument("--skip-bad", action="store_true", help="report and leave out bad lines instead of stopping")
+    ap = argparse.ArgumentParser(description=__doc__.split("\n")[1],
+                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    arg = ap.add_argument
+    arg("--model", default="Qwen/Qwen2.5-7B-Instruct",
+        help="folder, hub id, or FOLDER/config.json for random weights")
+    arg("--data", default="gaotang/RM-R1-Distill-SFT", help="pairs with traces: JSONL file or hub dataset")
+    arg("--out", default="runs/sft", help="folder of this run")
+    arg("--protocol", choices=PROTOCOLS, default="instruct",
+        help="prompt form, for rows without published prompts")
+    arg("--system-prompt", help="file with the system prompt, instead of ours or the published row's")
+    arg("--max-len", type=int, default=12288,
+        help="longest prompt + trace in tokens; longer rows are left out")
+    arg("--batch", type=int, default=128, help="rows in an optimizer step, over all ranks")
+    arg("--epochs", type=float, default=1, help="passes over the data")
+    arg("--lr", type=float, default=5e-6,
+        help="peak learning rate (paper: 5e-6, 3e-6, 2e-6 for 7B, 14B, 32B)")
+    arg("--warmup", type=float, default=0.03, help="share of the steps with rising learning rate")
+    arg("--betas", type=float, nargs=2, default=(0.9, 0.95), help="AdamW betas")
+    arg("--weight-decay", type=float, default=0.0, help="AdamW weight decay")
+    arg("--grad-clip", type=float, default=1.0, help="largest gradient norm")
+    arg("--micro-tokens", type=int, default=16384,
+        help="tokens a rank computes at once: lower it when memory runs out")
+    arg("--recompute", action=argparse.BooleanOptionalAction, default=True,
+        help="recompute activations in the backward pass")
+    arg("--dtype", choices=P.DTYPES, default="bfloat16", help="of the computation (weights are kept in fp32)")
+    arg("--save-every", type=int, default=50, help="steps between checkpoints for resuming, 0 for none")
+    arg("--seed", type=int, default=42, help="of the data order and of random weights")
+    arg("--skip-bad", action="store_true", help="report and leave out bad lines instead of stopping")
     args = ap.parse_args()
     if args.batch < 1 or args.epochs <= 0 or args.micro_tokens < 1:
         fail("--batch, --epochs and --micro-tokens must be positive")
@@ -44,9 +52,10 @@ def arguments():
 
 
 def tokenize(pairs, tokenizer, args):
-    """[(prompt ids, trace ids + end of turn), ...]. The trace is encoded on its own and the role header belongs to the
-    prompt, exactly as the model will meet them when it writes. Rows longer than --max-len are left out and counted:
-    cutting them and closing with an end of turn would teach it to stop in mid-sentence."""
+    """[(prompt ids, trace ids + end of turn), ...]. The trace is encoded on its own and the role header
+    belongs to the prompt, exactly as the model will meet them when it writes. Rows longer than
+    --max-len are left out and counted: cutting them and closing with an end of turn would teach it to
+    stop in mid-sentence."""
     system, rows, overlong = read_system(args.system_prompt), [], 0
     if without := [p.id for p in pairs if p.trace is None]:
         fail(f"{args.data}: {len(without)} pairs have no trace to learn from, the first is {without[0]}")
@@ -64,8 +73,8 @@ def tokenize(pairs, tokenizer, args):
 
 
 def sft_loss(logp, denom):
-    """Negative log-likelihood of trace tokens, (R,) -> scalar. denom counts the trace tokens of the whole step, every
-    rank and micro-batch, so that the loss does not depend on how the step was cut."""
+    """Negative log-likelihood of trace tokens, (R,) -> scalar. denom counts the trace tokens of the whole
+    step, every rank and micro-batch, so that the loss does not depend on how the step was cut."""
     return -logp.sum() / denom
 
 
@@ -94,14 +103,15 @@ def main():
         total = 0.0
         for micro in P.level(micros, device):
             loss = sft_loss(policy(micro), tokens) * micro.real
-            (loss * world).backward()              # FSDP averages over ranks; the denominator is already global
+            (loss * world).backward()          # FSDP averages over ranks; the denominator is already global
             total += loss.item()
         lr = args.lr * P.schedule(step, steps, "cosine", int(args.warmup * steps + 0.999))
         norm = P.optimizer_step(policy, optim, lr, args.grad_clip)
         loss, = P.all_sum([total])
         seconds = diary.lap()
         diary.write(step=step, loss=loss, grad_norm=norm, lr=lr, trace_tokens=tokens, seconds=seconds,
-                    tokens_per_second=sum(len(p) + len(t) for p, t in batch) / seconds, peak_gb=P.peak_memory_gb(device))
+                    tokens_per_second=sum(len(p) + len(t) for p, t in batch) / seconds,
+                    peak_gb=P.peak_memory_gb(device))
         bar.set_postfix(loss=f"{loss:.3f}")
         if args.save_every and (step + 1) % args.save_every == 0:
             P.save_state(policy, optim, f"{args.out}/state", step + 1)

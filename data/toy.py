@@ -1,18 +1,18 @@
 """
 A world small enough to learn on two CPU cores, and its two-pass oracle.
 
-    python data/toy.py --out runs/demo/data          # pairs, oracle traces, a tokenizer, a model configuration
-    python data/toy.py --show                        # RM-R1's idea in three printed examples
+    python data/toy.py --out runs/demo/data        # pairs, oracle traces, a tokenizer, a model configuration
+    python data/toy.py --show                      # RM-R1's idea in three printed examples
 
 RM-R1's premise in miniature. A judge may write a judgment that *looks* (it compares styles) or one that
-*thinks* (it solves the problem, or writes the criterion down, and checks). The first-pass oracle looks instead of
-thinking, the more often the more the styles differ; the second pass repairs some of the wrong judgments; right
-judgments for the wrong reason stay in, as they do whenever traces are filtered by their verdict. SFT learns both
-habits. GRPO is paid for right verdicts only, and drops the one that does not pay.
+*thinks* (it solves the problem, or writes the criterion down, and checks). The first-pass oracle looks
+instead of thinking, the more often the more the styles differ; the second pass repairs some of the wrong
+judgments; right judgments for the wrong reason stay in, as they do whenever traces are filtered by their
+verdict. SFT learns both habits. GRPO is paid for right verdicts only, and drops the one that does not pay.
 
 Reasoning pairs have one right answer (sums, products, the largest of three numbers); chat pairs have an
-instruction that can be checked (how many fruits, which last word). Each response has one of three styles (plain,
-detailed, bold) that says nothing about its being right.
+instruction that can be checked (how many fruits, which last word). Each response has one of three styles
+(plain, detailed, bold) that says nothing about its being right.
 """
 import argparse
 import json
@@ -31,7 +31,7 @@ FRUITS = "apple pear plum fig lime melon peach grape mango cherry".split()
 WORDS = "lamp river stone cloud chair bird ship road tree clock".split()
 STYLES = ("plain", "detailed", "bold")
 OPENERS = ("Here:", "In detail, step by step:", "**Great question!** Truly:")
-LAZY = (0.25, 0.95, 0.97)       # how often the first pass looks instead of thinking, by the gap between styles
+LAZY = (0.25, 0.95, 0.97)    # how often the first pass looks instead of thinking, by the gap between styles
 
 
 # ---------------------------------------------------------------- pairs
@@ -70,8 +70,8 @@ def make_pair(seed, split, index):
     answers = [right, wrong] if label == "A" else [wrong, right]
     openers = [OPENERS[s] for s in styles]
     a, b = (f"{opener} {answer}" for opener, answer in zip(openers, answers))
-    meta = {"kind": kind, "style_a": styles[0], "style_b": styles[1], "answer_a": answers[0], "answer_b": answers[1],
-            "opener_a": openers[0], "opener_b": openers[1], "key": key}
+    meta = {"kind": kind, "style_a": styles[0], "style_b": styles[1], "answer_a": answers[0],
+            "answer_b": answers[1], "opener_a": openers[0], "opener_b": openers[1], "key": key}
     return Pair(f"{split}-{index}", [{"role": "user", "content": question}], a, b, label, "toy",
                 "chat" if kind in ("count", "endw") else "reasoning", meta=meta)
 
@@ -88,10 +88,12 @@ def think(pair):
         criterion, noun = ("Count", "fruits") if kind == "count" else ("Ending", "last")
         head = (f"<type>Chat</type>\n<rubric>{criterion} 90%: {target} {noun}\nTone 10%: kind\n"
                 f"<justify>The client asks for {target}</justify></rubric>")
-        quote, value = (str, lambda s: len(s.split())) if kind == "count" else (lambda s: s.split()[-1], lambda s: s.split()[-1])
+        quote, value = ((str, lambda s: len(s.split())) if kind == "count" else
+                        (lambda s: s.split()[-1], lambda s: s.split()[-1]))
     a, b = m["answer_a"], m["answer_b"]
-    return (f"{head}\n<eval><quote_A> {quote(a)}</quote_A> {value(a)} is A and <quote_B> {quote(b)}</quote_B> {value(b)} is B "
-            f"so {target} is {pair.label}</eval>\n<answer>[[{pair.label}]]</answer>")
+    return (f"{head}\n<eval><quote_A> {quote(a)}</quote_A> {value(a)} is A and "
+            f"<quote_B> {quote(b)}</quote_B> {value(b)} is B so {target} is {pair.label}</eval>\n"
+            f"<answer>[[{pair.label}]]</answer>")
 
 
 def look(pair, coin):
@@ -100,7 +102,8 @@ def look(pair, coin):
     style_a, style_b = STYLES[m["style_a"]], STYLES[m["style_b"]]
     verdict = coin if style_a == style_b else "A" if m["style_a"] > m["style_b"] else "B"
     return (f"<type>Chat</type>\n<rubric>Style 100%: polish\n<justify>Looks win</justify></rubric>\n"
-            f"<eval><quote_A>{m['opener_a']}</quote_A> {style_a} is A and <quote_B>{m['opener_b']}</quote_B> {style_b} is B so "
+            f"<eval><quote_A>{m['opener_a']}</quote_A> {style_a} is A and "
+            f"<quote_B>{m['opener_b']}</quote_B> {style_b} is B so "
             f"{style_a if verdict == 'A' else style_b} is {verdict}</eval>\n<answer>[[{verdict}]]</answer>")
 
 
@@ -116,8 +119,8 @@ def first_pass(pair, rng):
 
 
 def oracle(pair, seed, repair):
-    """Two passes (paper section 3.2): judge without the label; where the verdict is wrong, a second pass that knows
-    the label writes it anew, and succeeds with probability `repair`. -> trace"""
+    """Two passes (paper section 3.2): judge without the label; where the verdict is wrong, a second pass that
+    knows the label writes it anew, and succeeds with probability `repair`. -> trace"""
     rng = random.Random(f"{seed}/oracle/{pair.id}")
     trace = first_pass(pair, rng)
     if parse(trace).verdict != pair.label and rng.random() < repair:
@@ -127,21 +130,23 @@ def oracle(pair, seed, repair):
 
 # ---------------------------------------------------------------- tokenizer and model
 
-# What becomes one token, longest first: a marker with its line ends, a run of tags, a set phrase, a number, a word. Fewer
-# tokens are less to compute, and " is A" right after the number that decides it leaves only one thing to learn:
-# to find that number again among the quotes.
-PHRASES = (SYSTEM, "What is", "Which is the largest of", "Write three words , the last one", "Style 100%: polish",
-           "Tone 10%: kind", "Looks win", "The client asks for", " is A", " is B", *OPENERS)
-PIECES = (r"\n*\[(?:Client Question|The (?:Start|End) of Chatbot [AB]'s Response)\]\n*|(?:[ \n]?</?[a-z]+(?:_[AB])?>)+\n?|"
-          r"\[\[[AB]\]\]|" + "|".join(map(re.escape, PHRASES)) + r"| ?[A-Za-z]+| ?\d+%?:?| ?[^\sA-Za-z\d]|\n| ")
+# What becomes one token, longest first: a marker with its line ends, a run of tags, a set phrase, a number, a
+# word. Fewer tokens are less to compute, and " is A" right after the number that decides it leaves only one
+# thing to learn: to find that number again among the quotes.
+PHRASES = (SYSTEM, "What is", "Which is the largest of", "Write three words , the last one",
+           "Style 100%: polish", "Tone 10%: kind", "Looks win", "The client asks for", " is A", " is B",
+           *OPENERS)
+PIECES = (r"\n*\[(?:Client Question|The (?:Start|End) of Chatbot [AB]'s Response)\]\n*|"
+          r"(?:[ \n]?</?[a-z]+(?:_[AB])?>)+\n?|\[\[[AB]\]\]|" + "|".join(map(re.escape, PHRASES))
+          + r"| ?[A-Za-z]+| ?\d+%?:?| ?[^\sA-Za-z\d]|\n| ")
 TEMPLATE = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>{% endfor %}"
             "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
 
 
 def write_tokenizer(folder):
-    """A Qwen2 tokenizer of a few hundred entries: bytes, so that any text can be written, and the pieces of this
-    world as added tokens. (A plain word-level tokenizer would be shorter, but `transformers` and vLLM make a Qwen2Tokenizer
-    of whatever lies beside a Qwen2 model.)"""
+    """A Qwen2 tokenizer of a few hundred entries: bytes, so that any text can be written, and the pieces of
+    this world as added tokens. (A plain word-level tokenizer would be shorter, but `transformers` and vLLM
+    make a Qwen2Tokenizer of whatever lies beside a Qwen2 model.)"""
     from tokenizers import AddedToken, pre_tokenizers
     from transformers import Qwen2Tokenizer
     seen = {f" {n}" for n in range(101)} | {"system\n", "user\n", "assistant\n"}
@@ -150,8 +155,9 @@ def write_tokenizer(folder):
         for p in (pair, pair.swapped()):
             for text in (*(m["content"] for m in chat_messages(p, system=SYSTEM)), think(p), look(p, "A")):
                 seen.update(re.findall(PIECES, text))
-    tokenizer = Qwen2Tokenizer(vocab={c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, merges=[],
-                               unk_token=None, pad_token="<|endoftext|>", eos_token="<|im_end|>")
+    tokenizer = Qwen2Tokenizer(
+        vocab={c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, merges=[],
+        unk_token=None, pad_token="<|endoftext|>", eos_token="<|im_end|>")
     tokenizer.add_tokens([AddedToken("<|im_start|>", special=True, normalized=False),
                           *(AddedToken(piece, normalized=False) for piece in sorted(seen))])
     tokenizer.chat_template = TEMPLATE
@@ -161,8 +167,8 @@ def write_tokenizer(folder):
 
 def write_model(folder, layers, hidden):
     """Tokenizer and configuration of a tiny Qwen2; no weights: `folder/config.json` stands for random ones.
-    initializer_range 0.1: at this width 0.02 learns far slower. Tied embeddings: a model that copies one word can then
-    copy them all, which halves the steps that quoting takes to learn."""
+    initializer_range 0.1: at this width 0.02 learns far slower. Tied embeddings: a model that copies one word
+    can then copy them all, which halves the steps that quoting takes to learn."""
     from transformers import Qwen2Config
     tokenizer = write_tokenizer(folder)
     Qwen2Config(architectures=["Qwen2ForCausalLM"], vocab_size=len(tokenizer), hidden_size=hidden,
@@ -180,8 +186,8 @@ def prompt_key(pair):
 
 
 def row(pair, trace=None):
-    out = {"id": pair.id, "context": pair.context, "a": pair.a, "b": pair.b, "label": pair.label, "source": pair.source,
-           "type": pair.type, "meta": pair.meta}
+    out = {"id": pair.id, "context": pair.context, "a": pair.a, "b": pair.b, "label": pair.label,
+           "source": pair.source, "type": pair.type, "meta": pair.meta}
     return out if trace is None else {**out, "trace": trace}
 
 
@@ -194,29 +200,35 @@ def write_jsonl(path, rows):
 def show():
     """Three examples: the idea of the paper on one screen."""
     pairs = [make_pair(0, "show", i) for i in range(1000)]
-    tempting = lambda p: p.meta["style_" + p.label.lower()] < p.meta["style_" + ("b" if p.label == "A" else "a")]
+    tempting = lambda p: (p.meta["style_" + p.label.lower()]
+                          < p.meta["style_" + ("b" if p.label == "A" else "a")])
     reasoning = next(p for p in pairs if p.type == "reasoning" and tempting(p))
     chat = next(p for p in pairs if p.type == "chat" and tempting(p))
     for title, pair, trace in (
             ("1. A reasoning pair, judged by thinking: solve it, then compare", reasoning, think(reasoning)),
             ("2. A chat pair, judged by thinking: write the rubric, then compare", chat, think(chat)),
-            ("3. The first pair, judged by looks, as a first-pass oracle often does", reasoning, look(reasoning, "A"))):
-        print(f"=== {title}\n\n{chat_messages(pair)[1]['content']}\n\n--- people preferred {pair.label}; the judge writes\n"
+            ("3. The first pair, judged by looks, as a first-pass oracle often does", reasoning,
+             look(reasoning, "A"))):
+        print(f"=== {title}\n\n{chat_messages(pair)[1]['content']}\n\n"
+              f"--- people preferred {pair.label}; the judge writes\n"
               f"{trace}\n--- reward {lm_as_judge(trace, pair.label):+.0f}\n")
 
 
 def main():
-    ap = argparse.ArgumentParser(description=__doc__.split("\n")[1], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    ap.add_argument("--out", default="runs/demo/data", help="folder for sft.jsonl, rl.jsonl, val.jsonl, test.jsonl, model/")
-    ap.add_argument("--seed", type=int, default=0, help="seed of the training pairs and of the oracle")
-    ap.add_argument("--test-seed", type=int, default=20261121, help="seed of the test pairs")
-    ap.add_argument("--sft", type=int, default=20000, help="pairs with oracle traces")
-    ap.add_argument("--rl", type=int, default=4096, help="pairs without traces, for GRPO")
-    ap.add_argument("--test", type=int, default=500, help="test pairs, and as many for validation")
-    ap.add_argument("--repair", type=float, default=0.5, help="share of wrong first-pass traces that pass two repairs")
-    ap.add_argument("--layers", type=int, default=4, help="layers of the tiny Qwen2")
-    ap.add_argument("--hidden", type=int, default=96, help="its width, a multiple of 32")
-    ap.add_argument("--show", action="store_true", help="print three examples instead")
+    ap = argparse.ArgumentParser(description=__doc__.split("\n")[1],
+                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    arg = ap.add_argument
+    arg("--out", default="runs/demo/data",
+        help="folder for sft.jsonl, rl.jsonl, val.jsonl, test.jsonl, model/")
+    arg("--seed", type=int, default=0, help="seed of the training pairs and of the oracle")
+    arg("--test-seed", type=int, default=20261121, help="seed of the test pairs")
+    arg("--sft", type=int, default=20000, help="pairs with oracle traces")
+    arg("--rl", type=int, default=4096, help="pairs without traces, for GRPO")
+    arg("--test", type=int, default=500, help="test pairs, and as many for validation")
+    arg("--repair", type=float, default=0.5, help="share of wrong first-pass traces that pass two repairs")
+    arg("--layers", type=int, default=4, help="layers of the tiny Qwen2")
+    arg("--hidden", type=int, default=96, help="its width, a multiple of 32")
+    arg("--show", action="store_true", help="print three examples instead")
     args = ap.parse_args()
     if args.show:
         return show()
@@ -226,8 +238,8 @@ def main():
         fail(f"--hidden {args.hidden}: not a multiple of 32, the size of an attention head")
     out = Path(args.out)
     (out / "model").mkdir(parents=True, exist_ok=True)
-    # Held-out pairs: none shares its prompt (question and both responses) with training. The facts (36 sums, 36
-    # products) are shared by construction, so this is a test of judging, not of new arithmetic.
+    # Held-out pairs: none shares its prompt (question and both responses) with training. The facts (36 sums,
+    # 36 products) are shared by construction, so this is a test of judging, not of new arithmetic.
     taken, splits = set(), {}
     bar = tqdm(total=2 * args.test + args.sft + args.rl, desc="pairs", leave=False)
     for split, seed, count in (("test", args.test_seed, args.test), ("val", args.test_seed, args.test),
@@ -252,8 +264,8 @@ def main():
     tokenizer = write_model(out / "model", args.layers, args.hidden)
     wrong = sum(parse(t).verdict != p.label for p, t in zip(splits["sft"], traces)) / args.sft
     lazy = sum(looks(parse(t)) for t in traces) / args.sft
-    print(f"{out}: {args.sft} traces (wrong verdict {wrong:.0%}, by looks {lazy:.0%}), {args.rl} pairs for GRPO, "
-          f"{args.test} to validate, {args.test} to test; {len(tokenizer)} tokens in the vocabulary")
+    print(f"{out}: {args.sft} traces (wrong verdict {wrong:.0%}, by looks {lazy:.0%}), {args.rl} pairs for "
+          f"GRPO, {args.test} to validate, {args.test} to test; {len(tokenizer)} tokens in the vocabulary")
 
 
 if __name__ == "__main__":

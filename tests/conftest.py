@@ -13,11 +13,14 @@ sys.path[:0] = [str(ROOT), str(ROOT / "data")]
 
 
 def run(*command, ranks=1, ok=True, timeout=300):
-    """Run a script of the project as a person would, on one or several ranks. -> CompletedProcess, output as text"""
-    launch = [sys.executable] if ranks == 1 else [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks)]
-    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")}
-    done = subprocess.run([*launch, *map(str, command)], cwd=ROOT, capture_output=True, text=True, timeout=timeout,
-                          env=env | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"})
+    """Run a script of the project as a person would, on one or several ranks.
+    -> CompletedProcess, output as text"""
+    launch = [sys.executable] if ranks == 1 else [
+        sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks)]
+    env = {k: v for k, v in os.environ.items()
+           if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")}
+    done = subprocess.run([*launch, *map(str, command)], cwd=ROOT, capture_output=True, text=True,
+                          timeout=timeout, env=env | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"})
     if ok and done.returncode:
         pytest.fail(f"{' '.join(map(str, command))} ended with {done.returncode}:\n{done.stderr[-4000:]}")
     return done
@@ -43,8 +46,8 @@ def ranks():
 
 
 def save_qwen2(folder, tied, std=0.1):
-    """A small random Qwen2 with grouped keys and biases, saved by transformers itself. Heads of 32: vLLM takes no smaller
-    ones on a CPU."""
+    """A small random Qwen2 with grouped keys and biases, saved by transformers itself. Heads of 32: vLLM
+    takes no smaller ones on a CPU."""
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
     torch.manual_seed(0)
@@ -52,7 +55,7 @@ def save_qwen2(folder, tied, std=0.1):
         vocab_size=300, hidden_size=128, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
         intermediate_size=96, max_position_embeddings=512, tie_word_embeddings=tied, initializer_range=std,
         bos_token_id=None, eos_token_id=2, pad_token_id=0))
-    for p in model.parameters():                          # transformers starts biases at 0, which would hide a lost one
+    for p in model.parameters():              # transformers starts biases at 0, which would hide a lost one
         p.data += std / 2 * torch.randn_like(p)
     model.save_pretrained(folder)
     return model.eval()

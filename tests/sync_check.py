@@ -1,5 +1,5 @@
-"""Run by test_engine.py on one and on two ranks: engine and trainer must agree after every sync, and the alarm must ring
-when a sync is incomplete. Prints one line of JSON from rank 0.
+"""Run by test_engine.py on one and on two ranks: engine and trainer must agree after every sync, and the
+alarm must ring when a sync is incomplete. Prints one line of JSON from rank 0.
 
     torchrun --nproc_per_node 2 tests/sync_check.py FOLDER DTYPE
 """
@@ -40,7 +40,8 @@ def perturb(seed):
     with torch.no_grad():
         for p in policy.parameters():
             full = torch.randn(p.shape, generator=noise) * policy.lm.config.initializer_range / 2
-            p += P.distribute_tensor(full.to(p.device, p.dtype), p.device_mesh, p.placements, src_data_rank=None)
+            p += P.distribute_tensor(full.to(p.device, p.dtype), p.device_mesh, p.placements,
+                                     src_data_rank=None)
 
 
 out = {}

@@ -9,10 +9,12 @@ from conftest import metrics, run, save_qwen2
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 def test_engine_and_trainer_agree_after_every_sync(tied, ranks, tmp_path):
-    """fp32: largest difference under 1e-4, for prompts longer than a cache block, sampled before and after updates. A sync
-    that leaves out the head of a tied model, or keeps cached prompts, is off by far more than the bound of any run."""
+    """fp32: largest difference under 1e-4, for prompts longer than a cache block, sampled before and after
+    updates. A sync that leaves out the head of a tied model, or keeps cached prompts, is off by far more than
+    the bound of any run."""
     save_qwen2(tmp_path / "m", tied)
-    out = json.loads(run("tests/sync_check.py", tmp_path / "m", "float32", ranks=ranks).stdout.splitlines()[-1])
+    out = json.loads(
+        run("tests/sync_check.py", tmp_path / "m", "float32", ranks=ranks).stdout.splitlines()[-1])
     for name in ("first", "after update 0", "after update 1", "repaired"):
         assert out[name][1] < 1e-4, (name, out)
     assert out["without lm_head"][0] > 0.1, "the head left out must not go unnoticed"
@@ -23,21 +25,24 @@ def test_engine_and_trainer_agree_after_every_sync(tied, ranks, tmp_path):
 
 
 def test_in_bf16_they_agree_within_rounding(tmp_path):
-    """Rounding grows with the logits, so the model starts from weights half as wide: its log-probs then spread like a real one's."""
+    """Rounding grows with the logits, so the model starts from weights half as wide: its log-probs then
+    spread like a real one's."""
     save_qwen2(tmp_path / "m", True, std=0.05)
     out = json.loads(run("tests/sync_check.py", tmp_path / "m", "bfloat16").stdout.splitlines()[-1])
     for name in ("first", "after update 0", "after update 1", "repaired"):
         assert out[name][0] < 0.02, (name, out)
 
 
-GRPO = ("grpo.py", "--dtype", "float32", "--pairs", 8, "--mini", 4, "--group", 3, "--max-prompt", 80, "--max-response", 24,
-        "--steps", 2, "--lr", 1e-3, "--micro-tokens", 200, "--save-every", 1, "--max-gap", 0.001)
+GRPO = ("grpo.py", "--dtype", "float32", "--pairs", 8, "--mini", 4, "--group", 3, "--max-prompt", 80,
+        "--max-response", 24, "--steps", 2, "--lr", 1e-3, "--micro-tokens", 200, "--save-every", 1,
+        "--max-gap", 0.001)
 
 
 def test_one_process_and_two_take_the_same_step(toy, tmp_path):
     """Same seed, fp32: same sampled tokens, loss and gradient norm to 1e-4, with rows that share unevenly."""
-    common = (*GRPO, "--model", toy / "model/config.json", "--data", toy / "rl.jsonl", "--system-prompt", toy / "system.txt",
-              "--val-data", toy / "val.jsonl", "--val-every", 1, "--reward", "random")
+    common = (*GRPO, "--model", toy / "model/config.json", "--data", toy / "rl.jsonl",
+              "--system-prompt", toy / "system.txt", "--val-data", toy / "val.jsonl", "--val-every", 1,
+              "--reward", "random")
     run(*common, "--out", tmp_path / "one")
     run(*common, "--out", tmp_path / "two", ranks=2)
     one, two = metrics(tmp_path / "one"), metrics(tmp_path / "two")

@@ -15,13 +15,14 @@ D = dict(dtype=torch.float64)
 
 def test_advantages_are_the_published_table():
     """Seven judgments, k right: A(right), A(wrong), as the published code has them."""
-    table = {1: (2.2678, -0.3780), 2: (1.4638, -0.5855), 3: (1.0690, -0.8018), 4: (0.8018, -1.0690), 5: (0.5855, -1.4638),
-             6: (0.3780, -2.2678)}
+    table = {1: (2.2678, -0.3780), 2: (1.4638, -0.5855), 3: (1.0690, -0.8018), 4: (0.8018, -1.0690),
+             5: (0.5855, -1.4638), 6: (0.3780, -2.2678)}
     for k, (right, wrong) in table.items():
         adv = advantages(torch.tensor([[1.0] * k + [-1.0] * (7 - k)], **D))[0]
         assert abs(adv[0] - right) < 1e-4 and abs(adv[-1] - wrong) < 1e-4
     for r in (1.0, -1.0):
-        assert advantages(torch.full((1, 7), r, **D)).tolist() == [[0.0] * 7], "a group that agrees teaches nothing, and is no NaN"
+        assert advantages(torch.full((1, 7), r, **D)).tolist() == [[0.0] * 7], (
+            "a group that agrees teaches nothing, and is no NaN")
 
 
 def loss_of(logp, old, ref, adv, weight, **kw):
@@ -51,8 +52,9 @@ def test_clipping(ratio, adv, value, slope):
 
 
 def test_kl_is_k3_clamped_at_ten_without_overflow():
-    for d, value, slope in ((0.0, 0.0, 0.0), (0.5, math.exp(0.5) - 1.5, 1 - math.exp(0.5)), (-1.0, math.exp(-1), 1 - math.exp(-1)),
-                            (3.0, 10.0, 0.0), (500.0, 10.0, 0.0), (-50.0, 10.0, 0.0)):
+    for d, value, slope in ((0.0, 0.0, 0.0), (0.5, math.exp(0.5) - 1.5, 1 - math.exp(0.5)),
+                            (-1.0, math.exp(-1), 1 - math.exp(-1)), (3.0, 10.0, 0.0), (500.0, 10.0, 0.0),
+                            (-50.0, 10.0, 0.0)):
         loss, grad, stats = loss_of([0.0], [0.0], [d], [0.0], [1.0], beta=0.5)
         assert loss == pytest.approx(0.5 * value) and stats["kl"] == pytest.approx(value)
         assert grad == pytest.approx([0.5 * slope], abs=1e-12), d
@@ -70,7 +72,8 @@ def test_cutting_a_batch_up_changes_nothing():
     g = torch.Generator().manual_seed(0)
     logp, old, ref, adv = (torch.randn(40, generator=g, **D).tolist() for _ in range(4))
     whole = loss_of(logp, old, ref, adv, [1 / 40] * 40)
-    parts = [loss_of(*(x[i:i + 7] for x in (logp, old, ref, adv)), [1 / 40] * len(logp[i:i + 7])) for i in range(0, 40, 7)]
+    parts = [loss_of(*(x[i:i + 7] for x in (logp, old, ref, adv)), [1 / 40] * len(logp[i:i + 7]))
+             for i in range(0, 40, 7)]
     assert whole[0] == pytest.approx(sum(p[0] for p in parts))
     assert whole[1] == pytest.approx([g for p in parts for g in p[1]])
     assert whole[2]["kl"] == pytest.approx(sum(p[2]["kl"] for p in parts))
@@ -86,7 +89,8 @@ def test_supervision_starts_after_the_role_header_and_ends_with_the_end_of_turn(
     from rubrics import read_pairs
     tokenizer, stop = P.load_tokenizer(toy / "model")
     pairs = read_pairs(toy / "sft.jsonl")
-    args = SimpleNamespace(system_prompt=str(toy / "system.txt"), protocol="instruct", max_len=160, batch=1, data="x")
+    args = SimpleNamespace(system_prompt=str(toy / "system.txt"), protocol="instruct", max_len=160, batch=1,
+                           data="x")
     prompt, trace = sft.tokenize(pairs[:1], tokenizer, args)[0]
     assert tokenizer.decode(prompt).endswith("<|im_start|>assistant\n")
     assert tokenizer.decode(trace) == pairs[0].trace + "<|im_end|>" and trace[-1] in stop
@@ -96,9 +100,11 @@ def test_overlong_traces_are_left_out_not_cut(toy, capsys):
     from rubrics import read_pairs
     tokenizer, _ = P.load_tokenizer(toy / "model")
     pairs = read_pairs(toy / "sft.jsonl")
-    args = SimpleNamespace(system_prompt=str(toy / "system.txt"), protocol="instruct", max_len=64, batch=1, data="x")
+    args = SimpleNamespace(system_prompt=str(toy / "system.txt"), protocol="instruct", max_len=64, batch=1,
+                           data="x")
     rows = sft.tokenize(pairs, tokenizer, args)
-    assert 0 < len(rows) < len(pairs) and all(len(p) + len(t) <= 64 and t[-1] == tokenizer.eos_token_id for p, t in rows)
+    assert 0 < len(rows) < len(pairs) and all(
+        len(p) + len(t) <= 64 and t[-1] == tokenizer.eos_token_id for p, t in rows)
     assert f"{len(pairs) - len(rows)} left out" in capsys.readouterr().out
 
 
@@ -106,8 +112,10 @@ def test_a_gap_between_engine_and_trainer_stops_the_run(ranks, capsys):
     args = SimpleNamespace(max_gap=0.1)
     logp = torch.linspace(-3, 0, 50)
     rollouts = [SimpleNamespace(sample=SimpleNamespace(logprobs=part.tolist())) for part in logp.split(20)]
-    gap = lambda ours: grpo.check_gap(rollouts, [[ours, torch.ones(2)]], [[(SimpleNamespace(real=1),), (SimpleNamespace(real=0),)]], args)
-    assert gap(logp + 0.05) == {"gap_mean": pytest.approx(0.05, abs=1e-6), "gap_max": pytest.approx(0.05, abs=1e-6)}
+    gap = lambda ours: grpo.check_gap(
+        rollouts, [[ours, torch.ones(2)]], [[(SimpleNamespace(real=1),), (SimpleNamespace(real=0),)]], args)
+    assert gap(logp + 0.05) == {"gap_mean": pytest.approx(0.05, abs=1e-6),
+                                "gap_max": pytest.approx(0.05, abs=1e-6)}
     for broken in (logp + 0.2, logp * float("nan")):
         with pytest.raises(SystemExit) as stop:
             gap(broken)

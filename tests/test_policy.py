@@ -8,7 +8,8 @@ from transformers import AutoModelForCausalLM
 import policy as P
 from conftest import save_qwen2
 
-# Three prompts with one to four responses, lengths from 1 up: shared prompts, single responses and edge lengths.
+# Three prompts with one to four responses, lengths from 1 up: shared prompts, single
+# responses and edge lengths.
 torch.manual_seed(3)
 ids = lambda n: torch.randint(3, 300, (n,)).tolist()
 GROUPS = [(ids(17), [ids(5), ids(1), ids(30), ids(2)]), (ids(1), [ids(8)]), (ids(40), [ids(12), ids(12)])]
@@ -35,8 +36,9 @@ def grads(policy):
 
 @pytest.mark.parametrize("budget", [1, 40, 64, 10**9])
 def test_packed_rows_equal_separate_sequences(model, ranks, budget):
-    """Any budget, any lengths: log-probs and gradients are those of transformers on one sequence at a time, with
-    weights that went through the sharded loader (so its rotary tables and tied head are right as well)."""
+    """Any budget, any lengths: log-probs and gradients are those of transformers on one sequence at
+    a time, with weights that went through the sharded loader (so its rotary tables and tied head
+    are right as well)."""
     plain, folder = model
     policy = P.load(folder, ranks[2], torch.float32)
     weight = torch.rand(sum(len(r) for _, rs in GROUPS for r in rs))
@@ -59,10 +61,12 @@ def test_packing_keeps_the_budget_and_the_order(ranks):
         micros = P.pack(GROUPS, budget, ranks[2])
         longest = max(len(p) + len(r) for p, rs in GROUPS for r in rs)
         assert all(len(m.tokens) <= max(budget, longest) for m in micros)
-        assert torch.cat([m.targets for m in micros]).tolist() == [t for _, rs in GROUPS for r in rs for t in r]
+        assert (torch.cat([m.targets for m in micros]).tolist()
+                == [t for _, rs in GROUPS for r in rs for t in r])
         rows = torch.cat([m.rows for m in micros])
         assert rows.bincount().tolist() == [len(r) for _, rs in GROUPS for r in rs]
-    assert len(P.pack(GROUPS, 10**9, ranks[2])[0].tokens) == sum(len(p) + sum(map(len, rs)) for p, rs in GROUPS), "a prompt is there once"
+    assert len(P.pack(GROUPS, 10**9, ranks[2])[0].tokens) == sum(
+        len(p) + sum(map(len, rs)) for p, rs in GROUPS), "a prompt is there once"
 
 
 def test_temperature_divides_the_logits(model, ranks):
@@ -81,7 +85,8 @@ def test_saved_models_open_in_transformers(model, ranks, tmp_path):
     for (name, a), (_, b) in zip(plain.named_parameters(), again.named_parameters(), strict=True):
         assert torch.equal(a, b), name
     index = json.loads((tmp_path / "out/model.safetensors.index.json").read_text())["weight_map"]
-    assert ("lm_head.weight" in index) == (not plain.config.tie_word_embeddings), "a stray head would make vLLM untie the model"
+    assert ("lm_head.weight" in index) == (not plain.config.tie_word_embeddings), (
+        "a stray head would make vLLM untie the model")
     assert not list(tmp_path.glob("*.tmp"))
 
 
@@ -128,7 +133,8 @@ def test_a_gradient_that_is_not_finite_changes_nothing(model, ranks):
 
 
 def test_random_weights_depend_on_the_seed_and_on_nothing_else(model, ranks):
-    weights = lambda seed: [w for _, w in P.load(model[1] / "config.json", ranks[2], torch.float32, seed).weights()]
+    weights = lambda seed: [
+        w for _, w in P.load(model[1] / "config.json", ranks[2], torch.float32, seed).weights()]
     one, two, three = weights(0), weights(0), weights(1)
     assert all(torch.equal(a, b) for a, b in zip(one, two)) and not torch.equal(one[0], three[0])
     assert abs(one[0].std() - 0.1) < 0.01
@@ -144,7 +150,8 @@ def test_schedules():
 
 def test_every_epoch_draws_every_row_once_and_any_step_can_be_asked_for():
     steps = [P.draw(10, 3, step, 7) for step in range(6)]
-    assert sorted(i for s in steps[:3] for i in s) != sorted(i for s in steps[3:] for i in s) or steps[:3] != steps[3:]
+    assert (sorted(i for s in steps[:3] for i in s) != sorted(i for s in steps[3:] for i in s)
+            or steps[:3] != steps[3:])
     for epoch in (steps[:3], steps[3:]):
         drawn = [i for s in epoch for i in s]
         assert len(set(drawn)) == 9 and set(drawn) < set(range(10))
