@@ -1,5 +1,6 @@
 """The sampling engine: the real vLLM, on one and on two ranks."""
 import json
+import shutil
 
 import pytest
 
@@ -53,3 +54,19 @@ def test_one_process_and_two_take_the_same_step(toy, tmp_path):
             assert a[key] == pytest.approx(b[key], rel=1e-4, abs=1e-9), key
         assert a["grad_norm"] > 0 and a["agreeing_groups"] < 1
     assert one[-1]["val_accuracy"] == two[-1]["val_accuracy"]
+
+    # Resumed from the checkpoint after step 1, as if killed during step 2: the same step, not the next data.
+    shutil.rmtree(tmp_path / "one/state/step_000002")
+    again = run(*common, "--out", tmp_path / "one")
+    assert "resumed at step 1" in again.stdout
+    timing = ("seconds_", "peak_gb", "tokens_per_second")
+    plain = lambda row: {k: v for k, v in row.items() if not k.startswith(timing)}
+    assert [plain(r) for r in metrics(tmp_path / "one")] == [plain(r) for r in one]
+
+
+def test_a_run_whose_engine_disagrees_stops_and_says_so(toy, tmp_path):
+    done = run(*GRPO, "--model", toy / "model/config.json", "--data", toy / "rl.jsonl", "--system-prompt",
+               toy / "system.txt", "--out", tmp_path / "out", "--max-gap", 1e-12, ok=False)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "The engine is not sampling from the weights in training" in done.stderr
+    assert not (tmp_path / "out/model").exists() and metrics(tmp_path / "out") == []
