@@ -139,7 +139,7 @@ def show(pair, judgment):
     comparison, the verdict."""
     wide = lambda text, indent="  ": "\n".join(
         textwrap.fill(line, 100, initial_indent=indent, subsequent_indent=indent)
-        for line in text.strip().splitlines())
+        for line in text.strip("\n").splitlines())
     parts = [("question", "\n".join(f"{m['role']}: {m['content']}" for m in pair.context)),
              ("response A", pair.a), ("response B", pair.b), ("task", judgment.type),
              ("solution", judgment.solution),
