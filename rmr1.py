@@ -47,9 +47,8 @@ class Engine:
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
         import torch
-        with warnings.catch_warnings():     # vLLM asks torch for a deprecated name while it is imported
-            warnings.simplefilter("ignore", FutureWarning)
-            import vllm
+        warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")  # names torch deprecates
+        import vllm
         self.torch, self.vllm, self.max_len, self.cuda = torch, vllm, max_len, torch.cuda.is_available()
         if self.cuda:
             # Level-2 sleep while the trainer works: weights and cache leave the card, and the next sync,
