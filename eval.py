@@ -143,13 +143,9 @@ def style_cells(rows):
     for r in rows:
         right, wrong = (r["style_a"], r["style_b"]) if r["label"] == "A" else (r["style_b"], r["style_a"])
         cells.setdefault((right, wrong), []).append(r["verdict"] == r["label"])
-    mean = lambda keep: share_of([share(v) for (c, w), v in cells.items() if keep(c, w)])
+    mean = lambda keep: share([share(v) for (c, w), v in cells.items() if keep(c, w)])
     return {"style hard": mean(lambda c, w: c < w), "style normal": mean(lambda c, w: c == w),
             "style easy": mean(lambda c, w: c > w)}
-
-
-def share_of(values):
-    return sum(values) / len(values) if values else None
 
 
 def print_table(runs, file=sys.stdout):
