@@ -26,7 +26,7 @@ from tqdm import tqdm
 import policy as P
 from rmr1 import Engine, Sample, seed_of, text_of
 from rubrics import (PROTOCOLS, Judgment, Pair, chat_messages, encode, fail, form_of, lm_as_judge, parse,
-                     prompt_form, read_pairs)
+                     prompt_form, read_pairs, verdict_reward)
 
 
 def arguments():
@@ -56,8 +56,8 @@ def arguments():
     arg("--clip", type=float, nargs=2, default=(0.2, 0.2),
         help="how far a ratio may fall below 1 and rise above it and still be pushed")
     arg("--beta", type=float, default=1e-3, help="weight of the pull towards the reference; 0 loads none")
-    arg("--reward", choices=("published", "random"), default="published",
-        help="random: a control that must not learn")
+    arg("--reward", choices=("verdict", "published", "random"), default="verdict",
+        help="right verdict (paper eq. 8) by the parser, or by the released rule; random: a control")
     # Variants of the objective; each has its formula and source where it is computed below.
     arg("--advantage", choices=("grpo", "drgrpo", "rloo"), default="grpo", help="baseline and scale")
     arg("--average", choices=("judgment", "token", "constant"), default="judgment", help="of token losses")
@@ -160,14 +160,16 @@ def shares(tokens, total, judgments, kind, limit):
 
 
 def reward_of(text, judgment, pair, length, key, args):
-    """The published reward, or for the control a coin that `key` throws, and what the flags add.
+    """1 for the right verdict and -1 for any other, or for the control a coin that `key` throws, and what the
+    flags add.
 
-    --overlong N       0 up to N tokens before the limit, then falling evenly to -1 at the limit (DAPO, eq.
-    13) --format-reward W  W where a judgment has type, rubric or solution, and comparison (paper eq. 11 has W
-    = 1) """
+    --overlong N       0 up to N tokens before the limit, then falling evenly to -1 at the limit (DAPO, eq. 13)
+    --format-reward W  W where a judgment has type, rubric or solution, and comparison (paper eq. 11: W = 1)
+    """
     if args.reward == "random":
         return 1.0 if hashlib.sha256(repr(key).encode()).digest()[0] % 2 else -1.0
-    reward = lm_as_judge(text, pair.label)
+    reward = (lm_as_judge(text, pair.label) if args.reward == "published" else
+              verdict_reward(judgment, pair.label))
     if args.overlong:
         reward += min(0.0, (args.max_response - args.overlong - length) / args.overlong)
     if args.format_reward and judgment.type and (judgment.rubric or judgment.solution) and judgment.eval:

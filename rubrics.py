@@ -470,8 +470,14 @@ def judges_by_looks(rubric):
 
 # ---------------------------------------------------------------- rewards
 
+def verdict_reward(judgment, label):
+    """+1 if the verdict is the label, else -1 (paper eq. 8). A judgment whose verdict is ambiguous, or that has
+    none, is wrong."""
+    return 1.0 if judgment.verdict is not None and judgment.verdict == label else -1.0
+
+
 def lm_as_judge(text, label):
-    """The published training reward (paper eq. 8; RM-R1 `lm_as_judge.py`): +1 if the last 80 characters of
+    """The released training reward (RM-R1 `lm_as_judge.py`): +1 if the last 80 characters of
     the text, special tokens included, hold the answer tag of the label and not that of the other; else -1."""
     tail = text[-80:]
     right, wrong = f"<answer>[[{label}]]</answer>", f"<answer>[[{other(label)}]]</answer>"
