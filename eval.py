@@ -16,6 +16,7 @@ same command, it judges what is still missing.
 import argparse
 import hashlib
 import json
+import os
 import random
 import sys
 from collections import Counter, defaultdict
@@ -90,6 +91,8 @@ def judge(args):
     if not todo:
         fail("nothing to judge" + (f": {left_out[0]['item']}: {left_out[0]['reason']}" if left_out else ""))
     rank, world, _ = policy.start_ranks()
+    if world % args.tp:
+        fail(f"--tp {args.tp} does not divide the {world} ranks")
     protocol = system = None
     if not args.scalar:
         folder = None if args.base_url else policy.resolve(args.model)
@@ -100,7 +103,9 @@ def judge(args):
     done = open_run(out, config, asked, left_out, rank)
     # A prompt's votes stay on one rank, whose cache then has it.
     place = {key: n for n, key in enumerate(dict.fromkeys((x[0].id, x[1]) for x in todo))}
-    mine = [x for x in todo if place[x[0].id, x[1]] % world == rank and key_of(*x) not in done]
+    # The ranks of one tensor-parallel engine ask the same; the first of them writes.
+    engine, engines, writes = rank // args.tp, world // args.tp, rank % args.tp == 0
+    mine = [x for x in todo if place[x[0].id, x[1]] % engines == engine and key_of(*x) not in done]
     prompts = {}                                       # of a pair in an order: its votes share one
 
     def chat(shown, order):
@@ -111,7 +116,7 @@ def judge(args):
     bar = tqdm(total=len(mine), desc="judge", disable=policy.quiet(), smoothing=0)
     right, failed, why = 0, 0, "no answer on another rank"
     work, = policy.all_sum([len(mine)])                # building an engine is a collective: all do, or none
-    with open(out / f"judgments.part{rank}.jsonl", "a") as f:
+    with open(out / f"judgments.part{rank}.jsonl" if writes else os.devnull, "a") as f:
         for at, line in answers(args, mine, chat) if work else ():
             if isinstance(line, str):                  # why there is no answer: another run asks again
                 failed, why = failed + 1, line
@@ -124,7 +129,7 @@ def judge(args):
             bar.update()
             bar.set_postfix_str(f"accuracy {right / max(1, bar.n - failed):.3f}", refresh=False)
     bar.close()
-    failed, = policy.all_sum([failed])
+    failed, = policy.all_sum([failed * writes])
     policy.barrier()                                   # everyone has written
     if rank == 0:
         merge(out, [key_of(*x) for x in todo])
@@ -140,7 +145,7 @@ def answers(args, mine, chat):
         yield from scalar_answers(args, mine)
         return
     judge = Server(args.base_url, args.model, args.max_tokens, args.at_once) if args.base_url else \
-        Local(args.model, args.max_tokens, args.max_len, args.dtype, args.engine_memory, args.seed)
+        Local(args.model, args.max_tokens, args.max_len, args.dtype, args.engine_memory, args.seed, args.tp)
     requests = ((chat(shown, order), seed_of(args.seed, shown.id, order, t, vote), t)
                 for shown, order, _, t, vote in mine)
     for at, a in judge.answers(requests):
@@ -577,6 +582,7 @@ def main():
     arg("--max-len", type=int, help="longest prompt + judgment in tokens; default: the model's window")
     arg("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="of the computation")
     arg("--engine-memory", type=float, default=0.9, help="share of each card for vLLM")
+    arg("--tp", type=int, default=1, help="ranks that judge with one engine together (tensor parallel)")
     arg("--seed", type=int, default=0, help="of orders, samples, --limit and random weights")
     arg("--skip-bad", action="store_true",
         help="report and leave out bad lines of --data instead of stopping")

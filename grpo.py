@@ -7,11 +7,11 @@ Stage 2: GRPO with verifiable rewards (paper section 3.3, eq. 7 to 10). The whol
     python grpo.py --model runs/demo/sft/model --data runs/demo/data/rl.jsonl ...     # see Makefile
 
 Sample G judgments a pair with vLLM, reward right verdicts, take the group's mean and spread away, make a
-few clipped updates, give vLLM the new weights. Every rank does all of it on its share of the pairs;
-loss, gradient and samples do not depend on how many ranks there are. Writes OUT/model,
+few clipped updates, give vLLM the new weights. Every rank does its share of the sampling and of the
+learning; loss, gradient and samples do not depend on how many ranks there are. Writes OUT/model,
 OUT/metrics.jsonl, OUT/state.
 
-Letters: B judgments, G judgments a pair, R response tokens of a micro-batch, one after the other.
+Letters: P pairs, G judgments a pair, B judgments, R response tokens of a micro-batch, one after the other.
 """
 import argparse
 import hashlib
@@ -24,9 +24,9 @@ import torch
 from tqdm import tqdm
 
 import policy as P
-from rmr1 import Engine, Sample, seed_of, text_of
-from rubrics import (PROTOCOLS, Judgment, Pair, chat_messages, encode, fail, form_of, lm_as_judge, parse,
-                     prompt_form, read_pairs, verdict_reward)
+from rmr1 import Engine, seed_of, text_of
+from rubrics import (PROTOCOLS, Pair, chat_messages, encode, fail, form_of, lm_as_judge, parse, prompt_form,
+                     read_pairs, verdict_reward)
 
 
 def arguments():
@@ -68,16 +68,21 @@ def arguments():
     arg("--engine-cap", type=float, help="weigh tokens by trainer / engine probability, at most this, e.g. 2")
     arg("--overlong", type=int, default=0, help="tokens before the limit over which the reward falls by 1")
     arg("--format-reward", type=float, default=0.0, help="added where the parts of a judgment are all there")
+    arg("--both-orders", type=float, metavar="W",
+        help="judge each pair in both orders (--pairs and --mini count both), W more where both are right")
+    arg("--refill", type=int, default=0, help="rounds of sampling again for groups that agree")
     arg("--micro-tokens", type=int, default=16384,
         help="tokens a rank computes at once: lower it when memory runs out")
     arg("--recompute", action=argparse.BooleanOptionalAction, default=True,
         help="recompute activations in the backward pass")
     arg("--engine-memory", type=float, default=0.5, help="share of each card for vLLM while it samples")
+    arg("--tp", type=int, default=1, help="ranks that sample with one engine together (tensor parallel)")
     arg("--max-gap", type=float, default=0.1,
         help="stop if engine and trainer log-probs differ by more on average")
     arg("--dtype", choices=P.DTYPES, default="bfloat16", help="of the computation (weights are kept in fp32)")
     arg("--max-bad", type=int, default=5, help="stop after so many updates in a row without finite gradient")
     arg("--save-every", type=int, default=10, help="steps between checkpoints for resuming, 0 for none")
+    arg("--timeout", type=float, default=60, help="minutes that a phase may take before the run is ended")
     arg("--seed", type=int, default=1, help="of data order, samples and random weights")
     arg("--skip-bad", action="store_true", help="report and leave out bad lines instead of stopping")
     args = ap.parse_args()
@@ -85,6 +90,8 @@ def arguments():
         fail(f"--group {args.group}: a group of one has no spread, so no advantage; take at least 2")
     if args.mini < 1 or args.pairs % args.mini:
         fail(f"--pairs {args.pairs} does not divide into updates of --mini {args.mini}")
+    if args.both_orders is not None and args.mini % 2:
+        fail(f"--mini {args.mini}: with --both-orders an update has both orders of its pairs: an even number")
     return args
 
 
@@ -181,67 +188,118 @@ def reward_of(text, judgment, pair, length, key, args):
 
 @dataclass
 class Rollout:
-    """One sampled judgment: of which pair (its place in the step's batch), the prompt's ids, what the engine
-    gave, how the parser reads it, what it earned."""
-    place: int
-    pair: Pair
-    prompt: list
-    sample: Sample
-    judgment: Judgment
+    """One sampled judgment: its token ids and their log-probs under the engine, (R,) each, whether it ended
+    by itself, the verdict that the parser reads in it, what it earned."""
+    tokens: np.ndarray
+    logprobs: np.ndarray
+    finished: bool
+    verdict: str | None
     reward: float
 
 
-def tokenize(source, pairs, tokenizer, form, args):
-    """[(pair, prompt ids), ...] without the prompts that are longer than --max-prompt, which are counted."""
-    rows = [(p, encode(tokenizer, chat_messages(p, *form)))
+@dataclass
+class Group:
+    """The G judgments of one prompt."""
+    pair: Pair
+    prompt: list
+    rollouts: list
+
+    def agrees(self):
+        """Do all rewards say the same? Then there is nothing to learn from comparing them."""
+        return len({r.reward for r in self.rollouts if not math.isnan(r.reward)}) < 2
+
+    def tokens(self):
+        """As `policy.pack` and `policy.deal` want them: prompt ids, [response ids, ...]"""
+        return self.prompt, [r.tokens.tolist() for r in self.rollouts]
+
+
+def tokenize(source, pairs, tokenizer, form, args, both=False):
+    """[[(pair, prompt ids), and with `both` the same in the other order], ...], without those that are longer
+    than --max-prompt, which are counted."""
+    if both and (stuck := [p.id for p in pairs if p.messages and not p.a]):
+        fail(f"--both-orders: {source} has finished prompts whose responses cannot be told apart, the first "
+             f"is {stuck[0]}")
+    rows = [[(p, encode(tokenizer, chat_messages(p, *form))) for p in ([p, p.swapped()] if both else [p])]
             for p in tqdm(pairs, desc="tokenize", disable=P.quiet(), leave=False)]
-    kept = [r for r in rows if len(r[1]) <= args.max_prompt]
+    kept = [row for row in rows if all(len(ids) <= args.max_prompt for _, ids in row)]
     P.print0(f"{source}: {len(kept)} pairs, {len(rows) - len(kept)} left out as longer than "
              f"--max-prompt {args.max_prompt}")
     return kept
 
 
-def sample(engine, batch, step, tokenizer, stop, args, rank, world):
-    """This rank's rollouts of a step, grouped by pair: G judgments each of every world-th pair of the batch,
-    so that every update has a share of every rank. A text is a function of (seed, step, pair, number): a
-    resumed run, or one on another number of ranks, meets the same texts."""
+def sample(engine, batch, first, step, tokenizer, stop, args, rank, world):
+    """The groups of a batch of (pair, prompt), known to every rank: each samples and reads those of every
+    world-th pair, then all tell each other. A text is a function of (seed, step, place, number), the places
+    counted from `first`: a resumed run, or one on another number of ranks, meets the same texts."""
     asked = [(place, g) for place in range(rank, len(batch), world) for g in range(args.group)]
     samples = engine.generate([batch[place][1] for place, _ in asked],
-                              [seed_of(args.seed, step, place, g) for place, g in asked],
+                              [seed_of(args.seed, step, first + place, g) for place, g in asked],
                               args.max_response, 1.0, stop)
-    rollouts = []
+    mine = []
     for (place, g), s in zip(asked, samples):
         pair, prompt = batch[place]
         text = text_of(tokenizer, prompt, s)
         judgment = parse(text, s.finished)
         try:
-            reward = reward_of(text, judgment, pair, len(s.tokens), (args.seed, step, place, g), args)
+            reward = reward_of(text, judgment, pair, len(s.tokens), (args.seed, step, first + place, g), args)
         except (ValueError, KeyError, TypeError, ArithmeticError) as e:
-            # One judgment must not cost the run, nor leave the other ranks waiting: it is counted and
-            # ignored.
+            # One judgment must not cost the run: it is counted and ignored.
             print(f"reward of {pair.id}, judgment {g}: {type(e).__name__}: {e}", file=sys.stderr)
             reward = math.nan
-        rollouts.append(Rollout(place, pair, prompt, s, judgment, reward))
-    return rollouts
+        mine.append(Rollout(np.array(s.tokens, np.int32), np.array(s.logprobs, np.float32), s.finished,
+                            judgment.verdict, reward))
+    everyone, G = P.all_gather(mine), args.group
+    return [Group(*batch[i], everyone[i % world][i // world * G:(i // world + 1) * G])
+            for i in range(len(batch))]
 
 
-def updates_of(rollouts, adv, args, device):
-    """Cut a step's rollouts into its updates, and each of those into micro-batches:
-    [[(Batch, adv (R,), weight (R,), engine's log-prob (R,)), ...]]. Update u has the pairs with places u *
-    mini to (u + 1) * mini; every rank has the same number of micro-batches in it."""
+def consistency(groups, bonus):
+    """--both-orders W: judgments g of a pair in one order and in the other earn W more each where both
+    verdicts are right (the position-consistency reward of J1, arXiv 2505.10320). groups: both orders, side by
+    side."""
+    for one, two in zip(groups[::2], groups[1::2]):
+        for x, y in zip(one.rollouts, two.rollouts):
+            if x.verdict == one.pair.label and y.verdict == two.pair.label:
+                x.reward, y.reward = x.reward + bonus, y.reward + bonus
+
+
+def collect(engine, rows, step, tokenizer, stop, args, rank, world):
+    """The groups that a step learns from. --refill N (dynamic sampling, DAPO, eq. 11): while groups agree, up
+    to N times another batch is drawn and sampled; the first --pairs groups that do not agree are taken, and
+    only where they run out some that do. -> groups, [how many groups each round had that agree]"""
+    groups, agreeing = [], []
+    for again in range(1 + args.refill):
+        # Another shuffle of the data for every round, so that the first one remains a pass over it.
+        seed = seed_of(args.seed, again) if again else args.seed
+        batch = [x for i in P.draw(len(rows), args.pairs // len(rows[0]), step, seed) for x in rows[i]]
+        sampled = sample(engine, batch, again * args.pairs, step, tokenizer, stop, args, rank, world)
+        if args.both_orders:
+            consistency(sampled, args.both_orders)
+        groups += sampled
+        agreeing.append(sum(g.agrees() for g in sampled))
+        if len(groups) - sum(agreeing) >= args.pairs:
+            break
+    return (sorted(groups, key=Group.agrees)[:args.pairs] if args.refill else groups), agreeing
+
+
+def updates_of(groups, adv, args, device, rank, world, width):
+    """Cut a step into its updates of --mini groups, and this rank's share of each into micro-batches, as many
+    on every rank: [[(Batch, adv (R,), weight (R,), engine's log-prob (R,)), ...], ...]
+    adv  (P, G) advantages; width  the model's hidden size, for the cost of attention"""
     updates = []
-    for u in range(args.pairs // args.mini):
-        here = [i for i, r in enumerate(rollouts) if r.place // args.mini == u]
-        groups = [(rollouts[i].prompt, [rollouts[j].sample.tokens for j in here[k:k + args.group]])
-                  for k, i in list(enumerate(here))[::args.group]]
+    for start in range(0, args.pairs, args.mini):
+        packed = [g.tokens() for g in groups[start:start + args.mini]]
+        total = sum(len(r) for _, responses in packed for r in responses)
+        mine = P.deal(packed, world, width)[rank]
+        rollouts = [r for i in mine for r in groups[start + i].rollouts]
         # A rank without rows here runs stand-ins, which need an advantage and a length to look
         # up, and weigh nothing.
-        adv_u = torch.tensor([adv[i] for i in here] or [0.0], device=device)
-        tokens = torch.tensor([len(rollouts[i].sample.tokens) for i in here] or [1], device=device)
-        total, = P.all_sum([tokens.sum() if here else 0])
+        adv_u = adv[start:start + args.mini][mine].flatten().tolist() or [0.0]
+        adv_u = torch.tensor(adv_u, device=device)
+        tokens = torch.tensor([len(r.tokens) for r in rollouts] or [1], device=device)
         share = shares(tokens, total, args.mini * args.group, args.average, args.max_response)
-        engine = torch.tensor([x for i in here for x in rollouts[i].sample.logprobs], device=device)
-        micros = P.level(P.pack(groups, args.micro_tokens, device), device)
+        engine = torch.tensor(np.concatenate([r.logprobs for r in rollouts] or [[]]), device=device).float()
+        micros = P.level(P.pack([packed[i] for i in mine], args.micro_tokens, device), device)
         ends = np.cumsum([len(b.rows) * b.real for b in micros]).tolist()
         updates.append([(b, adv_u[b.rows], b.real * share[b.rows],
                          engine[end - len(b.rows):end] if b.real else torch.zeros(len(b.rows), device=device))
@@ -249,13 +307,12 @@ def updates_of(rollouts, adv, args, device):
     return updates
 
 
-def check_gap(rollouts, old, updates, args):
+def check_gap(old, updates, args):
     """Mean and largest |engine - trainer| log-prob over all ranks. They are two programs with the same
     weights: where they disagree, samples came from other weights than those that learn from them."""
-    ours = [logp.cpu() for logps, micros in zip(old, updates) for logp, (b, *_) in zip(logps, micros)
-            if b.real]
-    theirs = [torch.tensor(r.sample.logprobs) for r in rollouts]
-    gap = (torch.cat(theirs) - torch.cat(ours)).abs() if ours else torch.zeros(0)
+    gaps = [(logp - engine).abs() for logps, micros in zip(old, updates)
+            for logp, (b, _, _, engine) in zip(logps, micros) if b.real]
+    gap = torch.cat(gaps) if gaps else torch.zeros(0)
     total, count = P.all_sum([gap.sum(), len(gap)])
     worst, = P.all_max([gap.max() if len(gap) else 0])
     mean = total / count
@@ -267,9 +324,32 @@ def check_gap(rollouts, old, updates, args):
     return {"gap_mean": mean, "gap_max": worst}
 
 
+def learn(policy, optim, updates, old, ref, lr, args, world):
+    """One clipped step an update (paper eq. 9). old, ref: [[log-probs (R,) of a micro-batch, ...], ...] by
+    update; old[0] is filled here, and engine and trainer are compared before the first step.
+    -> what the diary says about it, [gradient norms]"""
+    variant = {k: getattr(args, k) for k in (
+        "clip", "beta", "ratio", "surrogate", "dual_clip", "kl", "engine_cap")}
+    sums, norms = [0.0] * 3, []
+    for u, micros in enumerate(updates):
+        for m, (b, adv, weight, engine) in enumerate(micros):
+            logp = policy(b)
+            if u == 0:
+                old[0].append(logp.detach())
+            loss, stats = grpo_loss(logp, old[u][m], ref[u][m] if ref else old[u][m], adv, weight, b.rows,
+                                    engine, **variant)
+            (loss * world).backward()              # FSDP averages over ranks; the weights are already global
+            sums = [a + b for a, b in zip(sums, (loss.item(), stats["kl"], stats["clipped"]))]
+        if u == 0:
+            gap = check_gap(old, updates, args)
+        norms.append(P.optimizer_step(policy, optim, lr, clip=1.0))
+    loss, kl, clipped = (x / len(updates) for x in P.all_sum(sums))
+    return gap | {"loss": loss, "kl": kl, "clipped": clipped, "grad_norm": sum(norms) / len(norms)}, norms
+
+
 def held_out(engine, rows, tokenizer, stop, args, rank, world):
     """Greedy accuracy and unread share on held-out pairs, every rank taking a slice."""
-    mine = rows[rank::world]
+    mine = [pair for row in rows[rank::world] for pair in row]
     samples = engine.generate([ids for _, ids in mine], [0] * len(mine), args.max_response, 0.0, stop)
     verdicts = [parse(text_of(tokenizer, ids, s), s.finished).verdict for (_, ids), s in zip(mine, samples)]
     right, unread, n = P.all_sum([sum(v == p.label for v, (p, _) in zip(verdicts, mine)),
@@ -277,21 +357,20 @@ def held_out(engine, rows, tokenizer, stop, args, rank, world):
     return {"val_accuracy": right / n, "val_unread": unread / n}
 
 
-def summary(rollouts, adv, args):
-    """What a step's rollouts look like over all ranks; the README explains each number."""
-    lengths = [len(r.sample.tokens) for r in rollouts]
-    agreeing = sum(not any(adv[i:i + args.group]) for i in range(0, len(adv), args.group))
-    scored = [r.reward for r in rollouts if not math.isnan(r.reward)]
-    reward, known, right, unread, cut, agree, tokens, prompt_tokens, n, sampled = P.all_sum([
-        sum(scored), len(scored), sum(r.judgment.verdict == r.pair.label for r in rollouts),
-        sum(r.judgment.verdict is None for r in rollouts), sum(not r.sample.finished for r in rollouts),
-        agreeing * args.group, sum(lengths), sum(len(r.prompt) for r in rollouts), len(rollouts),
-        sum(seed_of(r.sample.tokens) % 2**32 for r in rollouts)])
-    longest, = P.all_max([max(lengths, default=0)])
-    return {"reward": reward / max(1, known), "unscored": n - known, "accuracy": right / n,
-            "unread": unread / n, "cut_off": cut / n, "agreeing_groups": agree / n,
-            "length_mean": tokens / n, "length_max": longest,
-            "tokens": tokens + prompt_tokens, "sampled": f"{int(sampled):x}"}
+def summary(groups, agreeing, args):
+    """What a step's rollouts look like; the README explains each number."""
+    rollouts = [(g.pair, r) for g in groups for r in g.rollouts]
+    mean = lambda values: float(np.mean(list(values)))
+    scored = [r.reward for _, r in rollouts if not math.isnan(r.reward)]
+    lengths = [len(r.tokens) for _, r in rollouts]
+    sampled = hashlib.sha256(b"".join(r.tokens.tobytes() for _, r in rollouts)).hexdigest()
+    return {"reward": mean(scored or [0]), "unscored": len(rollouts) - len(scored),
+            "accuracy": mean(r.verdict == pair.label for pair, r in rollouts),
+            "unread": mean(r.verdict is None for _, r in rollouts),
+            "cut_off": mean(not r.finished for _, r in rollouts),
+            "agreeing_groups": sum(agreeing) / len(agreeing) / args.pairs, "rounds": len(agreeing),
+            "length_mean": mean(lengths), "length_max": max(lengths),
+            "tokens": sum(lengths) + args.group * sum(len(g.prompt) for g in groups), "sampled": sampled[:12]}
 
 
 def main():
@@ -300,23 +379,28 @@ def main():
     val_pairs = read_pairs(args.val_data, args.skip_bad) if args.val_data else []
     folder = P.resolve(args.model)
     tokenizer, stop = P.load_tokenizer(folder)
-    rank, world, device = P.start_ranks()
+    rank, world, device = P.start_ranks(args.timeout)
     form = prompt_form(folder, args.model, args.protocol, args.system_prompt, default="instruct")
-    rows = tokenize(args.data, pairs, tokenizer, form, args)
+    rows = tokenize(args.data, pairs, tokenizer, form, args, both=args.both_orders is not None)
     val_rows = tokenize(args.val_data, val_pairs, tokenizer, form, args) if val_pairs else []
-    if len(rows) < args.pairs:
+    if len(rows) * len(rows[0] if rows else ()) < args.pairs:
         fail(f"--pairs {args.pairs}: more than the {len(rows)} usable pairs in {args.data}")
-    steps, dtype = args.steps or len(rows) // args.pairs, P.DTYPES[args.dtype]
+    steps, dtype = args.steps or len(rows) * len(rows[0]) // args.pairs, P.DTYPES[args.dtype]
     window = args.max_prompt + args.max_response
     if window > P.window_of(folder):
         fail(f"--max-prompt {args.max_prompt} and --max-response {args.max_response} exceed the model's "
              f"window of {P.window_of(folder)} tokens")
+    if world % args.tp:
+        fail(f"--tp {args.tp} does not divide the {world} ranks")
 
+    P.phase("load the weights")
     policy = P.load(args.model, device, dtype, args.seed, recompute=args.recompute)
     reference = P.load(args.model, device, dtype, args.seed, trainable=False) if args.beta else None
     optim = P.adamw(policy, args.lr, (0.9, 0.999), 0.01)
-    first = P.load_state(policy, optim, f"{args.out}/state")
-    engine = Engine(folder, window, args.dtype, weights="dummy", memory=args.engine_memory)
+    state = P.Checkpoints(policy, optim, f"{args.out}/state")
+    first = state.load()
+    P.phase("start the engine")
+    engine = Engine(folder, window, args.dtype, weights="dummy", memory=args.engine_memory, tp=args.tp)
     engine.sync(policy, dtype)
     diary, bad = P.Diary(args.out, first, vars(args)), 0
     P.catch_signals()
@@ -324,72 +408,60 @@ def main():
              f"judgments in {args.pairs // args.mini} updates"
              + (f", resumed at step {first}" if first else ""))
 
-    variant = {k: getattr(args, k) for k in (
-        "clip", "beta", "ratio", "surrogate", "dual_clip", "kl", "engine_cap")}
     for step in (bar := tqdm(range(first, steps), initial=first, total=steps, desc="grpo",
                              disable=P.quiet())):
         log = {"step": step}
         if val_rows and step % args.val_every == 0:
             log |= held_out(engine, val_rows, tokenizer, stop, args, rank, world)
-        diary.lap()
 
-        # --- sample, and read what was written
-        batch = [rows[i] for i in P.draw(len(rows), args.pairs, step, args.seed)]
-        rollouts = sample(engine, batch, step, tokenizer, stop, args, rank, world)
+        # --- sample, read what was written, reward it
+        diary.phase("sample")
+        groups, agreeing = collect(engine, rows, step, tokenizer, stop, args, rank, world)
         engine.sleep()
-        log["seconds_sample"] = diary.lap()
 
-        # --- score: advantages, and two passes without gradient. They stay what they are through all
-        # updates of the step.
-        rewards = torch.tensor([r.reward for r in rollouts]).view(-1, args.group)
-        adv = advantages(rewards, args.advantage).flatten().tolist()
-        updates = updates_of(rollouts, adv, args, device)
+        # --- score: advantages, and passes without gradient under the model that sampled and the reference.
+        # The first update learns with that very model, so that its own pass gives `old`.
+        diary.phase("score")
+        adv = advantages(torch.tensor([[r.reward for r in g.rollouts] for g in groups]), args.advantage)
+        updates = updates_of(groups, adv, args, device, rank, world, policy.lm.config.hidden_size)
         with torch.no_grad():
-            old = [[policy(b) for b, *_ in micros] for micros in updates]
-            ref = [[reference(b) for b, *_ in micros] for micros in updates] if reference else old
-        log |= check_gap(rollouts, old, updates, args)
-        log["seconds_score"] = diary.lap()
+            ref = [[reference(b) for b, *_ in micros] for micros in updates] if reference else None
+            old = [[], *([policy(b) for b, *_ in micros] for micros in updates[1:])]
 
         # --- learn: one clipped step an update
-        lr, sums, norms, spoilt = args.lr * P.schedule(step, steps, args.schedule), [0.0] * 3, [], []
-        for micros, old_u, ref_u in zip(updates, old, ref):
-            for (b, adv_b, weight, engine_b), old_b, ref_b in zip(micros, old_u, ref_u):
-                loss, stats = grpo_loss(policy(b), old_b, ref_b, adv_b, weight, b.rows, engine_b, **variant)
-                (loss * world).backward()          # FSDP averages over ranks; the weights are already global
-                sums = [a + b for a, b in zip(sums, (loss.item(), stats["kl"], stats["clipped"]))]
-            norms.append(P.optimizer_step(policy, optim, lr, clip=1.0))
-            bad = 0 if math.isfinite(norms[-1]) else bad + 1
-            if bad:                                # the norm is global, so every rank comes here
-                spoilt += [pair.id for pair, _ in batch[(len(norms) - 1) * args.mini:len(norms) * args.mini]]
-            if bad == args.max_bad:
-                P.save_state(policy, optim, f"{args.out}/state", step)
-                fail(f"{bad} updates in a row had no finite gradient (--max-bad), the last in step {step}; "
-                     "they were skipped, and a checkpoint was written")
-        log["seconds_learn"] = diary.lap()
+        diary.phase("learn")
+        log["lr"] = args.lr * P.schedule(step, steps, args.schedule)
+        learned, norms = learn(policy, optim, updates, old, ref, log["lr"], args, world)
 
         # --- sync: the engine gets the new weights before anyone samples again
+        diary.phase("sync")
         engine.sync(policy, dtype)
-        log["seconds_sync"] = diary.lap()
+        diary.phase("")
 
-        loss, kl, clipped = (x / len(updates) for x in P.all_sum(sums))
-        log |= summary(rollouts, adv, args) | {
-            "loss": loss, "kl": kl, "clipped": clipped, "grad_norm": sum(norms) / len(norms), "lr": lr,
-            "skipped_rows": spoilt,
+        spoilt = [u for u, norm in enumerate(norms) if not math.isfinite(norm)]    # the same on all ranks
+        log |= summary(groups, agreeing, args) | learned | {
+            "skipped_rows": [g.pair.id for u in spoilt for g in groups[u * args.mini:(u + 1) * args.mini]],
             "peak_gb": P.peak_memory_gb(device)}
-        log["tokens_per_second"] = log["tokens"] / sum(v for k, v in log.items() if k.startswith("seconds_"))
         diary.write(**log)
-        bar.set_postfix(accuracy=f"{log['accuracy']:.3f}", unread=f"{log['unread']:.3f}", kl=f"{kl:.3f}")
+        bar.set_postfix({k: f"{log[k]:.3f}" for k in ("accuracy", "unread", "kl")})
+        for norm in norms:
+            bad = 0 if math.isfinite(norm) else bad + 1
+        if bad >= args.max_bad:
+            state.save(step + 1)
+            state.settle()
+            fail(f"{bad} updates in a row had no finite gradient (--max-bad), the last in step {step}; they "
+                 "were skipped, and a checkpoint was written")
         if P.asked_to_stop():
-            return P.leave(policy, optim, args.out, step + 1)
-        if args.save_every and (step + 1) % args.save_every == 0:
-            P.save_state(policy, optim, f"{args.out}/state", step + 1)
+            return P.leave(state, args.out, step + 1)
+        state.after(step + 1, args.save_every)
 
     if val_rows:
         diary.write(step=steps, **held_out(engine, val_rows, tokenizer, stop, args, rank, world))
+    state.settle()
     P.save_model(policy, folder, f"{args.out}/model", dtype, form_of(chat_messages(pairs[0], *form)))
     P.print0(f"wrote {args.out}/model")
     P.barrier()
 
 
 if __name__ == "__main__":
-    main()
+    P.run(main)

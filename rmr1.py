@@ -11,6 +11,7 @@ import argparse
 import hashlib
 import itertools
 import os
+import sys
 import textwrap
 import warnings
 from dataclasses import dataclass
@@ -38,11 +39,12 @@ class Engine:
               extra and makes its very first sampling a test of the sync
     memory    share of a card's memory for weights and cache. On a CPU the cache has
               VLLM_CPU_KVCACHE_SPACE GiB, 1 unless set
+    tp        tensor parallel: so many consecutive ranks are one engine, each with a part of every matrix
 
     Building one is a collective: `policy.start_ranks` comes first, then every rank builds it, none may skip.
     """
 
-    def __init__(self, model, max_len, dtype="bfloat16", weights="auto", memory=0.9):
+    def __init__(self, model, max_len, dtype="bfloat16", weights="auto", memory=0.9, tp=1):
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
@@ -66,10 +68,10 @@ class Engine:
         self.llm = vllm.LLM(
             model=str(model), dtype=dtype, max_model_len=max_len, load_format=weights,
             max_num_seqs=self.at_once, distributed_executor_backend="external_launcher",
-            skip_tokenizer_init=True, seed=0,
+            tensor_parallel_size=tp, skip_tokenizer_init=True, seed=0,
             enable_prefix_caching=True, logprobs_mode="processed_logprobs", disable_log_stats=True, **kw)
         torch.set_rng_state(rng)            # LLM() reseeds the process
-        self.asleep = False
+        self.asleep, self.tp = False, tp
 
     def stream(self, requests, max_tokens, stop=(), logprobs=True):
         """Sample for an iterable of (prompt ids, seed, temperature), 0 being greedy. Yields (place, Sample)
@@ -79,7 +81,8 @@ class Engine:
         Texts are a function of (weights, prompt, seed): not of the other requests, the rank or what was
         sampled before. top_p and top_k are off, so the log-probs are those of the full softmax(logits /
         temperature); without `logprobs` vLLM is some percent faster. A prompt that leaves no room for a
-        response raises ValueError: vLLM would refuse it.
+        response raises ValueError: vLLM would refuse it. The tp ranks of one engine must hand in the same
+        requests; they yield the same samples.
         """
         engine, requests, waiting = self.llm.llm_engine, enumerate(requests), set()
         try:
@@ -109,11 +112,19 @@ class Engine:
 
     def generate(self, prompts, seeds, max_tokens, temperature=1.0, stop=()):
         """One sample for every prompt with its seed, all at one temperature. -> [Sample, ...] in order. A
-        prompt that leaves no room raises ValueError before anything is sampled."""
+        prompt that leaves no room raises ValueError before anything is sampled. With tensor parallelism every
+        rank brings its own prompts: all of an engine's ranks sample them all, and each keeps its own."""
         if longest := [len(p) for p in prompts if len(p) >= self.max_len]:
             raise ValueError(f"{len(longest)} prompts leave no room in a window of {self.max_len} tokens")
-        samples = dict(self.stream(((p, s, temperature) for p, s in zip(prompts, seeds)), max_tokens, stop))
-        return [samples[i] for i in range(len(prompts))]
+        asked, start = list(zip(prompts, seeds)), 0
+        if self.tp > 1:
+            import policy
+            from vllm.distributed import get_tp_group
+            ranks = get_tp_group()
+            everyone = policy.all_gather(asked, ranks.cpu_group)
+            asked, start = sum(everyone, []), sum(len(a) for a in everyone[:ranks.rank_in_group])
+        samples = dict(self.stream(((p, s, temperature) for p, s in asked), max_tokens, stop))
+        return [samples[start + i] for i in range(len(prompts))]
 
     def sleep(self):
         """Hand the card's memory to the trainer until the next sync. On a CPU there is
@@ -126,12 +137,30 @@ class Engine:
         """Take over the policy's weights: one call, tensors streamed in module order, every name of a tied
         pair. Cached prompt keys belong to the old weights and are dropped; a cache that refuses would mix the
         two, so that is an error. A collective among ranks. After a sleep, weights wake first and the cache
-        only once they are in: both plus the trainer's leftovers may not fit."""
+        only once they are in: both plus the trainer's leftovers may not fit.
+
+        Weights that break off midway leave layers half-loaded: they are all sent once more, and if they break
+        off again, or vLLM itself fails, an error is raised before anyone can sample."""
+        from policy import all_max
         if self.asleep:
             # What the trainer holds but does not use is what vLLM is about to take.
             self.torch.cuda.empty_cache()
             self.llm.wake_up(tags=["weights"])
-        self.llm.collective_rpc("reload_weights", kwargs=dict(weights_iterator=policy.weights(dtype)))
+        for attempt in (1, 2):
+            broken = []
+
+            def weights():                  # ends early rather than raising, so that vLLM can begin anew
+                try:
+                    yield from policy.weights(dtype)
+                except Exception as e:
+                    print(f"sync, attempt {attempt}: {type(e).__name__}: {e}", file=sys.stderr, flush=True)
+                    broken.append(e)
+
+            self.llm.collective_rpc("reload_weights", kwargs=dict(weights_iterator=weights()))
+            if not all_max([len(broken)])[0]:
+                break
+        else:
+            raise RuntimeError("the weights broke off twice on their way to the engine")
         if self.asleep:
             self.llm.wake_up(tags=["kv_cache"])
             self.asleep = False
@@ -172,7 +201,7 @@ class Answer:
 class Local:
     """A model in this process, or one in every rank, by vLLM. `model/config.json` means random weights."""
 
-    def __init__(self, model, max_tokens, max_len=None, dtype="bfloat16", memory=0.9, seed=0):
+    def __init__(self, model, max_tokens, max_len=None, dtype="bfloat16", memory=0.9, seed=0, tp=1):
         import policy
         self.folder = policy.resolve(model)
         self.tokenizer, self.stop = policy.load_tokenizer(self.folder)
@@ -180,7 +209,7 @@ class Local:
         self.window, self.max_tokens = min(max_len or window, window), max_tokens
         random = model.endswith("config.json")
         *_, device = policy.start_ranks()
-        self.engine = Engine(self.folder, self.window, dtype, "dummy" if random else "auto", memory)
+        self.engine = Engine(self.folder, self.window, dtype, "dummy" if random else "auto", memory, tp)
         if random:                                 # the folder has no weights: bring them, as training does
             dtype = policy.DTYPES[dtype]
             self.engine.sync(policy.load(model, device, dtype, seed, trainable=False), dtype)
@@ -267,7 +296,7 @@ class Scalar:
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.tokenizer = AutoTokenizer.from_pretrained(model)
         self.model = AutoModelForSequenceClassification.from_pretrained(
-            model, dtype=getattr(torch, dtype)).to(self.device).eval()
+            model, dtype=getattr(torch, dtype), use_safetensors=True).to(self.device).eval()
         if self.model.config.num_labels != 1:
             fail(f"--model {model}: a classifier with {self.model.config.num_labels} outputs; a reward model "
                  "has one")

@@ -47,6 +47,7 @@ def arguments():
     arg("--dtype", choices=P.DTYPES, default="bfloat16", help="of the computation (weights are kept in fp32)")
     arg("--max-bad", type=int, default=5, help="stop after so many steps in a row without a finite gradient")
     arg("--save-every", type=int, default=50, help="steps between checkpoints for resuming, 0 for none")
+    arg("--timeout", type=float, default=60, help="minutes that a phase may take before the run is ended")
     arg("--seed", type=int, default=42, help="of the data order and of random weights")
     arg("--skip-bad", action="store_true", help="report and leave out bad lines instead of stopping")
     args = ap.parse_args()
@@ -87,14 +88,15 @@ def main():
     pairs = read_pairs(args.data, args.skip_bad)
     folder = P.resolve(args.model)
     tokenizer, _ = P.load_tokenizer(folder)
-    rank, world, device = P.start_ranks()
+    rank, world, device = P.start_ranks(args.timeout)
     form = prompt_form(folder, args.model, args.protocol, args.system_prompt, default="instruct")
     rows = tokenize(pairs, tokenizer, form, args)
     steps = int(args.epochs * len(rows)) // args.batch
     dtype = P.DTYPES[args.dtype]
     policy = P.load(args.model, device, dtype, args.seed, recompute=args.recompute)
     optim = P.adamw(policy, args.lr, args.betas, args.weight_decay)
-    first = P.load_state(policy, optim, f"{args.out}/state")
+    state = P.Checkpoints(policy, optim, f"{args.out}/state")
+    first = state.load()
     diary, bad = P.Diary(args.out, first, vars(args)), 0
     P.catch_signals()
     P.print0(f"{P.describe(policy, world, device)}; {steps} steps of {args.batch} rows"
@@ -103,9 +105,12 @@ def main():
     bar = tqdm(range(first, steps), initial=first, total=steps, desc="sft", disable=P.quiet())
     for step in bar:
         # Every rank takes its share of the step's rows, and as many micro-batches as the busiest one.
-        batch = [rows[i] for i in P.draw(len(rows), args.batch, step, args.seed)]
-        micros = P.pack([(p, [t]) for p, t in batch[rank::world]], args.micro_tokens, device)
-        tokens = sum(len(t) for _, t in batch)
+        diary.phase("step")
+        drawn = P.draw(len(rows), args.batch, step, args.seed)
+        batch = [(prompt, [trace]) for prompt, trace in (rows[i] for i in drawn)]
+        mine = P.deal(batch, world, policy.lm.config.hidden_size)[rank]
+        micros = P.pack([batch[i] for i in mine], args.micro_tokens, device)
+        tokens = sum(len(trace) for _, (trace,) in batch)
         total = 0.0
         for micro in P.level(micros, device):
             loss = sft_loss(policy(micro), tokens) * micro.real
@@ -114,26 +119,24 @@ def main():
         lr = args.lr * P.schedule(step, steps, "cosine", int(args.warmup * steps + 0.999))
         norm = P.optimizer_step(policy, optim, lr, args.grad_clip)
         loss, = P.all_sum([total])
-        seconds = diary.lap()
-        skipped = [] if math.isfinite(norm) else P.draw(len(rows), args.batch, step, args.seed)
-        diary.write(step=step, loss=loss, grad_norm=norm, lr=lr, skipped_rows=skipped, trace_tokens=tokens,
-                    seconds=seconds,
-                    tokens_per_second=sum(len(p) + len(t) for p, t in batch) / seconds,
-                    peak_gb=P.peak_memory_gb(device))
+        diary.write(step=step, loss=loss, grad_norm=norm, lr=lr, trace_tokens=tokens,
+                    tokens=tokens + sum(len(prompt) for prompt, _ in batch),
+                    skipped_rows=[] if math.isfinite(norm) else drawn, peak_gb=P.peak_memory_gb(device))
         bar.set_postfix(loss=f"{loss:.3f}")
         bad = 0 if math.isfinite(norm) else bad + 1
         if bad == args.max_bad:
-            P.save_state(policy, optim, f"{args.out}/state", step + 1)
+            state.save(step + 1)
+            state.settle()
             fail(f"{bad} steps in a row had no finite gradient (--max-bad), the last one {step}; they were "
                  "skipped, and a checkpoint was written")
         if P.asked_to_stop():
-            return P.leave(policy, optim, args.out, step + 1)
-        if args.save_every and (step + 1) % args.save_every == 0:
-            P.save_state(policy, optim, f"{args.out}/state", step + 1)
+            return P.leave(state, args.out, step + 1)
+        state.after(step + 1, args.save_every)
+    state.settle()
     P.save_model(policy, folder, f"{args.out}/model", dtype, form_of(chat_messages(pairs[0], *form)))
     P.print0(f"wrote {args.out}/model")
     P.barrier()
 
 
 if __name__ == "__main__":
-    main()
+    P.run(main)

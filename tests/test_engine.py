@@ -7,17 +7,19 @@ import pytest
 from conftest import metrics, run, save_qwen2
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-def test_engine_and_trainer_agree_after_every_sync(tied, ranks, tmp_path):
+@pytest.mark.parametrize("tied, ranks, tp", [
+    (False, 1, 1), (True, 1, 1), (True, 2, 1), (False, 2, 2), (True, 2, 2)])
+def test_engine_and_trainer_agree_after_every_sync(tied, ranks, tp, tmp_path):
     """fp32: largest difference under 1e-4, for prompts longer than a cache block, sampled before and after
-    updates. A sync that leaves out the head of a tied model, or keeps cached prompts, is off by far more than
-    the bound of any run."""
+    updates, also after a sync that broke, with an engine a rank or one over both. A sync that leaves out the
+    head of a tied model, or keeps cached prompts, is off by far more than the bound of any run."""
     save_qwen2(tmp_path / "m", tied)
     out = json.loads(
-        run("tests/sync_check.py", tmp_path / "m", "float32", ranks=ranks).stdout.splitlines()[-1])
-    for name in ("first", "after update 0", "after update 1", "repaired"):
+        run("tests/sync_check.py", tmp_path / "m", "float32", tp, ranks=ranks).stdout.splitlines()[-1])
+    for name in ("first", "after update 0", "after update 1", "repaired", "after a broken sync", "after all"):
         assert out[name][1] < 1e-4, (name, out)
+    assert "broke off twice" in out["broken twice"]
+    assert out["distinct over ranks"] == 1 and out["same in one engine"]
     assert out["without lm_head"][0] > 0.1, "the head left out must not go unnoticed"
     assert out["without cache reset"][0] > 0.1, "stale prompts must not go unnoticed"
     assert out["distinct"] == 8 and out["same alone"]
@@ -29,7 +31,7 @@ def test_in_bf16_they_agree_within_rounding(tmp_path):
     """Rounding grows with the logits, so the model starts from weights half as wide: its log-probs then
     spread like a real one's."""
     save_qwen2(tmp_path / "m", True, std=0.05)
-    out = json.loads(run("tests/sync_check.py", tmp_path / "m", "bfloat16").stdout.splitlines()[-1])
+    out = json.loads(run("tests/sync_check.py", tmp_path / "m", "bfloat16", 1).stdout.splitlines()[-1])
     for name in ("first", "after update 0", "after update 1", "repaired"):
         assert out[name][0] < 0.02, (name, out)
 

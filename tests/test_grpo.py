@@ -2,6 +2,7 @@
 import math
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -134,7 +135,7 @@ def test_added_rewards():
     good = "<type>Chat</type><rubric>Help 100%</rubric><eval>x</eval><answer>[[A]]</answer>"
     pair = Pair("1", [{"role": "user", "content": "q"}], "a", "b", "A")
     def reward(text, length=0, **flags):
-        args = SimpleNamespace(**{"reward": "published", "overlong": 0, "format_reward": 0.0,
+        args = SimpleNamespace(**{"reward": "verdict", "overlong": 0, "format_reward": 0.0,
                                   "max_response": 100} | flags)
         return grpo.reward_of(text, parse(text), pair, length, None, args)
     assert reward(good) == 1 and reward(good, format_reward=0.5) == 1.5
@@ -190,13 +191,13 @@ def test_overlong_traces_are_left_out_not_cut(toy, capsys):
 
 def test_a_gap_between_engine_and_trainer_stops_the_run(ranks, capsys):
     args = SimpleNamespace(max_gap=0.1)
-    logp = torch.linspace(-3, 0, 50)
-    rollouts = [SimpleNamespace(sample=SimpleNamespace(logprobs=part.tolist())) for part in logp.split(20)]
+    engine = torch.linspace(-3, 0, 50)
+    row = lambda logp, real: (SimpleNamespace(real=real), None, None, logp)
     gap = lambda ours: grpo.check_gap(
-        rollouts, [[ours, torch.ones(2)]], [[(SimpleNamespace(real=1),), (SimpleNamespace(real=0),)]], args)
-    assert gap(logp + 0.05) == {"gap_mean": pytest.approx(0.05, abs=1e-6),
-                                "gap_max": pytest.approx(0.05, abs=1e-6)}
-    for broken in (logp + 0.2, logp * float("nan")):
+        [[ours, torch.ones(2)]], [[row(engine, 1), row(torch.zeros(2), 0)]], args)
+    assert gap(engine + 0.05) == {"gap_mean": pytest.approx(0.05, abs=1e-6),
+                                  "gap_max": pytest.approx(0.05, abs=1e-6)}
+    for broken in (engine + 0.2, engine * float("nan")):
         with pytest.raises(SystemExit) as stop:
             gap(broken)
         assert stop.value.code == 2 and "not sampling from the weights in training" in capsys.readouterr().err
@@ -208,3 +209,47 @@ def test_the_random_reward_is_a_coin_that_a_resumed_run_throws_alike():
                      for _ in "12")
     assert throws == again
     assert set(throws) == {1.0, -1.0} and abs(sum(throws)) < 100
+
+
+def group(*rewards, label="A", verdicts=""):
+    """A group whose judgments earned these rewards with these verdicts."""
+    from rubrics import Pair
+    pair = Pair("1", [{"role": "user", "content": "q"}], "a", "b", label)
+    return grpo.Group(pair, [1, 2], [grpo.Rollout(np.array([3]), np.array([-1.0]), True, v, r)
+                                     for r, v in zip(rewards, verdicts or [None] * len(rewards))])
+
+
+def test_both_orders_right_earn_the_bonus():
+    """Judgment g of one order goes with judgment g of the other; labels turn with the order."""
+    one = group(1.0, 1.0, -1.0, label="A", verdicts="AAB")
+    two = group(1.0, -1.0, 1.0, label="B", verdicts="BAB")
+    grpo.consistency([one, two], 0.5)
+    assert [r.reward for r in one.rollouts] == [1.5, 1.0, -1.0]
+    assert [r.reward for r in two.rollouts] == [1.5, -1.0, 1.0]
+
+
+def test_a_group_agrees_where_nothing_can_be_compared():
+    nan = float("nan")
+    assert group(1.0, 1.0).agrees() and group(-1.0, nan).agrees() and group(nan, nan).agrees()
+    assert not group(1.0, -1.0, nan).agrees()
+
+
+@pytest.mark.parametrize("refill, rounds, kept", [(0, 1, [0, 1, 2, 3]), (1, 2, [1, 3, 5, 7]),
+                                                  (3, 2, [1, 3, 5, 7])])
+def test_refill_takes_the_first_groups_that_do_not_agree(refill, rounds, kept, monkeypatch):
+    """Every other group agrees: two rounds of four fill up a step of four; without --refill all stay."""
+    def sample(engine, batch, first, step, *_):
+        return [group(1.0, -1.0 if (first + i) % 2 else 1.0, label=first + i) for i in range(len(batch))]
+    monkeypatch.setattr(grpo, "sample", sample)
+    rows = [[(i, [i])] for i in range(20)]
+    args = SimpleNamespace(refill=refill, pairs=4, seed=0, both_orders=None)
+    groups, agreeing = grpo.collect(None, rows, 0, None, None, args, 0, 1)
+    assert len(agreeing) == rounds and [g.pair.label for g in groups] == kept
+
+
+def test_refill_falls_back_on_groups_that_agree(monkeypatch):
+    monkeypatch.setattr(grpo, "sample", lambda engine, batch, first, step, *_: [
+        group(1.0, -1.0 if (first, i) == (4, 2) else 1.0, label=first + i) for i in range(len(batch))])
+    args = SimpleNamespace(refill=2, pairs=4, seed=0, both_orders=None)
+    groups, agreeing = grpo.collect(None, [[(i, [i])] for i in range(20)], 0, None, None, args, 0, 1)
+    assert [g.pair.label for g in groups] == [6, 0, 1, 2] and agreeing == [4, 3, 4]

@@ -1,6 +1,10 @@
 """The network under training: packing, loading, sharding, checkpoints."""
 import json
+import os
+import pickle
+import threading
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -110,17 +114,68 @@ def test_a_state_restores_weights_and_optimizer(model, ranks, tmp_path):
 
     one = P.load(model[1], ranks[2], torch.float32)
     optim = P.adamw(one, 1e-2, (0.9, 0.95), 0.1)
+    state = P.Checkpoints(one, optim, tmp_path / "state", keep=2)
     for n in range(3):
         step(one, optim)
-        P.save_state(one, optim, tmp_path / "state", n + 1, keep=2)
+        state.save(n + 1)
+    assert state.settle()
     assert [p.name for p in P.whole_states(tmp_path / "state")] == ["step_000002", "step_000003"]
     (tmp_path / "state/step_000009.tmp").mkdir()                   # a write that was cut short
     two = P.load(model[1], ranks[2], torch.float32)
     optim2 = P.adamw(two, 1e-2, (0.9, 0.95), 0.1)
-    assert P.load_state(two, optim2, tmp_path / "state") == 3
+    assert P.Checkpoints(two, optim2, tmp_path / "state").load() == 3
     assert [step(one, optim) for _ in range(2)] == [step(two, optim2) for _ in range(2)]
     for (name, a), b in zip(one.weights(), (w for _, w in two.weights())):
         assert torch.equal(a[1], b) if isinstance(a, tuple) else torch.equal(a, b), name
+
+
+def test_a_state_is_written_in_the_background_as_it_was(model, ranks, tmp_path, monkeypatch):
+    """The writer is held up until training has gone on: no name yet, and the weights of the moment of
+    saving."""
+    policy, moved, write = P.load(model[1], ranks[2], torch.float32), threading.Event(), torch.save
+    monkeypatch.setattr(torch, "save", lambda *a, **kw: (moved.wait(20), write(*a, **kw)))
+    state = P.Checkpoints(policy, P.adamw(policy, 1e-2, (0.9, 0.95), 0.1), tmp_path / "state")
+    before = [w.clone() for _, w in policy.weights()]
+    state.save(1)
+    with torch.no_grad():
+        for p in policy.parameters():
+            p.add_(1)
+    state.after(2, every=0)
+    assert not P.whole_states(tmp_path / "state")
+    moved.set()
+    assert state.settle() and state.load() == 1
+    assert all(torch.equal(a, b) for a, (_, b) in zip(before, policy.weights()))
+
+
+def test_a_checkpoint_that_would_run_something_is_refused(model, ranks, tmp_path, capsys):
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "written"),)
+    policy = P.load(model[1], ranks[2], torch.float32)
+    state = P.Checkpoints(policy, P.adamw(policy, 1e-2, (0.9, 0.95), 0.1), tmp_path / "state")
+    state.save(1)
+    assert state.settle() and state.load() == 1
+    (tmp_path / "state/step_000001/.metadata").write_bytes(pickle.dumps(Evil()))
+    with pytest.raises(SystemExit):
+        state.load()
+    assert "mkdir" in capsys.readouterr().err and not (tmp_path / "written").exists()
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 8])
+def test_groups_are_dealt_evenly_by_cost(world):
+    """All is dealt once, and no rank has more than the costliest group above the one that has least."""
+    random = np.random.default_rng(0)
+    groups = [([0] * int(random.integers(1, 900)), [[0] * int(n) for n in random.integers(1, 500, 7)])
+              for _ in range(40)]
+    hands = P.deal(groups, world, 64)
+    assert sorted(i for hand in hands for i in hand) == list(range(40)) and len(hands) == world
+    def cost(i):                                       # tokens, and pairs of query and key by the definition
+        prompt, responses = groups[i]
+        pairs = sum(range(len(prompt))) + sum(len(prompt) + n for r in responses for n in range(len(r)))
+        return len(prompt) + sum(map(len, responses)) + pairs / (6 * 64)
+    loads = [sum(cost(i) for i in hand) for hand in hands]
+    assert max(loads) - min(loads) <= 1.01 * max(cost(i) for i in range(40))
+    assert P.deal([], 3, 64) == [[], [], []]
 
 
 def test_a_gradient_that_is_not_finite_changes_nothing(model, ranks):

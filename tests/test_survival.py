@@ -1,4 +1,5 @@
 """Same step however it is cut; killed, stopped, out of disk or out of numbers, and still the same run."""
+import json
 import os
 import random
 import shutil
@@ -6,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -38,16 +40,52 @@ def close(a, b):
         assert (a[k] - b[k]).norm() <= 1e-4 * a[k].norm(), k
 
 
+@pytest.fixture(scope="module")
+def live(tmp_path_factory):
+    """live(command, out, kill, delay): one life of a script. It ends by itself, at the place `kill` of
+    victims.py, or by SIGKILL `delay` seconds after a checkpoint got its name. -> exit status"""
+    env, log = environment(), tmp_path_factory.mktemp("lives") / "log"
+    victims = subprocess.Popen([sys.executable, "tests/victims.py"], cwd=ROOT, env=env, text=True,
+                               stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=open(log, "a"))
+
+    def one(command, out, kill=None, delay=None):
+        newest = lambda: ([None] + [s.name for s in P.whole_states(out / "state")])[-1]
+        before, deadline = newest(), time.time() + 60
+        argv = [str(x) for x in (*command[1:], "--out", out)]
+        life = {"script": command[0].removesuffix(".py"), "argv": argv, "log": str(log), "kill": kill}
+        victims.stdin.write(json.dumps(life) + "\n")
+        victims.stdin.flush()
+        pid = int(victims.stdout.readline())
+        if delay is not None:
+            while newest() == before and time.time() < deadline and Path(f"/proc/{pid}/stat").exists():
+                time.sleep(0.002)
+            time.sleep(delay)
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+        status = int(victims.stdout.readline())
+        assert status in (0, -signal.SIGKILL), log.read_text()[-3000:]
+        return status
+
+    yield one
+    victims.stdin.close()
+    victims.wait(timeout=20)
+
+
 # ---------------------------------------------------------------- the same step
 
-@pytest.mark.parametrize("script, more", [(SFT, ("--epochs", 0.0625)), (GRPO, ("--steps", 1))],
-                         ids=["sft", "grpo"])
-def test_a_step_does_not_depend_on_how_it_is_cut(script, more, toy, tmp_path):
+@pytest.mark.parametrize("script, more", [
+    (SFT, ("--epochs", 0.0625)), (GRPO, ("--steps", 1)),
+    (GRPO, ("--steps", 1, "--both-orders", 0.5, "--refill", 1, "--average", "token"))],
+    ids=["sft", "grpo", "grpo-variants"])
+def test_a_step_does_not_depend_on_how_it_is_cut(script, more, live, toy, tmp_path):
     """One row at a time, all packed in one, and on two ranks: loss, gradient norm and new weights agree."""
     data = toy / ("sft.jsonl" if script is SFT else "rl.jsonl")
-    for name, budget, ranks in (("one", 16384, 1), ("cut", 1, 1), ("two", 150, 2)):
-        run(*script, *more, "--model", toy / "model/config.json", "--data", data, "--save-every", 0,
-            "--micro-tokens", budget, "--out", tmp_path / name, ranks=ranks)
+    command = (*script, *more, "--model", toy / "model/config.json", "--data", data, "--save-every", 0)
+    live((*command, "--micro-tokens", 16384), tmp_path / "one")
+    live((*command, "--micro-tokens", 1), tmp_path / "cut")
+    run(*command, "--micro-tokens", 150, "--out", tmp_path / "two", ranks=2)
     one = metrics(tmp_path / "one")[0]
     for name in ("cut", "two"):
         other = metrics(tmp_path / name)[0]
@@ -64,54 +102,49 @@ def start(*command):
                             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
 
 
-def test_sft_killed_twenty_times_is_the_same_run(toy, tmp_path):
-    """SIGKILL at 20 seeded random moments up to a fifth of a second after a start has shown a new checkpoint
-    (one a step, so that many kills fall into its writing), and the same command again: metrics and weights
-    are those of a run that nobody killed, bit for bit."""
-    command = (*SFT, "--epochs", 14, "--model", toy / "model/config.json", "--data", toy / "sft.jsonl",
-               "--save-every", 1)
-    run(*command, "--out", tmp_path / "whole")
-    rng, out, torn = random.Random(0), tmp_path / "cut", 0
-    newest = lambda: ([None] + [s.name for s in P.whole_states(out / "state")])[-1]
-    for kill in range(20):
-        before, process, deadline = newest(), start(*command, "--out", out), time.time() + 60
-        while process.poll() is None and time.time() < deadline and newest() == before:
-            time.sleep(0.002)
-        time.sleep(rng.random() * 0.2)
-        assert process.poll() is None, f"the run was over before kill {kill}"
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+def killed_twenty_times(live, command, tmp_path, places, seed):
+    """A run that nobody killed, and the same run killed at 20 seeded moments: at `places` (see victims.py),
+    and up to a fifth of a second after a checkpoint. Metrics and weights are equal, bit for bit."""
+    live(command, tmp_path / "whole")
+    rng, out, torn = random.Random(seed), tmp_path / "cut", 0
+    moments = [*({"kill": place(rng)} for place in places), *({"delay": rng.random() * 0.2}
+                                                              for _ in range(20 - len(places)))]
+    rng.shuffle(moments)
+    for number, moment in enumerate(moments):
+        assert live(command, out, **moment) == -signal.SIGKILL, f"the run was over before kill {number}"
         torn += len(list((out / "state").glob("*.tmp")))
-    run(*command, "--out", out)
+    assert live(command, out) == 0
     assert plain(out) == plain(tmp_path / "whole") and torn, "no kill fell into the writing of a checkpoint"
     ours, theirs = weights(out), weights(tmp_path / "whole")
     assert all(torch.equal(ours[k], theirs[k]) for k in theirs)
+    return tmp_path / "whole"
 
 
-def test_grpo_killed_and_on_another_number_of_ranks(toy, tmp_path):
-    """Killed twice on one rank: bit for bit the same. Continued on two ranks: the same samples, numbers to
-    1e-4."""
-    command = (*GRPO, "--steps", 4, "--model", toy / "model/config.json", "--data", toy / "rl.jsonl",
+IN_A_SAVE = lambda rng: ["save", rng.randint(1, 60), 0]
+IN_A_SYNC = lambda rng: ["sync", rng.randint(1, 3), rng.randint(0, 25)]
+
+
+def test_sft_killed_twenty_times_is_the_same_run(live, toy, tmp_path):
+    command = (*SFT, "--epochs", 14, "--model", toy / "model/config.json", "--data", toy / "sft.jsonl",
                "--save-every", 1)
-    run(*command, "--out", tmp_path / "whole")
-    for name, ranks, kills in (("cut", 1, 2), ("wider", 2, 1)):
-        out = tmp_path / name
-        for at in range(1, kills + 1):
-            process, deadline = start(*command, "--out", out), time.time() + 120
-            while process.poll() is None and time.time() < deadline and not (
-                    (states := P.whole_states(out / "state")) and states[-1].name >= f"step_{at:06d}"):
-                time.sleep(0.002)
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-        run(*command, "--out", out, ranks=ranks)
-        whole, ours = plain(tmp_path / "whole"), plain(out)
-        if ranks == 1:
-            assert ours == whole
-            assert all(torch.equal(v, weights(out)[k]) for k, v in weights(tmp_path / "whole").items())
-        else:
-            assert [r["sampled"] for r in ours] == [r["sampled"] for r in whole]
-            for a, b in zip(ours, whole):
-                assert a["loss"] == pytest.approx(b["loss"], rel=1e-4, abs=1e-6)
+    killed_twenty_times(live, command, tmp_path, [IN_A_SAVE] * 6, seed=0)
+
+
+def test_grpo_killed_twenty_times_is_the_same_run(live, toy, tmp_path):
+    """Among them in the middle of a sync. Then on another number of ranks: a run begun on one rank goes on on
+    two, and one begun on two goes on on one, with the same samples and numbers to 1e-4."""
+    command = (*GRPO, "--steps", 16, "--model", toy / "model/config.json", "--data", toy / "rl.jsonl",
+               "--save-every", 1)
+    whole = killed_twenty_times(live, command, tmp_path, [IN_A_SAVE] * 5 + [IN_A_SYNC] * 7, seed=1)
+    assert live(command, tmp_path / "1to2", delay=0) and live(command, tmp_path / "1to2", delay=0)
+    run(*command, "--out", tmp_path / "1to2", ranks=2)
+    run(*command[:-1], 5, "--steps", 5, "--out", tmp_path / "2to1", ranks=2)
+    live(command, tmp_path / "2to1")
+    for name in ("1to2", "2to1"):
+        ours, theirs = plain(tmp_path / name), plain(whole)
+        assert [r["sampled"] for r in ours] == [r["sampled"] for r in theirs]
+        for a, b in zip(ours, theirs):
+            assert a["loss"] == pytest.approx(b["loss"], rel=1e-4, abs=1e-6)
 
 
 @pytest.mark.parametrize("number, ranks", [(signal.SIGTERM, 2), (signal.SIGUSR1, 1)])
@@ -152,17 +185,20 @@ def test_a_full_disk_leaves_the_last_checkpoint(toy, ranks, tmp_path, capsys):
     try:
         net = P.load(toy / "model/config.json", torch.device("cpu"), torch.float32)
         optim = P.adamw(net, 1e-3, (0.9, 0.95), 0.0)
-        assert P.save_state(net, optim, disk / "state", 1)
+        state = P.Checkpoints(net, optim, disk / "state")
+        state.save(1)
+        assert state.settle()
         kept = {k: v.full_tensor().clone() for k, v in net.named_parameters()}
         free = os.statvfs(disk)
         (disk / "ballast").write_bytes(bytes(max(0, free.f_bavail * free.f_frsize - 20000)))
         with torch.no_grad():
             for p in net.parameters():
                 p.add_(1)
-        assert not P.save_state(net, optim, disk / "state", 2)
+        state.save(2)
+        assert not state.settle()
         assert "no checkpoint after step 2" in capsys.readouterr().err
         assert [s.name for s in (disk / "state").iterdir()] == ["step_000001"]
-        assert P.load_state(net, optim, disk / "state") == 1
+        assert state.load() == 1
         assert all(torch.equal(v.full_tensor(), kept[k]) for k, v in net.named_parameters())
     finally:
         subprocess.run(["umount", disk])
@@ -197,7 +233,52 @@ def test_bad_steps_in_a_row_stop_the_run_with_a_checkpoint(toy, tmp_path):
             ("grpo", (*GRPO, "--steps", 5, "--beta", "nan", "--model", good, "--data", toy / "rl.jsonl"))):
         done = run(*command, "--max-bad", 3, "--save-every", 0, "--out", tmp_path / name, ok=False)
         assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr[-2000:]
-        assert "error: 3 " in done.stderr and "in a row had no finite gradient" in done.stderr
+        # GRPO makes two updates a step, and stops at the end of one.
+        said = f"error: {3 if name == 'sft' else 4} "
+        assert said in done.stderr and "in a row had no finite gradient" in done.stderr
         assert P.whole_states(tmp_path / name / "state")
         rows = metrics(tmp_path / name)
         assert rows and all(r["skipped_rows"] for r in rows)
+
+
+# ---------------------------------------------------------------- hung, and alone
+
+@pytest.mark.parametrize("how, first", [
+    ("hang", "has been in the phase 'sample' for more than 0.4 minutes (--timeout), at "),
+    ("raise", "error in rank 1, in the phase 'sample':\nTraceback (most recent call last):")],
+    ids=["hang", "raise"])
+def test_a_run_ends_when_a_rank_hangs_or_dies(how, first, toy, tmp_path):
+    """One of two ranks stops answering, or fails, in its third step: within a minute the whole run has ended,
+    and what comes first says what it was. A rank that lost another says so in one line."""
+    (tmp_path / "sick.py").write_text(SICK)
+    began = time.time()
+    done = run(tmp_path / "sick.py", how, *GRPO[1:], "--steps", 50, "--timeout", 0.4, "--save-every", 1,
+               "--model", toy / "model/config.json", "--data", toy / "rl.jsonl", "--out", tmp_path / "out",
+               ranks=2, ok=False, timeout=120)
+    said = done.stderr[done.stderr.index("SICK") + 4:]
+    said = said.split('Traceback (most recent call last):\n  File "<frozen runpy>"')[0]    # torchrun's own
+    assert done.returncode and time.time() - began < 90
+    assert first in said and said.count("Traceback") == (how == "raise"), said
+    if how == "raise":
+        assert said.index(first) < said.index("rank 0: lost another rank in the phase 'sample'")
+    assert P.whole_states(tmp_path / "out/state")
+
+
+SICK = f"""
+import os, sys, time
+sys.path.insert(0, {str(ROOT)!r})
+how = sys.argv.pop(1)
+import grpo
+reward_of = grpo.reward_of
+
+def sick(text, judgment, pair, length, key, args):
+    if os.environ["RANK"] == "1" and key[1] == 2:
+        print("SICK", file=sys.stderr, flush=True)
+        if how == "hang":
+            time.sleep(1000)
+        raise AttributeError("a slip in a reward")
+    return reward_of(text, judgment, pair, length, key, args)
+
+grpo.reward_of = sick
+grpo.P.run(grpo.main)
+"""
