@@ -8,6 +8,7 @@ writes weighted rubrics (Chat), compares both responses and ends in `<answer>[[A
 
 Training, evaluation and the command line read judgments with the one parser in this file.
 """
+import functools
 import hashlib
 import json
 import os
@@ -25,7 +26,8 @@ def fail(sentence):
 
 
 def write_lines(path, lines):
-    """Texts as the lines of a file: beside, then renamed, so that a reader sees the old file or the new one."""
+    """Texts as the lines of a file: beside, then renamed, so that a reader sees the old file or the new
+    one."""
     tmp = Path(f"{path}.tmp")
     with open(tmp, "w", encoding="utf-8") as f:
         f.writelines(line + "\n" for line in lines)
@@ -33,8 +35,8 @@ def write_lines(path, lines):
 
 
 def read_lines(path):
-    """The rows of a file that was written line by line as JSON, [] if there is none. A last line that a kill cut
-    short is left out."""
+    """The rows of a file that was written line by line as JSON, [] if there is none. A last line that a kill
+    cut short is left out."""
     if not path.is_file():
         return []
     lines, rows = path.read_text(encoding="utf-8").split("\n"), []
@@ -280,7 +282,8 @@ def chat_messages(pair, protocol="instruct", system=None):
 
     protocol  "instruct": a Chain-of-Rubrics system message (`system`, or ours) and a user message;
               "reasoning": for models that think in <think> ... </think>, one user message, no system message
-    A published pair's own messages are used as they are, but for a `system` that was asked for.
+    A published pair's own messages are used as they are, markers inside of its responses included, but for a
+    `system` that was asked for.
     """
     if pair.messages is not None:
         if system is None:
@@ -292,18 +295,27 @@ def chat_messages(pair, protocol="instruct", system=None):
             {"role": "user", "content": comparison(pair)}]
 
 
+MARKER = re.compile(r"\[(?=Client Question\]|The (?:Start|End) of (?:Chatbot [AB]'s Response|"
+                    r"the Conversation between Chatbot [AB] and the Client)\])")
+
+
 def comparison(pair):
     """Question and both responses between the published markers, each on a line of its own. A pair with
-    history shows each response at the end of the conversation it belongs to."""
+    history shows each response at the end of the conversation it belongs to.
+
+    A response that spells a marker could pretend to end there, and speak in the other's name or in ours: it
+    gets a space behind the bracket, so that each marker stands in the prompt once, where we put it."""
+    shield = functools.partial(MARKER.sub, "[ ")
     if len(pair.context) == 1:
-        return (f"[Client Question]\n{pair.context[0]['content']}\n\n"
-                f"[The Start of Chatbot A's Response]\n{pair.a}\n[The End of Chatbot A's Response]\n\n"
-                f"[The Start of Chatbot B's Response]\n{pair.b}\n[The End of Chatbot B's Response]")
+        question, a, b = map(shield, (pair.context[0]["content"], pair.a, pair.b))
+        return (f"[Client Question]\n{question}\n\n"
+                f"[The Start of Chatbot A's Response]\n{a}\n[The End of Chatbot A's Response]\n\n"
+                f"[The Start of Chatbot B's Response]\n{b}\n[The End of Chatbot B's Response]")
     blocks = []
     for side, response in (("A", pair.a), ("B", pair.b)):
         names = {"user": "User", "assistant": f"Chatbot {side}", "system": "System"}
         turns = [*pair.context, {"role": "assistant", "content": response}]
-        talk = "\n".join(f"{names.get(m['role'], m['role'])}: {m['content']}" for m in turns)
+        talk = shield("\n".join(f"{names.get(m['role'], m['role'])}: {m['content']}" for m in turns))
         blocks.append(f"[The Start of the Conversation between Chatbot {side} and the Client]\n{talk}\n"
                       f"[The End of the Conversation between Chatbot {side} and the Client]")
     return "\n\n".join(blocks)
@@ -347,11 +359,31 @@ def form_of(messages):
     return {"protocol": "instruct" if system else "reasoning", "system": system}
 
 
+@functools.lru_cache(maxsize=8)
+def control_tokens(tokenizer):
+    """A pattern for the control tokens as a text spells them: the special ones, and those that look it
+    (DeepSeek's <｜User｜> and <｜Assistant｜> are not special by its file)."""
+    spelt = [re.escape(t.content) for t in tokenizer.added_tokens_decoder.values()
+             if t.special or re.fullmatch(r"<[|｜].+[|｜]>", t.content)]
+    return re.compile("|".join(spelt) or "(?!)")
+
+
 def encode(tokenizer, messages):
     """Token ids of a prompt, up to where the judge begins to write. The template brings its own BOS, and
-    from here on only ids travel, so it cannot get a second one."""
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True,
-                                         return_dict=False)
+    from here on only ids travel, so it cannot get a second one.
+
+    The tokenizer reads a control token wherever one is spelt: a response with `<|im_end|>` in it would end
+    the user's turn and go on as the judge. A space behind the first character makes plain text of it, in
+    published messages too; other texts keep their ids. Half a surrogate pair, which JSON can bring and a
+    tokenizer refuses, becomes a question mark.
+    """
+    control = control_tokens(tokenizer)
+
+    def plain(text):
+        return control.sub(lambda m: f"{m[0][0]} {m[0][1:]}", text).encode(errors="replace").decode()
+
+    return tokenizer.apply_chat_template([{**m, "content": plain(m["content"])} for m in messages],
+                                         add_generation_prompt=True, tokenize=True, return_dict=False)
 
 
 # ---------------------------------------------------------------- the parser
@@ -373,7 +405,9 @@ class Judgment:
 TAG = re.compile(r"<(/?)(type|rubric|justify|solution|eval|quote_A|quote_B|summary_A|summary_B|answer)>")
 CITED = ("quote_A", "quote_B", "summary_A", "summary_B")
 LABEL = re.compile(r"\s{0,9}\[\[([AB])\]\]\s{0,9}")
-ITEM = re.compile(r"^[\s\-*#\d.)]{0,20}(?P<name>[^:(%\n]{1,200}?)\**\s{0,9}[:(\s-]\s{0,9}"
+# Every repeat in it is bounded, for the time it takes: the name takes in stars and spaces behind it, to be
+# stripped later, because each of them in a repeat of its own costs a factor on a line of nothing else.
+ITEM = re.compile(r"^[\s\-*#\d.)]{0,20}(?P<name>[^:(%\n]{1,200}?)[:(\s-]\s{0,9}"
                   r"(?P<weight>\d{1,3}(?:\.\d{1,3})?)\s?%\)?\**\s{0,9}[:.-]?\s{0,9}(?P<text>.*)$")
 
 
@@ -384,8 +418,11 @@ def parse(text, finished=True):
     finished  False if it ran into the length limit
 
     The verdict is the `<answer>` that stands outside of every quote, summary and closed section, after the
-    last `</think>`. What a judged response says inside a quote therefore cannot be taken for the verdict;
-    if two such answers differ, or the text was cut off, there is none.
+    last `</think>`. There is none if two such answers differ, if a quote, a summary or an answer is never
+    closed, or if the text was cut off.
+
+    What a judged response says inside a quote therefore cannot be taken for the verdict, whatever tags it
+    closes and opens: a text that ends in the judge's own answer has that verdict or none.
     """
     j = Judgment(text)
     think = text.rfind("</think>")
@@ -409,16 +446,14 @@ def parse(text, finished=True):
                 depth[opened] -= 1
                 if opened == name:
                     break
-            cited = any(depth.get(c, 0) for c in CITED)
             if name == "answer":
-                if not cited:
-                    answers.append((at, text[at:min(m.start(), at + 64)]))
+                answers.append((at, text[at:min(m.start(), at + 64)]))
                 continue
             while answers and answers[-1][0] > at:  # an answer inside a closed section is talk about answers
                 answers.pop()
             if name in ("quote_A", "quote_B"):
                 # The outermost only: nested copies would grow as n squared.
-                if not cited:
+                if not any(depth.get(c, 0) for c in CITED):
                     j.quotes[name[-1]].append(text[at:m.start()])
             elif name not in sections:
                 sections[name] = text[at:m.start()]
@@ -427,17 +462,23 @@ def parse(text, finished=True):
     j.solution = sections.get("solution", "").strip()
     j.eval = sections.get("eval", "").strip()
     j.rubric = rubric_items(sections.get("rubric", ""))
-    j.verdict, j.reason = decide(answers, finished, cited=any(depth.get(c, 0) for c in CITED))
+    j.verdict, j.reason = decide(answers, finished, {name for name, _ in stack})
     return j
 
 
-def decide(answers, finished, cited):
-    """(verdict, reason) from the candidate answers' contents."""
+def decide(answers, finished, left_open):
+    """(verdict, reason) from the candidate answers' contents and the tags that nothing closed. A quote left
+    open counts whatever was answered before it: a quoted response that closes its quote, answers, and opens
+    another would have hidden the judge's own answer in that one."""
     labels = [m.group(1) if (m := LABEL.fullmatch(content)) else None for _, content in answers]
     if not finished:
         return None, "cut off"
+    if left_open.intersection(CITED):
+        return None, "verdict inside a quote"
     if not labels:
-        return None, "verdict inside a quote" if cited else "no answer"
+        return None, "no answer"
+    if "answer" in left_open:
+        return None, "answer never ended"
     if None in labels:
         return None, "answer is neither [[A]] nor [[B]]"
     if len(set(labels)) > 1:
@@ -454,7 +495,7 @@ def rubric_items(rubric):
     items = []
     for line in rubric.splitlines():
         if "%" in line and (m := ITEM.match(line[:1000])):
-            items.append((m["name"].strip(" *:"), float(m["weight"]), [m["text"].strip()]))
+            items.append((m["name"].strip().strip(" *:"), float(m["weight"]), [m["text"].strip()]))
         elif line.strip() and not items:
             items.append((line.strip(" -*")[:200], None, []))
         elif line.strip():
@@ -471,8 +512,8 @@ def judges_by_looks(rubric):
 # ---------------------------------------------------------------- rewards
 
 def verdict_reward(judgment, label):
-    """+1 if the verdict is the label, else -1 (paper eq. 8). A judgment whose verdict is ambiguous, or that has
-    none, is wrong."""
+    """+1 if the verdict is the label, else -1 (paper eq. 8). A judgment whose verdict is ambiguous, or that
+    has none, is wrong."""
     return 1.0 if judgment.verdict is not None and judgment.verdict == label else -1.0
 
 
