@@ -86,11 +86,12 @@ def tasks(asked, args):
 def judge(args):
     """Ask for every judgment that the folder does not have yet, and write each as it comes."""
     import policy
+    import ranks
     asked, left_out, origin = collect(args)
     todo, out = tasks(asked, args), Path(args.out)
     if not todo:
         fail("nothing to judge" + (f": {left_out[0]['item']}: {left_out[0]['reason']}" if left_out else ""))
-    rank, world, _ = policy.start_ranks()
+    rank, world, _ = ranks.start_ranks()
     if world % args.tp:
         fail(f"--tp {args.tp} does not divide the {world} ranks")
     protocol = system = None
@@ -113,9 +114,9 @@ def judge(args):
             prompts[shown.id, order] = chat_messages(shown, protocol, system)
         return prompts[shown.id, order]
 
-    bar = tqdm(total=len(mine), desc="judge", disable=policy.quiet(), smoothing=0)
+    bar = tqdm(total=len(mine), desc="judge", disable=ranks.quiet(), smoothing=0)
     right, failed, why = 0, 0, "no answer on another rank"
-    work, = policy.all_sum([len(mine)])                # building an engine is a collective: all do, or none
+    work, = ranks.all_sum([len(mine)])                # building an engine is a collective: all do, or none
     with open(out / f"judgments.part{rank}.jsonl" if writes else os.devnull, "a") as f:
         for at, line in answers(args, mine, chat) if work else ():
             if isinstance(line, str):                  # why there is no answer: another run asks again
@@ -129,14 +130,14 @@ def judge(args):
             bar.update()
             bar.set_postfix_str(f"accuracy {right / max(1, bar.n - failed):.3f}", refresh=False)
     bar.close()
-    failed, = policy.all_sum([failed * writes])
-    policy.barrier()                                   # everyone has written
+    failed, = ranks.all_sum([failed * writes])
+    ranks.barrier()                                   # everyone has written
     if rank == 0:
         merge(out, [key_of(*x) for x in todo])
         print_table([measure(read_run(out))])
         if failed:
             fail(f"{int(failed)} of {len(todo)} judgments: {why}; the same command asks for them again")
-    policy.barrier()
+    ranks.barrier()
 
 
 def answers(args, mine, chat):
@@ -224,8 +225,8 @@ def open_run(out, config, asked, left_out, rank):
         gone = {(x["bench"], x["item"]): x for x in read_lines(out / "left_out.jsonl") + left_out}
         write_lines(out / "left_out.jsonl", map(json.dumps, gone.values()))
         merge(out)
-    import policy
-    policy.barrier()
+    import ranks
+    ranks.barrier()
     return {line_key(line) for line in read_lines(out / "judgments.jsonl")}
 
 

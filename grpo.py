@@ -24,6 +24,7 @@ import torch
 from tqdm import tqdm
 
 import policy as P
+import ranks as R
 from rmr1 import Engine, seed_of, text_of
 from rubrics import (PROTOCOLS, Pair, chat_messages, encode, fail, form_of, lm_as_judge, parse, prompt_form,
                      read_pairs, verdict_reward)
@@ -220,9 +221,9 @@ def tokenize(source, pairs, tokenizer, form, args, both=False):
         fail(f"--both-orders: {source} has finished prompts whose responses cannot be told apart, the first "
              f"is {stuck[0]}")
     rows = [[(p, encode(tokenizer, chat_messages(p, *form))) for p in ([p, p.swapped()] if both else [p])]
-            for p in tqdm(pairs, desc="tokenize", disable=P.quiet(), leave=False)]
+            for p in tqdm(pairs, desc="tokenize", disable=R.quiet(), leave=False)]
     kept = [row for row in rows if all(len(ids) <= args.max_prompt for _, ids in row)]
-    P.print0(f"{source}: {len(kept)} pairs, {len(rows) - len(kept)} left out as longer than "
+    R.print0(f"{source}: {len(kept)} pairs, {len(rows) - len(kept)} left out as longer than "
              f"--max-prompt {args.max_prompt}")
     return kept
 
@@ -248,7 +249,7 @@ def sample(engine, batch, first, step, tokenizer, stop, args, rank, world):
             reward = math.nan
         mine.append(Rollout(np.array(s.tokens, np.int32), np.array(s.logprobs, np.float32), s.finished,
                             judgment.verdict, reward))
-    everyone, G = P.all_gather(mine), args.group
+    everyone, G = R.all_gather(mine), args.group
     return [Group(*batch[i], everyone[i % world][i // world * G:(i // world + 1) * G])
             for i in range(len(batch))]
 
@@ -271,7 +272,7 @@ def collect(engine, rows, step, tokenizer, stop, args, rank, world):
     for again in range(1 + args.refill):
         # Another shuffle of the data for every round, so that the first one remains a pass over it.
         seed = seed_of(args.seed, again) if again else args.seed
-        batch = [x for i in P.draw(len(rows), args.pairs // len(rows[0]), step, seed) for x in rows[i]]
+        batch = [x for i in R.draw(len(rows), args.pairs // len(rows[0]), step, seed) for x in rows[i]]
         sampled = sample(engine, batch, again * args.pairs, step, tokenizer, stop, args, rank, world)
         if args.both_orders:
             consistency(sampled, args.both_orders)
@@ -313,8 +314,8 @@ def check_gap(old, updates, args):
     gaps = [(logp - engine).abs() for logps, micros in zip(old, updates)
             for logp, (b, _, _, engine) in zip(logps, micros) if b.real]
     gap = torch.cat(gaps) if gaps else torch.zeros(0)
-    total, count = P.all_sum([gap.sum(), len(gap)])
-    worst, = P.all_max([gap.max() if len(gap) else 0])
+    total, count = R.all_sum([gap.sum(), len(gap)])
+    worst, = R.all_max([gap.max() if len(gap) else 0])
     mean = total / count
     if not mean <= args.max_gap:
         fail(f"engine and trainer disagree on the sampled tokens: mean log-prob gap {mean:.3g}, "
@@ -343,7 +344,7 @@ def learn(policy, optim, updates, old, ref, lr, args, world):
         if u == 0:
             gap = check_gap(old, updates, args)
         norms.append(P.optimizer_step(policy, optim, lr, clip=1.0))
-    loss, kl, clipped = (x / len(updates) for x in P.all_sum(sums))
+    loss, kl, clipped = (x / len(updates) for x in R.all_sum(sums))
     return gap | {"loss": loss, "kl": kl, "clipped": clipped, "grad_norm": sum(norms) / len(norms)}, norms
 
 
@@ -352,7 +353,7 @@ def held_out(engine, rows, tokenizer, stop, args, rank, world):
     mine = [pair for row in rows[rank::world] for pair in row]
     samples = engine.generate([ids for _, ids in mine], [0] * len(mine), args.max_response, 0.0, stop)
     verdicts = [parse(text_of(tokenizer, ids, s), s.finished).verdict for (_, ids), s in zip(mine, samples)]
-    right, unread, n = P.all_sum([sum(v == p.label for v, (p, _) in zip(verdicts, mine)),
+    right, unread, n = R.all_sum([sum(v == p.label for v, (p, _) in zip(verdicts, mine)),
                                   sum(v is None for v in verdicts), len(mine)])
     return {"val_accuracy": right / n, "val_unread": unread / n}
 
@@ -379,7 +380,7 @@ def main():
     val_pairs = read_pairs(args.val_data, args.skip_bad) if args.val_data else []
     folder = P.resolve(args.model)
     tokenizer, stop = P.load_tokenizer(folder)
-    rank, world, device = P.start_ranks(args.timeout)
+    rank, world, device = R.start_ranks(args.timeout)
     form = prompt_form(folder, args.model, args.protocol, args.system_prompt, default="instruct")
     rows = tokenize(args.data, pairs, tokenizer, form, args, both=args.both_orders is not None)
     val_rows = tokenize(args.val_data, val_pairs, tokenizer, form, args) if val_pairs else []
@@ -393,23 +394,23 @@ def main():
     if world % args.tp:
         fail(f"--tp {args.tp} does not divide the {world} ranks")
 
-    P.phase("load the weights")
+    R.phase("load the weights")
     policy = P.load(args.model, device, dtype, args.seed, recompute=args.recompute)
     reference = P.load(args.model, device, dtype, args.seed, trainable=False) if args.beta else None
     optim = P.adamw(policy, args.lr, (0.9, 0.999), 0.01)
-    state = P.Checkpoints(policy, optim, f"{args.out}/state")
+    state = R.Checkpoints(policy, optim, f"{args.out}/state")
     first = state.load()
-    P.phase("start the engine")
+    R.phase("start the engine")
     engine = Engine(folder, window, args.dtype, weights="dummy", memory=args.engine_memory, tp=args.tp)
     engine.sync(policy, dtype)
-    diary, bad = P.Diary(args.out, first, vars(args)), 0
-    P.catch_signals()
-    P.print0(f"{P.describe(policy, world, device)}; {steps} steps of {args.pairs} pairs x {args.group} "
+    diary, bad = R.Diary(args.out, first, vars(args)), 0
+    R.catch_signals()
+    R.print0(f"{P.describe(policy, world, device)}; {steps} steps of {args.pairs} pairs x {args.group} "
              f"judgments in {args.pairs // args.mini} updates"
              + (f", resumed at step {first}" if first else ""))
 
     for step in (bar := tqdm(range(first, steps), initial=first, total=steps, desc="grpo",
-                             disable=P.quiet())):
+                             disable=R.quiet())):
         log = {"step": step}
         if val_rows and step % args.val_every == 0:
             log |= held_out(engine, val_rows, tokenizer, stop, args, rank, world)
@@ -441,7 +442,7 @@ def main():
         spoilt = [u for u, norm in enumerate(norms) if not math.isfinite(norm)]    # the same on all ranks
         log |= summary(groups, agreeing, args) | learned | {
             "skipped_rows": [g.pair.id for u in spoilt for g in groups[u * args.mini:(u + 1) * args.mini]],
-            "peak_gb": P.peak_memory_gb(device)}
+            "peak_gb": R.peak_memory_gb(device)}
         diary.write(**log)
         bar.set_postfix({k: f"{log[k]:.3f}" for k in ("accuracy", "unread", "kl")})
         for norm in norms:
@@ -451,17 +452,17 @@ def main():
             state.settle()
             fail(f"{bad} updates in a row had no finite gradient (--max-bad), the last in step {step}; they "
                  "were skipped, and a checkpoint was written")
-        if P.asked_to_stop():
-            return P.leave(state, args.out, step + 1)
+        if R.asked_to_stop():
+            return R.leave(state, args.out, step + 1)
         state.after(step + 1, args.save_every)
 
     if val_rows:
         diary.write(step=steps, **held_out(engine, val_rows, tokenizer, stop, args, rank, world))
     state.settle()
     P.save_model(policy, folder, f"{args.out}/model", dtype, form_of(chat_messages(pairs[0], *form)))
-    P.print0(f"wrote {args.out}/model")
-    P.barrier()
+    R.print0(f"wrote {args.out}/model")
+    R.barrier()
 
 
 if __name__ == "__main__":
-    P.run(main)
+    R.run(main)

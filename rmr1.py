@@ -17,7 +17,7 @@ import warnings
 from dataclasses import dataclass
 
 import rubrics
-from rubrics import Pair, chat_messages, encode, fail, parse, prompt_form, read_pairs
+from rubrics import Pair, chat_messages, encode, fail, parse, plain, prompt_form, read_pairs
 
 
 @dataclass
@@ -41,7 +41,7 @@ class Engine:
               VLLM_CPU_KVCACHE_SPACE GiB, 1 unless set
     tp        tensor parallel: so many consecutive ranks are one engine, each with a part of every matrix
 
-    Building one is a collective: `policy.start_ranks` comes first, then every rank builds it, none may skip.
+    Building one is a collective: `ranks.start_ranks` comes first, then every rank builds it, none may skip.
     """
 
     def __init__(self, model, max_len, dtype="bfloat16", weights="auto", memory=0.9, tp=1):
@@ -118,11 +118,11 @@ class Engine:
             raise ValueError(f"{len(longest)} prompts leave no room in a window of {self.max_len} tokens")
         asked, start = list(zip(prompts, seeds)), 0
         if self.tp > 1:
-            import policy
+            from ranks import all_gather
             from vllm.distributed import get_tp_group
-            ranks = get_tp_group()
-            everyone = policy.all_gather(asked, ranks.cpu_group)
-            asked, start = sum(everyone, []), sum(len(a) for a in everyone[:ranks.rank_in_group])
+            group = get_tp_group()
+            everyone = all_gather(asked, group.cpu_group)
+            asked, start = sum(everyone, []), sum(len(a) for a in everyone[:group.rank_in_group])
         samples = dict(self.stream(((p, s, temperature) for p, s in asked), max_tokens, stop))
         return [samples[start + i] for i in range(len(prompts))]
 
@@ -141,7 +141,7 @@ class Engine:
 
         Weights that break off midway leave layers half-loaded: they are all sent once more, and if they break
         off again, or vLLM itself fails, an error is raised before anyone can sample."""
-        from policy import all_max
+        from ranks import all_max
         if self.asleep:
             # What the trainer holds but does not use is what vLLM is about to take.
             self.torch.cuda.empty_cache()
@@ -203,12 +203,13 @@ class Local:
 
     def __init__(self, model, max_tokens, max_len=None, dtype="bfloat16", memory=0.9, seed=0, tp=1):
         import policy
+        import ranks
         self.folder = policy.resolve(model)
         self.tokenizer, self.stop = policy.load_tokenizer(self.folder)
         window = policy.window_of(self.folder)
         self.window, self.max_tokens = min(max_len or window, window), max_tokens
         random = model.endswith("config.json")
-        *_, device = policy.start_ranks()
+        *_, device = ranks.start_ranks()
         self.engine = Engine(self.folder, self.window, dtype, "dummy" if random else "auto", memory, tp)
         if random:                                 # the folder has no weights: bring them, as training does
             dtype = policy.DTYPES[dtype]
@@ -308,7 +309,8 @@ class Scalar:
     def scores(self, conversations):
         """Reward of each conversation (messages, the response last). Yields (place, score or None where it is
         longer than the model's window), long ones first, in padded batches of like length."""
-        ids = [self.tokenizer.apply_chat_template(c, tokenize=True, return_dict=False) for c in conversations]
+        ids = [self.tokenizer.apply_chat_template(plain(self.tokenizer, c), tokenize=True, return_dict=False)
+               for c in conversations]
         window = self.model.config.max_position_embeddings
         order, pad = sorted(range(len(ids)), key=lambda i: -len(ids[i])), self.model.config.pad_token_id
         while order:

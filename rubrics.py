@@ -78,11 +78,20 @@ class Pair:
     meta: dict = field(default_factory=dict)
 
     def swapped(self):
-        """The same pair with the responses in the other order. It keeps its id; a trace would name the
-        wrong sides, and a published prompt has the old order, so both are left behind."""
+        """The same pair with the responses in the other order, also in a published prompt (ValueError where
+        they cannot be told apart in it). It keeps its id; a trace would name the wrong sides and is left
+        behind."""
         meta = {k[:-1] + {"a": "b", "b": "a"}[k[-1]] if k.endswith(("_a", "_b")) else k: v
                 for k, v in self.meta.items()}
-        return replace(self, a=self.b, b=self.a, label=other(self.label), trace=None, messages=None,
+        messages = self.messages
+        if messages is not None:
+            if not self.a:
+                raise ValueError(f"{self.id}: the responses of a finished prompt cannot be told apart")
+            _, one, two, three = MARKS
+            shown = messages[-1]["content"].replace(f"{one}{self.a}{two}{self.b}{three}",
+                                                    f"{one}{self.b}{two}{self.a}{three}")
+            messages = [*messages[:-1], {**messages[-1], "content": shown}]
+        return replace(self, a=self.b, b=self.a, label=other(self.label), trace=None, messages=messages,
                        meta=meta)
 
 
@@ -192,6 +201,11 @@ def pair_of(row, default_id):
     return pair
 
 
+MARKS = ("[Client Question]\n", "\n\n[The Start of Chatbot A's Response]\n",
+         "\n[The End of Chatbot A's Response]\n\n[The Start of Chatbot B's Response]\n",
+         "\n[The End of Chatbot B's Response]")
+
+
 def published_pair(row, default_id):
     """A released row: its prompt is kept word for word. Question and responses are read back from
     between the single-turn markers; a prompt with other markers leaves them empty: such a pair can be
@@ -203,12 +217,9 @@ def published_pair(row, default_id):
     if label is None:
         raise ValueError(f"unknown winner {named!r}, expected model_a or model_b")
     text, found = messages[-1]["content"], []
-    marks = ("[Client Question]\n", "\n\n[The Start of Chatbot A's Response]\n",
-             "\n[The End of Chatbot A's Response]\n\n[The Start of Chatbot B's Response]\n",
-             "\n[The End of Chatbot B's Response]")
     # A response that holds a marker itself cannot be told apart.
-    if all(text.count(mark) == 1 for mark in marks):
-        for mark in marks:
+    if all(text.count(mark) == 1 for mark in MARKS):
+        for mark in MARKS:
             before, text = text.split(mark, 1)
             found.append(before)
     question, a, b = found[1:] or (text, "", "")
@@ -370,7 +381,13 @@ def control_tokens(tokenizer):
 
 def encode(tokenizer, messages):
     """Token ids of a prompt, up to where the judge begins to write. The template brings its own BOS, and
-    from here on only ids travel, so it cannot get a second one.
+    from here on only ids travel, so it cannot get a second one."""
+    return tokenizer.apply_chat_template(plain(tokenizer, messages), add_generation_prompt=True,
+                                         tokenize=True, return_dict=False)
+
+
+def plain(tokenizer, messages):
+    """The messages without control tokens, ready for a chat template.
 
     The tokenizer reads a control token wherever one is spelt: a response with `<|im_end|>` in it would end
     the user's turn and go on as the judge. A space behind the first character makes plain text of it, in
@@ -378,12 +395,8 @@ def encode(tokenizer, messages):
     tokenizer refuses, becomes a question mark.
     """
     control = control_tokens(tokenizer)
-
-    def plain(text):
-        return control.sub(lambda m: f"{m[0][0]} {m[0][1:]}", text).encode(errors="replace").decode()
-
-    return tokenizer.apply_chat_template([{**m, "content": plain(m["content"])} for m in messages],
-                                         add_generation_prompt=True, tokenize=True, return_dict=False)
+    return [{**m, "content": control.sub(lambda m: f"{m[0][0]} {m[0][1:]}", m["content"]).encode(
+        errors="replace").decode()} for m in messages]
 
 
 # ---------------------------------------------------------------- the parser

@@ -14,6 +14,7 @@ import math
 from tqdm import tqdm
 
 import policy as P
+import ranks as R
 from rubrics import PROTOCOLS, chat_messages, encode, fail, form_of, prompt_form, read_pairs
 
 
@@ -64,14 +65,14 @@ def tokenize(pairs, tokenizer, form, args):
     rows, overlong = [], 0
     if without := [p.id for p in pairs if p.trace is None]:
         fail(f"{args.data}: {len(without)} pairs have no trace to learn from, the first is {without[0]}")
-    for pair in tqdm(pairs, desc="tokenize", disable=P.quiet(), leave=False):
+    for pair in tqdm(pairs, desc="tokenize", disable=R.quiet(), leave=False):
         prompt = encode(tokenizer, chat_messages(pair, *form))
         trace = tokenizer.encode(pair.trace, add_special_tokens=False) + [tokenizer.eos_token_id]
         if len(prompt) + len(trace) > args.max_len:
             overlong += 1
         else:
             rows.append((prompt, trace))
-    P.print0(f"{len(rows)} traces, {overlong} left out as longer than --max-len {args.max_len}")
+    R.print0(f"{len(rows)} traces, {overlong} left out as longer than --max-len {args.max_len}")
     if len(rows) < args.batch:
         fail(f"--batch {args.batch}: more than the {len(rows)} rows in {args.data}")
     return rows
@@ -88,25 +89,25 @@ def main():
     pairs = read_pairs(args.data, args.skip_bad)
     folder = P.resolve(args.model)
     tokenizer, _ = P.load_tokenizer(folder)
-    rank, world, device = P.start_ranks(args.timeout)
+    rank, world, device = R.start_ranks(args.timeout)
     form = prompt_form(folder, args.model, args.protocol, args.system_prompt, default="instruct")
     rows = tokenize(pairs, tokenizer, form, args)
     steps = int(args.epochs * len(rows)) // args.batch
     dtype = P.DTYPES[args.dtype]
     policy = P.load(args.model, device, dtype, args.seed, recompute=args.recompute)
     optim = P.adamw(policy, args.lr, args.betas, args.weight_decay)
-    state = P.Checkpoints(policy, optim, f"{args.out}/state")
+    state = R.Checkpoints(policy, optim, f"{args.out}/state")
     first = state.load()
-    diary, bad = P.Diary(args.out, first, vars(args)), 0
-    P.catch_signals()
-    P.print0(f"{P.describe(policy, world, device)}; {steps} steps of {args.batch} rows"
+    diary, bad = R.Diary(args.out, first, vars(args)), 0
+    R.catch_signals()
+    R.print0(f"{P.describe(policy, world, device)}; {steps} steps of {args.batch} rows"
              + (f", resumed at step {first}" if first else ""))
 
-    bar = tqdm(range(first, steps), initial=first, total=steps, desc="sft", disable=P.quiet())
+    bar = tqdm(range(first, steps), initial=first, total=steps, desc="sft", disable=R.quiet())
     for step in bar:
         # Every rank takes its share of the step's rows, and as many micro-batches as the busiest one.
         diary.phase("step")
-        drawn = P.draw(len(rows), args.batch, step, args.seed)
+        drawn = R.draw(len(rows), args.batch, step, args.seed)
         batch = [(prompt, [trace]) for prompt, trace in (rows[i] for i in drawn)]
         mine = P.deal(batch, world, policy.lm.config.hidden_size)[rank]
         micros = P.pack([batch[i] for i in mine], args.micro_tokens, device)
@@ -118,10 +119,10 @@ def main():
             total += loss.item()
         lr = args.lr * P.schedule(step, steps, "cosine", int(args.warmup * steps + 0.999))
         norm = P.optimizer_step(policy, optim, lr, args.grad_clip)
-        loss, = P.all_sum([total])
+        loss, = R.all_sum([total])
         diary.write(step=step, loss=loss, grad_norm=norm, lr=lr, trace_tokens=tokens,
                     tokens=tokens + sum(len(prompt) for prompt, _ in batch),
-                    skipped_rows=[] if math.isfinite(norm) else drawn, peak_gb=P.peak_memory_gb(device))
+                    skipped_rows=[] if math.isfinite(norm) else drawn, peak_gb=R.peak_memory_gb(device))
         bar.set_postfix(loss=f"{loss:.3f}")
         bad = 0 if math.isfinite(norm) else bad + 1
         if bad == args.max_bad:
@@ -129,14 +130,14 @@ def main():
             state.settle()
             fail(f"{bad} steps in a row had no finite gradient (--max-bad), the last one {step}; they were "
                  "skipped, and a checkpoint was written")
-        if P.asked_to_stop():
-            return P.leave(state, args.out, step + 1)
+        if R.asked_to_stop():
+            return R.leave(state, args.out, step + 1)
         state.after(step + 1, args.save_every)
     state.settle()
     P.save_model(policy, folder, f"{args.out}/model", dtype, form_of(chat_messages(pairs[0], *form)))
-    P.print0(f"wrote {args.out}/model")
-    P.barrier()
+    R.print0(f"wrote {args.out}/model")
+    R.barrier()
 
 
 if __name__ == "__main__":
-    P.run(main)
+    R.run(main)

@@ -83,8 +83,8 @@ def toy(tmp_path_factory):
 @pytest.fixture(scope="session")
 def ranks():
     """This process as a process group of one."""
-    import policy
-    return policy.start_ranks()
+    from ranks import start_ranks
+    return start_ranks()
 
 
 def save_qwen2(folder, tied, std=0.1):

@@ -13,10 +13,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 import policy as P
+import ranks as R
 from rmr1 import Engine, seed_of
 
 folder, dtype, tp = sys.argv[1], P.DTYPES[sys.argv[2]], int(sys.argv[3])
-rank, world, device = P.start_ranks()
+rank, world, device = R.start_ranks()
 policy = P.load(folder, device, dtype)
 tied = policy.lm.config.tie_word_embeddings
 engine = Engine(folder, 400, sys.argv[2], weights="dummy", tp=tp)
@@ -32,8 +33,8 @@ def gap():
     with torch.no_grad():
         ours = torch.cat([policy(m) for m in P.level(P.pack(groups, 10**9, device), device)]).cpu()
     d = (ours - torch.tensor([x for s in samples for x in s.logprobs])).abs()
-    total, n = P.all_sum([d.sum(), len(d)])
-    return total / n, P.all_max([d.max()])[0]
+    total, n = R.all_sum([d.sum(), len(d)])
+    return total / n, R.all_max([d.max()])[0]
 
 
 def perturb(seed):
@@ -100,10 +101,10 @@ out["after all"] = gap()
 # One prompt, its samples spread over the ranks: no two texts are equal by accident.
 seeds = [seed_of(1, place, 0) for place in range(rank, 8 * world, world)]
 mine = engine.generate([[7] * 30] * 8, seeds, 20)
-out["distinct over ranks"] = len({tuple(s.tokens) for part in P.all_gather(mine) for s in part}) / (8 * world)
+out["distinct over ranks"] = len({tuple(s.tokens) for part in R.all_gather(mine) for s in part}) / (8 * world)
 # The ranks of one engine yield the same samples for the same requests.
 asked = [([7] * 30, 5, 1.0), ([9] * 40, 6, 1.0)]
-texts = P.all_gather([(at, s.tokens) for at, s in engine.stream(asked, 20)])
+texts = R.all_gather([(at, s.tokens) for at, s in engine.stream(asked, 20)])
 out["same in one engine"] = tp == 1 or texts[0] == texts[1]
 
 # Seeds: equal requests with different seeds differ, and a text does not depend on what else is in the batch.
@@ -124,4 +125,4 @@ except RuntimeError as e:
     out["stuck cache"] = str(e)
 if rank == 0:
     print(json.dumps(out))
-P.barrier()
+R.barrier()

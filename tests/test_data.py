@@ -1,6 +1,7 @@
 """The data pipeline: every form of row, what is left out, the split, and two-pass distillation from a
 server."""
 import json
+import os
 import random
 import re
 import shutil
@@ -356,7 +357,7 @@ def test_vllms_own_server(toy, pairs, tmp_path):
         [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(toy / "model"),
          "--port", str(port), "--served-model-name", "tiny", "--load-format", "dummy", "--dtype", "float32",
          "--max-model-len", "256", "--enforce-eager", "--no-enable-chunked-prefill"],
-        env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     try:
         for _ in range(240):
             if server.poll() is not None:
@@ -372,7 +373,7 @@ def test_vllms_own_server(toy, pairs, tmp_path):
                   "--teacher2", "none", "--base-url", f"http://127.0.0.1:{port}/v1", "--max-tokens", 16,
                   "--system-prompt", system).stdout
     finally:
-        server.kill()
+        os.killpg(server.pid, signal.SIGKILL)                # its engine is a process of its own
     assert "0 traces of 20 pairs" in out and "20 failed" in out
     rows = read(tmp_path / "out/journal.jsonl")
     assert len(rows) == 20 and all(r["tokens"] and r["prompt_tokens"] for r in rows)

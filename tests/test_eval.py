@@ -164,6 +164,26 @@ def test_a_wrong_key_stops_at_once(server, bench, tmp_path, monkeypatch):
     assert done.returncode == 2 and "no such key" in done.stderr and "OPENAI_API_KEY" in done.stderr
 
 
+def test_keys_and_paths_in_data_stay_where_they_belong(server, bench, tmp_path, monkeypatch):
+    """A key reaches neither the run folder nor the output; ids and sources that are paths write nowhere
+    else."""
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
+    inside = tmp_path / "inside"
+    inside.mkdir()
+    (inside / "pairs.jsonl").write_text("".join(json.dumps(
+        {"prompt": f"q{n}", "a": "the good one", "b": "a bad one", "label": "A", "id": path,
+         "source": path}) + "\n" for n, path in enumerate(("../../escaped", str(tmp_path / "escaped"), "../pairs.jsonl"))))
+    before = {p for p in tmp_path.rglob("*")}
+    done = ask(server, bench, inside / "run", "--data", inside / "pairs.jsonl")
+    call(E, "report", inside / "run", "--out", inside / "report")
+    new = {p for p in tmp_path.rglob("*")} - before
+    ours = {inside / "run", inside / "report"}
+    assert new and all(ours & {p, *p.parents} for p in new)
+    assert len(E.read_run(inside / "run")["judgments"]) == 32
+    assert not any("sk-secret" in text for text in (done.stdout, done.stderr, *(
+        p.read_text() for p in new if p.is_file())))
+
+
 def test_no_protocol_is_guessed_from_a_name(server, bench, tmp_path):
     done = call(E, "--model", "RM-R1-Qwen2.5-Instruct-7B", "--base-url", server,
                "--bench", "rewardbench", "--data-dir", bench, "--out", tmp_path / "run", ok=False)

@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import policy as P
+import ranks as R
 from conftest import save_qwen2
 
 # Three prompts with one to four responses, lengths from 1 up: shared prompts, single
@@ -114,16 +115,16 @@ def test_a_state_restores_weights_and_optimizer(model, ranks, tmp_path):
 
     one = P.load(model[1], ranks[2], torch.float32)
     optim = P.adamw(one, 1e-2, (0.9, 0.95), 0.1)
-    state = P.Checkpoints(one, optim, tmp_path / "state", keep=2)
+    state = R.Checkpoints(one, optim, tmp_path / "state", keep=2)
     for n in range(3):
         step(one, optim)
         state.save(n + 1)
     assert state.settle()
-    assert [p.name for p in P.whole_states(tmp_path / "state")] == ["step_000002", "step_000003"]
+    assert [p.name for p in R.whole_states(tmp_path / "state")] == ["step_000002", "step_000003"]
     (tmp_path / "state/step_000009.tmp").mkdir()                   # a write that was cut short
     two = P.load(model[1], ranks[2], torch.float32)
     optim2 = P.adamw(two, 1e-2, (0.9, 0.95), 0.1)
-    assert P.Checkpoints(two, optim2, tmp_path / "state").load() == 3
+    assert R.Checkpoints(two, optim2, tmp_path / "state").load() == 3
     assert [step(one, optim) for _ in range(2)] == [step(two, optim2) for _ in range(2)]
     for (name, a), b in zip(one.weights(), (w for _, w in two.weights())):
         assert torch.equal(a[1], b) if isinstance(a, tuple) else torch.equal(a, b), name
@@ -134,14 +135,14 @@ def test_a_state_is_written_in_the_background_as_it_was(model, ranks, tmp_path, 
     saving."""
     policy, moved, write = P.load(model[1], ranks[2], torch.float32), threading.Event(), torch.save
     monkeypatch.setattr(torch, "save", lambda *a, **kw: (moved.wait(20), write(*a, **kw)))
-    state = P.Checkpoints(policy, P.adamw(policy, 1e-2, (0.9, 0.95), 0.1), tmp_path / "state")
+    state = R.Checkpoints(policy, P.adamw(policy, 1e-2, (0.9, 0.95), 0.1), tmp_path / "state")
     before = [w.clone() for _, w in policy.weights()]
     state.save(1)
     with torch.no_grad():
         for p in policy.parameters():
             p.add_(1)
     state.after(2, every=0)
-    assert not P.whole_states(tmp_path / "state")
+    assert not R.whole_states(tmp_path / "state")
     moved.set()
     assert state.settle() and state.load() == 1
     assert all(torch.equal(a, b) for a, (_, b) in zip(before, policy.weights()))
@@ -152,7 +153,7 @@ def test_a_checkpoint_that_would_run_something_is_refused(model, ranks, tmp_path
         def __reduce__(self):
             return os.mkdir, (str(tmp_path / "written"),)
     policy = P.load(model[1], ranks[2], torch.float32)
-    state = P.Checkpoints(policy, P.adamw(policy, 1e-2, (0.9, 0.95), 0.1), tmp_path / "state")
+    state = R.Checkpoints(policy, P.adamw(policy, 1e-2, (0.9, 0.95), 0.1), tmp_path / "state")
     state.save(1)
     assert state.settle() and state.load() == 1
     (tmp_path / "state/step_000001/.metadata").write_bytes(pickle.dumps(Evil()))
@@ -204,13 +205,13 @@ def test_schedules():
 
 
 def test_every_epoch_draws_every_row_once_and_any_step_can_be_asked_for():
-    steps = [P.draw(10, 3, step, 7) for step in range(6)]
+    steps = [R.draw(10, 3, step, 7) for step in range(6)]
     assert (sorted(i for s in steps[:3] for i in s) != sorted(i for s in steps[3:] for i in s)
             or steps[:3] != steps[3:])
     for epoch in (steps[:3], steps[3:]):
         drawn = [i for s in epoch for i in s]
         assert len(set(drawn)) == 9 and set(drawn) < set(range(10))
-    assert P.draw(10, 3, 4, 7) == steps[4] and P.draw(10, 3, 4, 8) != steps[4]
+    assert R.draw(10, 3, 4, 7) == steps[4] and R.draw(10, 3, 4, 8) != steps[4]
 
 
 @pytest.mark.parametrize("break_it, complaint", [

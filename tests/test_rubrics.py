@@ -148,8 +148,8 @@ def test_published_rows_keep_their_prompt_and_give_back_the_responses():
     pair = pair_of({"context_messages": messages, "winner": "model_a"}, "x")
     assert (pair.a, pair.b, pair.label, pair.context) == (PAIR.a, PAIR.b, "A", USER)
     assert chat_messages(pair) == messages
-    assert (chat_messages(pair.swapped(), system="Published wording")
-            == chat_messages(PAIR.swapped(), system="Published wording"))
+    assert chat_messages(pair.swapped()) == chat_messages(PAIR.swapped(), system="Published wording")
+    assert pair.swapped().swapped() == pair
     sft = pair_of({"context_messages": messages, "winner": CHAT, "ground_truth": "model_b"}, "x")
     assert sft.trace == CHAT and sft.label == "B"
 
@@ -161,6 +161,8 @@ def test_published_prompts_that_cannot_be_taken_apart_are_still_judged_as_they_a
     for messages in (chat_messages(Pair("m", turns, "Two.", "Some.", "A")), twice):
         read = pair_of({"context_messages": messages, "winner": "model_b"}, "x")
         assert chat_messages(read) == messages and (read.a, read.b, read.label) == ("", "", "B")
+        with pytest.raises(ValueError, match="cannot be told apart"):
+            read.swapped()
 
 
 def test_chosen_and_rejected_are_dealt_evenly_and_never_by_order():

@@ -15,6 +15,7 @@ from conftest import ROOT, environment, metrics, run
 from safetensors.torch import load_file
 
 import policy as P
+import ranks as R
 
 SFT = ("sft.py", "--dtype", "float32", "--no-recompute", "--batch", 16, "--lr", 3e-3, "--max-len", 160)
 GRPO = ("grpo.py", "--dtype", "float32", "--no-recompute", "--pairs", 8, "--mini", 4, "--group", 3,
@@ -49,7 +50,7 @@ def live(tmp_path_factory):
                                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=open(log, "a"))
 
     def one(command, out, kill=None, delay=None):
-        newest = lambda: ([None] + [s.name for s in P.whole_states(out / "state")])[-1]
+        newest = lambda: ([None] + [s.name for s in R.whole_states(out / "state")])[-1]
         before, deadline = newest(), time.time() + 60
         argv = [str(x) for x in (*command[1:], "--out", out)]
         life = {"script": command[0].removesuffix(".py"), "argv": argv, "log": str(log), "kill": kill}
@@ -169,7 +170,7 @@ def test_a_signal_saves_and_stops_at_the_next_step(number, ranks, toy, tmp_path)
     assert process.wait(timeout=120) == 0
     said = (out / "stopped").read_text()
     step = int(said.split(":")[0].split()[1])
-    assert 0 < step < 48 and len(P.whole_states(out / "state")) == 1
+    assert 0 < step < 48 and len(R.whole_states(out / "state")) == 1
     run(*command, "--out", out, ranks=ranks)
     assert plain(out) == plain(tmp_path / "whole") and not (out / "stopped").exists()
 
@@ -185,7 +186,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(toy, ranks, tmp_path, capsys):
     try:
         net = P.load(toy / "model/config.json", torch.device("cpu"), torch.float32)
         optim = P.adamw(net, 1e-3, (0.9, 0.95), 0.0)
-        state = P.Checkpoints(net, optim, disk / "state")
+        state = R.Checkpoints(net, optim, disk / "state")
         state.save(1)
         assert state.settle()
         kept = {k: v.full_tensor().clone() for k, v in net.named_parameters()}
@@ -236,7 +237,7 @@ def test_bad_steps_in_a_row_stop_the_run_with_a_checkpoint(toy, tmp_path):
         # GRPO makes two updates a step, and stops at the end of one.
         said = f"error: {3 if name == 'sft' else 4} "
         assert said in done.stderr and "in a row had no finite gradient" in done.stderr
-        assert P.whole_states(tmp_path / name / "state")
+        assert R.whole_states(tmp_path / name / "state")
         rows = metrics(tmp_path / name)
         assert rows and all(r["skipped_rows"] for r in rows)
 
@@ -261,7 +262,7 @@ def test_a_run_ends_when_a_rank_hangs_or_dies(how, first, toy, tmp_path):
     assert first in said and said.count("Traceback") == (how == "raise"), said
     if how == "raise":
         assert said.index(first) < said.index("rank 0: lost another rank in the phase 'sample'")
-    assert P.whole_states(tmp_path / "out/state")
+    assert R.whole_states(tmp_path / "out/state")
 
 
 SICK = f"""
@@ -280,5 +281,5 @@ def sick(text, judgment, pair, length, key, args):
     return reward_of(text, judgment, pair, length, key, args)
 
 grpo.reward_of = sick
-grpo.P.run(grpo.main)
+grpo.R.run(grpo.main)
 """
