@@ -80,6 +80,9 @@ def arguments():
     arg("--tp", type=int, default=1, help="ranks that sample with one engine together (tensor parallel)")
     arg("--max-gap", type=float, default=0.1,
         help="stop if engine and trainer log-probs differ by more on average")
+    arg("--shard", type=int, help="ranks that hold one copy of the weights, e.g. a node's; default: all")
+    arg("--offload", action="store_true",
+        help="reference and optimizer wait in host memory while they are not used")
     arg("--dtype", choices=P.DTYPES, default="bfloat16", help="of the computation (weights are kept in fp32)")
     arg("--max-bad", type=int, default=5, help="stop after so many updates in a row without finite gradient")
     arg("--save-every", type=int, default=10, help="steps between checkpoints for resuming, 0 for none")
@@ -171,7 +174,7 @@ def reward_of(text, judgment, pair, length, key, args):
     """1 for the right verdict and -1 for any other, or for the control a coin that `key` throws, and what the
     flags add.
 
-    --overlong N       0 up to N tokens before the limit, then falling evenly to -1 at the limit (DAPO, eq. 13)
+    --overlong N       0 up to N tokens before the limit, falling evenly to -1 at the limit (DAPO, eq. 13)
     --format-reward W  W where a judgment has type, rubric or solution, and comparison (paper eq. 11: W = 1)
     """
     if args.reward == "random":
@@ -387,26 +390,32 @@ def main():
     if len(rows) * len(rows[0] if rows else ()) < args.pairs:
         fail(f"--pairs {args.pairs}: more than the {len(rows)} usable pairs in {args.data}")
     steps, dtype = args.steps or len(rows) * len(rows[0]) // args.pairs, P.DTYPES[args.dtype]
-    window = args.max_prompt + args.max_response
-    if window > P.window_of(folder):
+    window, most = args.max_prompt + args.max_response, P.config_of(folder).max_position_embeddings
+    if window > most:
         fail(f"--max-prompt {args.max_prompt} and --max-response {args.max_response} exceed the model's "
-             f"window of {P.window_of(folder)} tokens")
+             f"window of {most} tokens")
     if world % args.tp:
         fail(f"--tp {args.tp} does not divide the {world} ranks")
 
     R.phase("load the weights")
-    policy = P.load(args.model, device, dtype, args.seed, recompute=args.recompute)
-    reference = P.load(args.model, device, dtype, args.seed, trainable=False) if args.beta else None
+    shard = R.shards(args.shard)
+    P.memory(P.config_of(folder), dtype, args.micro_tokens, args.recompute, shard, R.card_bytes(device),
+             args.beta > 0, args.offload, args.engine_memory, args.tp, window)
+    policy = P.load(args.model, device, dtype, args.seed, recompute=args.recompute, shard=shard)
+    reference = None if not args.beta else P.load(
+        args.model, device, dtype, args.seed, trainable=False, shard=shard)
     optim = P.adamw(policy, args.lr, (0.9, 0.999), 0.01)
     state = R.Checkpoints(policy, optim, f"{args.out}/state")
     first = state.load()
+    home = torch.device("cpu") if args.offload else device     # of what waits for its turn
+    P.move(home, reference, optim)
     R.phase("start the engine")
     engine = Engine(folder, window, args.dtype, weights="dummy", memory=args.engine_memory, tp=args.tp)
     engine.sync(policy, dtype)
     diary, bad = R.Diary(args.out, first, vars(args)), 0
     R.catch_signals()
-    R.print0(f"{P.describe(policy, world, device)}; {steps} steps of {args.pairs} pairs x {args.group} "
-             f"judgments in {args.pairs // args.mini} updates"
+    R.print0(f"{world} ranks on {device.type}, {steps} steps of {args.pairs} pairs x {args.group} judgments, "
+             f"{args.pairs // args.mini} updates each"
              + (f", resumed at step {first}" if first else ""))
 
     for step in (bar := tqdm(range(first, steps), initial=first, total=steps, desc="grpo",
@@ -426,13 +435,17 @@ def main():
         adv = advantages(torch.tensor([[r.reward for r in g.rollouts] for g in groups]), args.advantage)
         updates = updates_of(groups, adv, args, device, rank, world, policy.lm.config.hidden_size)
         with torch.no_grad():
+            P.move(device, reference)
             ref = [[reference(b) for b, *_ in micros] for micros in updates] if reference else None
+            P.move(home, reference)
             old = [[], *([policy(b) for b, *_ in micros] for micros in updates[1:])]
 
         # --- learn: one clipped step an update
         diary.phase("learn")
         log["lr"] = args.lr * P.schedule(step, steps, args.schedule)
+        P.move(device, optim)
         learned, norms = learn(policy, optim, updates, old, ref, log["lr"], args, world)
+        P.move(home, optim)
 
         # --- sync: the engine gets the new weights before anyone samples again
         diary.phase("sync")

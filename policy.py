@@ -24,10 +24,9 @@ from torch import nn
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from ranks import all_max
+from ranks import all_max, print0
 from rubrics import fail
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -216,17 +215,12 @@ class Policy(nn.Module):
         self.lm = lm
 
     def forward(self, batch, temperature=1.0):
-        """Log-prob of every response token, (R,) in fp32, under softmax(logits / temperature).
-
-        The vocabulary projection sees response positions only, in chunks whose logits are computed again
-        in the backward pass: extra memory is one chunk's logits, whatever T and V are.
-        """
+        """Log-prob of every response token, (R,) in fp32, under softmax(logits / temperature). The
+        vocabulary projection sees response positions only."""
         hidden = self.lm.model(input_ids=batch.tokens[None], position_ids=batch.positions[None],
                                use_cache=False, plan=batch.plan).last_hidden_state[0]      # (T, hidden)
-        hidden, head = hidden.index_select(0, batch.src), self.lm.lm_head.weight
-        size = max(256, 2**26 // head.shape[0])                          # 256 MB of fp32 logits
-        return torch.cat([checkpoint(chunk_logprobs, h, head, t, temperature, use_reentrant=False)
-                          for h, t in zip(hidden.split(size), batch.targets.split(size))])
+        return TokenLogProbs.apply(hidden.index_select(0, batch.src), self.lm.lm_head.weight, batch.targets,
+                                   temperature)
 
     @torch.no_grad()
     def weights(self, dtype=None):
@@ -244,9 +238,53 @@ class Policy(nn.Module):
             yield "lm_head.weight", embed
 
 
-def chunk_logprobs(hidden, head, targets, temperature):
-    logits = (hidden @ head.T).float() / temperature                                # (chunk, V)
-    return logits.gather(-1, targets[:, None])[:, 0] - logits.logsumexp(-1)
+LOGITS = 2**26                                             # at a time: 256 MB in fp32
+
+
+class TokenLogProbs(torch.autograd.Function):
+    """log softmax(hidden head^T / temperature) at targets: (R, hidden), (V, hidden), (R,) -> (R,) in fp32.
+
+    LOGITS logits exist at a time, and they are computed again in the backward pass. That goes by slices of
+    the vocabulary: a slice of the head's gradient is one product over all tokens, summed in fp32 inside it
+    and rounded once, where a sum over chunks of tokens would round to bf16 at every chunk.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, head, targets, temperature):
+        size = max(1, LOGITS // head.shape[0])
+        norm, at = (torch.empty(len(targets), device=head.device) for _ in "12")
+        for start in range(0, len(targets), size):
+            rows = slice(start, start + size)
+            logits = product(hidden[rows], head.T).div_(temperature)                    # (rows, V)
+            at[rows] = logits.gather(-1, targets[rows, None])[:, 0]
+            norm[rows] = logits.logsumexp(-1)
+        ctx.save_for_backward(hidden, head, targets, norm)
+        ctx.temperature = temperature
+        return at - norm
+
+    @staticmethod
+    def backward(ctx, grad):
+        """d logp_r / d logit_rv = 1[v = target_r] - softmax_rv, over the temperature."""
+        hidden, head, targets, norm = ctx.saved_tensors
+        grad = grad[:, None] / ctx.temperature
+        to_hidden, to_head = torch.zeros_like(hidden, dtype=torch.float32), torch.empty_like(head)
+        size = max(1, LOGITS // len(targets))
+        for start in range(0, len(head), size):
+            words = slice(start, start + size)
+            d = product(hidden, head[words].T).div_(ctx.temperature).sub_(norm[:, None]).exp_().mul_(-grad)
+            here = ((targets >= start) & (targets < start + size))[:, None]
+            d.scatter_add_(1, (targets[:, None] - start).clamp(0, d.shape[1] - 1), grad * here)
+            d = d.to(hidden.dtype)                                                      # (R, words)
+            to_hidden += product(d, head[words])
+            to_head[words] = d.T @ hidden
+        return to_hidden.to(hidden.dtype), to_head, None, None
+
+
+def product(a, b):
+    """Matrix product in fp32, also of bf16 matrices: a CUDA kernel does not round its sums."""
+    if a.is_cuda and a.dtype != torch.float32:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return (a @ b).float()
 
 
 def resolve(model):
@@ -286,21 +324,22 @@ def load_tokenizer(folder):
     return tokenizer, stop
 
 
-def window_of(folder):
-    """The longest sequence the model was made for, in tokens."""
-    return AutoConfig.from_pretrained(folder).max_position_embeddings
+def config_of(folder):
+    return AutoConfig.from_pretrained(folder)
 
 
-def load(model, device, dtype, seed=0, trainable=True, recompute=True):
+def load(model, device, dtype, seed=0, trainable=True, recompute=True, shard=None):
     """A sharded policy from a folder, a hub id, or a config.json (random weights drawn from `seed`).
 
     dtype      of the computation. Trained weights are kept in fp32 and cast for the computation;
                a frozen policy (trainable=False) is kept in `dtype`.
     recompute  activations of every block in the backward pass rather than keeping them
+    shard      ranks that hold one copy of the weights together, all unless said otherwise: the ranks of a
+               node, say, so that weights travel inside nodes and only gradients between them (HSDP)
     Weights are read by DCP, each rank its own slices: nobody holds a full copy.
     """
     folder, random = resolve(model), str(model).endswith("config.json")
-    config = AutoConfig.from_pretrained(folder)
+    config = config_of(folder)
     config._attn_implementation = "packed"
     master = torch.float32 if trainable else dtype
     with torch.device("meta"):
@@ -309,12 +348,14 @@ def load(model, device, dtype, seed=0, trainable=True, recompute=True):
         lm.gradient_checkpointing_enable({"use_reentrant": False})
     policy = Policy(lm).train(trainable).requires_grad_(trainable)
 
-    mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
-    shard = dict(mesh=mesh, reshard_after_forward=True, mp_policy=MixedPrecisionPolicy(
+    world = dist.get_world_size()
+    mesh = dist.init_device_mesh(device.type, (world,)) if shard in (None, world) else \
+        dist.init_device_mesh(device.type, (world // shard, shard), mesh_dim_names=("copies", "shards"))
+    how = dict(mesh=mesh, reshard_after_forward=True, mp_policy=MixedPrecisionPolicy(
         param_dtype=None if dtype == master else dtype, reduce_dtype=torch.float32))
     for block in lm.model.layers:
-        fully_shard(block, **shard)
-    fully_shard(policy, **shard)                        # what is left: embedding, last norm, head
+        fully_shard(block, **how)
+    fully_shard(policy, **how)                          # what is left: embedding, last norm, head
     policy.to_empty(device=device)
     for module in lm.modules():                         # rotary tables are no parameters: to_empty lost them
         if hasattr(module, "inv_freq"):
@@ -350,11 +391,57 @@ def init_random(lm, std, seed):
         p.copy_(distribute_tensor(full, p.device_mesh, p.placements, src_data_rank=None))
 
 
-def describe(policy, world, device):
-    """One line to start a run with: size, ranks, and what the trainer's weights will take."""
-    n = sum(p.numel() for p in policy.parameters())
-    return (f"{n / 1e6:.2f}M parameters, {world} ranks on {device.type}, about "
-            f"{16 * n / world / 2**30:.2g} GB a rank for weights, gradients and optimizer")
+def move(device, *things):
+    """Policies and optimizers to host memory or back. None is nothing to move."""
+    for thing in things:
+        if isinstance(thing, nn.Module):
+            thing.to(device)
+        elif thing is not None:
+            for state in thing.state.values():
+                state.update({k: v.to(device) for k, v in state.items() if torch.is_tensor(v)})
+
+
+def memory(config, dtype, tokens, recompute, shard, card=None, reference=False, offload=False, share=None,
+           tp=1, window=0):
+    """Estimate what a rank's card will hold, say so, and refuse what cannot fit, before anything is loaded.
+
+    tokens   of a micro-batch; shard: ranks that hold one copy of the weights; card: its bytes, None for a CPU
+    share    of the card that vLLM takes while it samples, None without one; window: its longest sequence
+    -> GB while learning, GB while sampling
+    """
+    with torch.device("meta"):
+        lm = AutoModelForCausalLM.from_config(config)
+    n, one = sum(p.numel() for p in lm.parameters()), torch.empty(0, dtype=dtype).element_size()
+    h, layers, block = config.hidden_size, len(lm.model.layers), sum(
+        p.numel() for p in lm.model.layers[0].parameters())
+    rest = n - block * layers                              # embedding, head, last norm: gathered together
+    inside = one * (8 * h + 4 * config.intermediate_size)  # what a token leaves inside a block, roughly
+    kv = 2 * one * config.num_key_value_heads * h // config.num_attention_heads * layers
+    frozen = {"reference": one * n / shard} if reference and not offload else {}
+    learn = frozen | {
+        "weights, gradients and Adam": 16 * n / shard,
+        "gathered layers": one * 2 * (rest + 2 * block) + 4 * max(rest, block),
+        "activations": tokens * (layers * h * one + inside if recompute else layers * inside),
+        "log-probs": 12 * LOGITS + 4 * tokens * h}
+    sample = frozen | {"vLLM": (share or 0) * (card or 0), "a gathered layer": 2 * one * rest,
+                       "weights and Adam": (4 if offload else 12) * n / shard}
+    needs = {"weights": one * n / tp, "a sequence": window * kv / tp, "other": 2**31}
+    total = {}
+    for phase, parts in (("learning", learn), ("sampling", sample)) if share else (("learning", learn),):
+        total[phase] = sum(parts.values())
+        print0(f"{phase}: about {total[phase] / 2**30:.3g} GB a rank (" + ", ".join(
+            f"{k} {v / 2**30:.2g}" for k, v in parts.items()) + ")")
+    has = f"more than the card's {(card or 0) / 2**30:.3g} GB"
+    more = ("" if offload or not share else ", give --offload") + f", or use more than {shard} ranks"
+    if card and total["learning"] > 0.95 * card:
+        fail(f"learning would take {has}: lower --micro-tokens {tokens}"
+             + ("" if recompute else ", leave out --no-recompute") + more)
+    if card and share and total["sampling"] > 0.98 * card:
+        fail(f"sampling would take {has}: lower --engine-memory {share:g}" + more)
+    if card and share and sum(needs.values()) > share * card:
+        fail(f"vLLM needs about {sum(needs.values()) / 2**30:.3g} GB, more than --engine-memory {share:g} of "
+             f"the card: raise it, or spread an engine over more ranks than --tp {tp}")
+    return [t / 2**30 for t in total.values()]
 
 
 # ---------------------------------------------------------------- optimisation

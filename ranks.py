@@ -175,6 +175,19 @@ def draw(count, batch, step, seed):
     return order[at * batch:(at + 1) * batch].tolist()
 
 
+def shards(asked):
+    """How many ranks hold one copy of the weights together: all, unless --shard says otherwise."""
+    world = dist.get_world_size()
+    if asked and (asked < 1 or world % asked):
+        fail(f"--shard {asked} does not divide the {world} ranks")
+    return asked or world
+
+
+def card_bytes(device):
+    """The memory of this rank's card; None on a CPU."""
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
+
+
 def peak_memory_gb(device):
     """Most memory this rank has held: on the card, or of the whole process on a CPU."""
     if device.type == "cuda":

@@ -60,9 +60,10 @@ class Engine:
         else:
             # Eager, and no compiled sampler: starts in 2 s instead of 28, and without a C++ compiler.
             # No chunked prefill: a chunked, seeded request crashes vLLM's CPU sampler, so a prompt
-            # must fit into one batch.
+            # must fit into one batch. Blocks of 32 tokens, not 128: the samples of a prompt share
+            # whole blocks only.
             torch._dynamo.config.disable = True
-            kw = dict(enforce_eager=True, enable_chunked_prefill=False,
+            kw = dict(enforce_eager=True, enable_chunked_prefill=False, block_size=32,
                       max_num_batched_tokens=max(max_len, 8192))
         rng = torch.get_rng_state()
         self.llm = vllm.LLM(
@@ -206,7 +207,7 @@ class Local:
         import ranks
         self.folder = policy.resolve(model)
         self.tokenizer, self.stop = policy.load_tokenizer(self.folder)
-        window = policy.window_of(self.folder)
+        window = policy.config_of(self.folder).max_position_embeddings
         self.window, self.max_tokens = min(max_len or window, window), max_tokens
         random = model.endswith("config.json")
         *_, device = ranks.start_ranks()

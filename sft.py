@@ -45,6 +45,7 @@ def arguments():
         help="tokens a rank computes at once: lower it when memory runs out")
     arg("--recompute", action=argparse.BooleanOptionalAction, default=True,
         help="recompute activations in the backward pass")
+    arg("--shard", type=int, help="ranks that hold one copy of the weights, e.g. a node's; default: all")
     arg("--dtype", choices=P.DTYPES, default="bfloat16", help="of the computation (weights are kept in fp32)")
     arg("--max-bad", type=int, default=5, help="stop after so many steps in a row without a finite gradient")
     arg("--save-every", type=int, default=50, help="steps between checkpoints for resuming, 0 for none")
@@ -94,13 +95,15 @@ def main():
     rows = tokenize(pairs, tokenizer, form, args)
     steps = int(args.epochs * len(rows)) // args.batch
     dtype = P.DTYPES[args.dtype]
-    policy = P.load(args.model, device, dtype, args.seed, recompute=args.recompute)
+    shard = R.shards(args.shard)
+    P.memory(P.config_of(folder), dtype, args.micro_tokens, args.recompute, shard, R.card_bytes(device))
+    policy = P.load(args.model, device, dtype, args.seed, recompute=args.recompute, shard=shard)
     optim = P.adamw(policy, args.lr, args.betas, args.weight_decay)
     state = R.Checkpoints(policy, optim, f"{args.out}/state")
     first = state.load()
     diary, bad = R.Diary(args.out, first, vars(args)), 0
     R.catch_signals()
-    R.print0(f"{P.describe(policy, world, device)}; {steps} steps of {args.batch} rows"
+    R.print0(f"{world} ranks on {device.type}, {steps} steps of {args.batch} rows"
              + (f", resumed at step {first}" if first else ""))
 
     bar = tqdm(range(first, steps), initial=first, total=steps, desc="sft", disable=R.quiet())

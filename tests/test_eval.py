@@ -170,9 +170,10 @@ def test_keys_and_paths_in_data_stay_where_they_belong(server, bench, tmp_path, 
     monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
     inside = tmp_path / "inside"
     inside.mkdir()
+    paths = "../../escaped", str(tmp_path / "escaped"), "../pairs.jsonl"
     (inside / "pairs.jsonl").write_text("".join(json.dumps(
         {"prompt": f"q{n}", "a": "the good one", "b": "a bad one", "label": "A", "id": path,
-         "source": path}) + "\n" for n, path in enumerate(("../../escaped", str(tmp_path / "escaped"), "../pairs.jsonl"))))
+         "source": path}) + "\n" for n, path in enumerate(paths)))
     before = {p for p in tmp_path.rglob("*")}
     done = ask(server, bench, inside / "run", "--data", inside / "pairs.jsonl")
     call(E, "report", inside / "run", "--out", inside / "report")

@@ -7,7 +7,7 @@ import threading
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Qwen2Config
 
 import policy as P
 import ranks as R
@@ -234,3 +234,65 @@ def test_a_tensor_that_is_missing_is_named(ranks, tmp_path, capsys):
     with pytest.raises(SystemExit):
         P.load(tmp_path / "m", ranks[2], torch.float32)
     assert "lack 1 tensors, the first is model.layers.1.mlp.up_proj.weight" in capsys.readouterr().err
+
+
+def qwen(hidden, layers, heads, keys, inner):
+    return Qwen2Config(vocab_size=152064, hidden_size=hidden, num_hidden_layers=layers,
+                       num_attention_heads=heads, num_key_value_heads=keys, intermediate_size=inner,
+                       tie_word_embeddings=False)
+
+
+SEVEN, THIRTY_TWO = qwen(3584, 28, 28, 4, 18944), qwen(5120, 64, 40, 8, 27648)
+CARD = 80 * 10**9
+
+
+def test_memory_is_estimated_from_the_config(capsys):
+    """7.62 billion parameters: 16 bytes of each over 8 ranks are 14.2 GB, a reference in bf16 1.8; 4 + 8
+    bytes beside vLLM's half of the card while it samples."""
+    P.memory(SEVEN, torch.bfloat16, 16384, True, 8, CARD, True, False, 0.5, window=12288)
+    learn, sample = capsys.readouterr().out.splitlines()
+    assert "weights, gradients and Adam 14" in learn and "reference 1.8" in learn
+    assert "vLLM 37" in sample and "weights and Adam 11" in sample
+    half, = P.memory(SEVEN, torch.bfloat16, 8192, True, 8)
+    whole, = P.memory(SEVEN, torch.bfloat16, 16384, True, 8)
+    kept, = P.memory(SEVEN, torch.bfloat16, 8192, False, 8)
+    assert half < whole < kept
+
+
+@pytest.mark.parametrize("config, shard, tp, share, complaint", [
+    (THIRTY_TWO, 8, 4, 0.5, "learning would take more than the card's 74.5 GB: lower --micro-tokens 16384, "
+                            "give --offload, or use more than 8 ranks"),
+    (SEVEN, 8, 1, 0.9, "sampling would take more than the card's 74.5 GB: lower --engine-memory 0.9"),
+    (THIRTY_TWO, 32, 1, 0.5, "vLLM needs about 66 GB, more than --engine-memory 0.5 of the card: raise it, "
+                             "or spread an engine over more ranks than --tp 1"),
+    (THIRTY_TWO, 32, 4, 0.5, None), (SEVEN, 8, 1, 0.5, None)])
+def test_what_cannot_fit_is_refused_by_the_flag_to_change(config, shard, tp, share, complaint, capsys):
+    """The published runs fit: 7B on 8 cards, 32B on 32 with four ranks an engine."""
+    ask = lambda: P.memory(config, torch.bfloat16, 16384, True, shard, CARD, True, False, share, tp, 12288)
+    if complaint is None:
+        assert ask()
+        return
+    with pytest.raises(SystemExit):
+        ask()
+    assert complaint in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("size", [1, 7, 2**26])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_log_probs_in_slices(size, dtype, monkeypatch):
+    """Values and gradients are those of one log_softmax in float64, up to the rounding of the inputs' type,
+    for any size of a slice."""
+    monkeypatch.setattr(P, "LOGITS", size * 300)
+    g = torch.Generator().manual_seed(0)
+    hidden, head, grad = (torch.randn(*shape, generator=g) for shape in ((41, 64), (300, 64), (41,)))
+    targets = torch.randint(300, (41,), generator=g)
+    ours = [x.to(dtype).requires_grad_() for x in (hidden, head)]
+    theirs = [x.detach().double().requires_grad_() for x in ours]
+    logp = P.TokenLogProbs.apply(*ours, targets, 0.7)
+    logp.backward(grad)
+    expected = (theirs[0] @ theirs[1].T / 0.7).log_softmax(-1).gather(-1, targets[:, None])[:, 0]
+    expected.backward(grad.double())
+    bound = 1e-5 if dtype == torch.float32 else 2e-2
+    assert logp.dtype == torch.float32
+    for a, b in ((logp, expected), *((x.grad, y.grad) for x, y in zip(ours, theirs))):
+        assert (a.double() - b).norm() <= bound * b.norm()

