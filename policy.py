@@ -143,7 +143,7 @@ def varlen_plan(spans, device):
             "cu_k": cu(k), "max_q": max(q), "max_k": max(k)}
 
 
-def bucket_plan(spans, waste=1.3):
+def bucket_plan(spans, waste=1.05, call=4096):
     """For a CPU: spans of like shape are padded into one batched SDPA call (a call a span would cost more
     than its arithmetic at small sizes). Padding lives inside attention only: its outputs are never read.
 
@@ -157,7 +157,7 @@ def bucket_plan(spans, waste=1.3):
         plain = q == len(keys)
         q_max, k_max = max(cap[0], q), max(cap[1], len(keys))
         count = len(groups[-1]) + 1 if groups else 0
-        if not groups or plain != was_plain or q_max * k_max * count > waste * (area + q * len(keys)):
+        if not groups or plain != was_plain or q_max * k_max * count > waste * (area + q * len(keys)) + call:
             groups, area, q_max, k_max = groups + [[]], 0, q, len(keys)
         groups[-1].append(i)
         area, cap, was_plain = area + q * len(keys), (q_max, k_max), plain

@@ -98,6 +98,12 @@ def run(command, threads):
     return done.stdout
 
 
+def launch(ranks):
+    """How a script of ours is started."""
+    torchrun = ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}"]
+    return [sys.executable, *(torchrun if ranks > 1 else [])]
+
+
 def run_peer(python, told, threads):
     """trl_peer.py's rows, one a step."""
     with tempfile.TemporaryDirectory() as out:
@@ -126,6 +132,11 @@ class Memory:
         import torch
         top = torch.cuda.max_memory_allocated() if self.cuda else self.status("VmHWM")
         return (top - self.held) / 2**30
+
+    def now(self):
+        import torch
+        held = torch.cuda.memory_allocated() if self.cuda else self.status("VmRSS")
+        return (held - self.held) / 2**30
 
     def status(self, name):
         lines = Path("/proc/self/status").read_text().splitlines()

@@ -16,7 +16,6 @@ with imports and, for ours, the engine's cache.
 import argparse
 import json
 import statistics
-import sys
 import tempfile
 from pathlib import Path
 
@@ -52,9 +51,7 @@ def arguments():
 def ours(args, folder, ranks=1):
     """The steps of one run of grpo.py: seconds by phase, tokens, peak memory."""
     with tempfile.TemporaryDirectory() as out:
-        start = [sys.executable] if ranks == 1 else \
-            [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}"]
-        common.run(start + [
+        common.run(common.launch(ranks) + [
             ROOT / "grpo.py", "--model", folder / "model", "--data", folder / "pairs.jsonl", "--out", out,
             "--max-prompt", args.prompt, "--max-response", args.answer, "--pairs", args.pairs, "--mini",
             args.pairs, "--group", args.group, "--steps", args.steps, "--beta", args.beta, "--dtype",

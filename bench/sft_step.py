@@ -13,7 +13,6 @@ length x length, so TRL gets the best of several lengths of a packed row.
 import argparse
 import json
 import statistics
-import sys
 import tempfile
 from pathlib import Path
 
@@ -44,13 +43,13 @@ def arguments():
     return ap.parse_args()
 
 
-def ours(args, folder, rows):
+def ours(args, folder, rows, ranks=1):
     with tempfile.TemporaryDirectory() as out:
-        common.run([
-            sys.executable, ROOT / "sft.py", "--model", folder / "model", "--data", folder / "traces.jsonl",
+        common.run(common.launch(ranks) + [
+            ROOT / "sft.py", "--model", folder / "model", "--data", folder / "traces.jsonl",
             "--out", out, "--max-len", sum(m[1] for m in (args.prompt, args.trace)), "--batch", rows,
             "--micro-tokens", args.micro_tokens, "--lr", 1e-6, "--dtype", args.dtype, "--no-recompute",
-            "--save-every", 0], args.threads)
+            "--save-every", 0], args.threads // ranks)
         lines = [json.loads(line) for line in open(Path(out) / "metrics.jsonl")]
     return check([line | {"seconds": line["seconds_step"]} for line in lines], args)
 
@@ -81,6 +80,8 @@ def main():
         common.write_prompts(folder / "traces.jsonl", tokenizer, rows * args.steps,
                              lambda rng: rng.randint(*args.prompt), lambda rng: rng.randint(*args.trace))
         runs = {"ours": lambda: ours(args, folder, rows)}
+        if args.threads == 2:
+            runs["ours, 2 ranks x 1 thread"] = lambda: ours(args, folder, rows, 2)
         for n in args.peer_length if args.trl else ():
             runs[f"trl, rows of {n}"] = lambda n=n: peer(args, folder, n)
         turns = common.alternate(runs, args.turns)
@@ -93,9 +94,10 @@ def main():
                       "s/step": statistics.median(s["seconds"] for s in steps), "loss": steps[0]["loss"],
                       "peak GB": max(s["peak_gb"] for s in steps)})
     if args.trl:
-        best = max(table[1:], key=lambda r: r["tokens/s"])[""]
-        ratios = [rate(a) / rate(b) for a, b in zip(turns["ours"], turns[best])]
-        notes.append(f"ours / {best}, tokens a second of each turn: {common.spread(ratios)}")
+        for mine in (n for n in turns if n.startswith("ours")):
+            for other in (n for n in turns if n.startswith("trl")):
+                ratios = [rate(a) / rate(b) for a, b in zip(turns[mine], turns[other])]
+                notes.append(f"{mine} / {other}, tokens a second of each turn: {common.spread(ratios)}")
     else:
         table.append({"": "trl (not run)"})
     common.report("sft_step", args, table, notes, args.trl)

@@ -1,12 +1,14 @@
 """Every script as a person runs it: the pipeline, real data, and what bad input gets."""
 import importlib
 import json
+import re
 import shutil
+import subprocess
 
 import pytest
 from transformers import AutoModelForCausalLM
 
-from conftest import SHARED, call, metrics, run
+from conftest import ROOT, SHARED, call, environment, metrics, run
 
 SMALL = ("--dtype", "float32", "--save-every", 0, "--no-recompute")
 
@@ -165,3 +167,26 @@ def test_pairs_without_traces_cannot_be_fitted(toy, tmp_path):
 
 def test_a_model_folder_without_weights(toy, tmp_path):
     assert "no *.safetensors weights" in bad(toy, tmp_path, "grpo.py", "--model", toy / "model")
+
+
+@pytest.mark.parametrize("size, stage, nodes, wanted", [
+    ("7b", "sft", 1, "sft.py --model Qwen/Qwen2.5-7B-Instruct --lr 5e-6"),
+    ("14b", "sft", 2, "sft.py --model Qwen/Qwen2.5-14B-Instruct --lr 3e-6"),
+    ("32b", "sft", 4, "sft.py --model Qwen/Qwen2.5-32B-Instruct --lr 2e-6"),
+    ("7b", "grpo", 1, "grpo.py --model runs/sft-7b/model --lr 1e-6 --tp 1"),
+    ("14b", "grpo", 2, "grpo.py --model runs/sft-14b/model --lr 7e-7 --tp 2"),
+    ("32b", "grpo", 4, "grpo.py --model runs/sft-32b/model --lr 5e-7 --tp 4"),
+    ("32b", "reasoning", 4, "grpo.py --model deepseek-ai/DeepSeek-R1-Distill-Qwen-32B --protocol reasoning "
+                            "--data gaotang/RM-R1-Reasoning-RLVR --lr 8e-7 --tp 4")])
+def test_launch_scripts_have_the_papers_rates(size, stage, nodes, wanted):
+    """Appendix G, where the released scripts differ; and every flag exists."""
+    said = subprocess.run(["launch/rm-r1.sh", size, stage], cwd=ROOT, capture_output=True, text=True,
+                          env=environment() | {"PYTHON": "echo"}).stdout
+    assert wanted in said and f"--nnodes {nodes} --node_rank 0 --nproc_per_node 8" in said
+    shown = call(importlib.import_module("sft" if stage == "sft" else "grpo"), "--help").stdout
+    assert all(flag in shown for flag in re.findall(r" (--[a-z]\S*)", wanted))
+
+
+def test_an_unknown_size_is_refused():
+    done = subprocess.run(["launch/rm-r1.sh", "70b", "sft"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and "7b, 14b and 32b" in done.stderr
