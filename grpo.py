@@ -213,8 +213,8 @@ class Group:
         return len({r.reward for r in self.rollouts if not math.isnan(r.reward)}) < 2
 
     def tokens(self):
-        """As `policy.pack` and `policy.deal` want them: prompt ids, [response ids, ...]"""
-        return self.prompt, [r.tokens.tolist() for r in self.rollouts]
+        """As `policy.deal` wants them: prompt ids, [response ids, ...]"""
+        return self.prompt, [r.tokens for r in self.rollouts]
 
 
 def tokenize(source, pairs, tokenizer, form, args, both=False):
@@ -292,9 +292,9 @@ def updates_of(groups, adv, args, device, rank, world, width):
     adv  (P, G) advantages; width  the model's hidden size, for the cost of attention"""
     updates = []
     for start in range(0, args.pairs, args.mini):
-        packed = [g.tokens() for g in groups[start:start + args.mini]]
-        total = sum(len(r) for _, responses in packed for r in responses)
-        mine = P.deal(packed, world, width)[rank]
+        here = [g.tokens() for g in groups[start:start + args.mini]]
+        total = sum(len(r) for _, responses in here for r in responses)
+        mine = P.deal(here, world, width)[rank]
         rollouts = [r for i in mine for r in groups[start + i].rollouts]
         # A rank without rows here runs stand-ins, which need an advantage and a length to look
         # up, and weigh nothing.
@@ -303,7 +303,8 @@ def updates_of(groups, adv, args, device, rank, world, width):
         tokens = torch.tensor([len(r.tokens) for r in rollouts] or [1], device=device)
         share = shares(tokens, total, args.mini * args.group, args.average, args.max_response)
         engine = torch.tensor(np.concatenate([r.logprobs for r in rollouts] or [[]]), device=device).float()
-        micros = P.level(P.pack([packed[i] for i in mine], args.micro_tokens, device), device)
+        packed = [(here[i][0], [r.tolist() for r in here[i][1]]) for i in mine]
+        micros = P.level(P.pack(packed, args.micro_tokens, device), device)
         ends = np.cumsum([len(b.rows) * b.real for b in micros]).tolist()
         updates.append([(b, adv_u[b.rows], b.real * share[b.rows],
                          engine[end - len(b.rows):end] if b.real else torch.zeros(len(b.rows), device=device))

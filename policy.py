@@ -238,7 +238,7 @@ class Policy(nn.Module):
             yield "lm_head.weight", embed
 
 
-LOGITS = 2**26                                             # at a time: 256 MB in fp32
+LOGITS = 2**25             # at a time: 128 MB in fp32. Fewer would have a card read the head too often
 
 
 class TokenLogProbs(torch.autograd.Function):
