@@ -461,14 +461,8 @@ def main():
         bar.set_postfix({k: f"{log[k]:.3f}" for k in ("accuracy", "unread", "kl")})
         for norm in norms:
             bad = 0 if math.isfinite(norm) else bad + 1
-        if bad >= args.max_bad:
-            state.save(step + 1)
-            state.settle()
-            fail(f"{bad} updates in a row had no finite gradient (--max-bad), the last in step {step}; they "
-                 "were skipped, and a checkpoint was written")
-        if R.asked_to_stop():
-            return R.leave(state, args.out, step + 1)
-        state.after(step + 1, args.save_every)
+        if not R.goes_on(state, step + 1, bad, args):
+            return
 
     if val_rows:
         diary.write(step=steps, **held_out(engine, val_rows, tokenizer, stop, args, rank, world))

@@ -119,6 +119,22 @@ def leave(state, out, step):
     barrier()
 
 
+def goes_on(state, step, bad, args):
+    """What follows every step, `step` of them being done and the last `bad` updates in a row being without a
+    finite gradient: the end of a run that only makes bad ones, the end that a signal asked for, or a
+    checkpoint where one is due. -> False at the end"""
+    if bad >= args.max_bad:
+        state.save(step)
+        state.settle()
+        fail(f"{bad} updates in a row had no finite gradient (--max-bad), the last in step {step - 1}; they "
+             "were skipped, and a checkpoint was written")
+    if asked_to_stop():
+        leave(state, args.out, step)
+        return False
+    state.after(step, args.save_every)
+    return True
+
+
 NOW = ["start", time.monotonic()]                          # what this rank is doing, and since when
 
 

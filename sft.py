@@ -128,14 +128,8 @@ def main():
                     skipped_rows=[] if math.isfinite(norm) else drawn, peak_gb=R.peak_memory_gb(device))
         bar.set_postfix(loss=f"{loss:.3f}")
         bad = 0 if math.isfinite(norm) else bad + 1
-        if bad == args.max_bad:
-            state.save(step + 1)
-            state.settle()
-            fail(f"{bad} steps in a row had no finite gradient (--max-bad), the last one {step}; they were "
-                 "skipped, and a checkpoint was written")
-        if R.asked_to_stop():
-            return R.leave(state, args.out, step + 1)
-        state.after(step + 1, args.save_every)
+        if not R.goes_on(state, step + 1, bad, args):
+            return
     state.settle()
     P.save_model(policy, folder, f"{args.out}/model", dtype, form_of(chat_messages(pairs[0], *form)))
     R.print0(f"wrote {args.out}/model")
