@@ -378,6 +378,17 @@ def summary(groups, agreeing, args):
             "tokens": sum(lengths) + args.group * sum(len(g.prompt) for g in groups), "sampled": sampled[:12]}
 
 
+def refuse(args, rows, config, world):
+    """Flags that do not fit the data, the model or the ranks."""
+    if len(rows) * len(rows[0] if rows else ()) < args.pairs:
+        fail(f"--pairs {args.pairs}: more than the {len(rows)} usable pairs in {args.data}")
+    if args.max_prompt + args.max_response > config.max_position_embeddings:
+        fail(f"--max-prompt {args.max_prompt} and --max-response {args.max_response} exceed the model's "
+             f"window of {config.max_position_embeddings} tokens")
+    if world % args.tp:
+        fail(f"--tp {args.tp} does not divide the {world} ranks")
+
+
 def main():
     args = arguments()
     pairs = read_pairs(args.data, args.skip_bad)
@@ -388,20 +399,13 @@ def main():
     form = prompt_form(folder, args.model, args.protocol, args.system_prompt, default="instruct")
     rows = tokenize(args.data, pairs, tokenizer, form, args, both=args.both_orders is not None)
     val_rows = tokenize(args.val_data, val_pairs, tokenizer, form, args) if val_pairs else []
-    if len(rows) * len(rows[0] if rows else ()) < args.pairs:
-        fail(f"--pairs {args.pairs}: more than the {len(rows)} usable pairs in {args.data}")
-    steps, dtype = args.steps or len(rows) * len(rows[0]) // args.pairs, P.DTYPES[args.dtype]
-    window, most = args.max_prompt + args.max_response, P.config_of(folder).max_position_embeddings
-    if window > most:
-        fail(f"--max-prompt {args.max_prompt} and --max-response {args.max_response} exceed the model's "
-             f"window of {most} tokens")
-    if world % args.tp:
-        fail(f"--tp {args.tp} does not divide the {world} ranks")
+    config, dtype, window = P.config_of(folder), P.DTYPES[args.dtype], args.max_prompt + args.max_response
+    refuse(args, rows, config, world)
+    steps, shard = args.steps or len(rows) * len(rows[0]) // args.pairs, R.shards(args.shard)
+    P.memory(config, dtype, args.micro_tokens, args.recompute, shard, R.card_bytes(device), args.beta > 0,
+             args.offload, args.engine_memory, args.tp, window)
 
     R.phase("load the weights")
-    shard = R.shards(args.shard)
-    P.memory(P.config_of(folder), dtype, args.micro_tokens, args.recompute, shard, R.card_bytes(device),
-             args.beta > 0, args.offload, args.engine_memory, args.tp, window)
     policy = P.load(args.model, device, dtype, args.seed, recompute=args.recompute, shard=shard)
     reference = None if not args.beta else P.load(
         args.model, device, dtype, args.seed, trainable=False, shard=shard)

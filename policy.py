@@ -147,8 +147,9 @@ def bucket_plan(spans, waste=1.05, call=4096):
     """For a CPU: spans of like shape are padded into one batched SDPA call (a call a span would cost more
     than its arithmetic at small sizes). Padding lives inside attention only: its outputs are never read.
 
-    -> buckets  [(query rows (S, Q), key rows (S, K), mask (S, 1, Q, K) or None if plainly causal), ...]
-       inverse  (T,) where each token's output is in the concatenated bucket outputs
+    -> buckets  [(S spans, Q queries each, K keys each, mask (S, 1, Q, K) or None if plainly causal), ...]
+       q, k     rows of all their queries (sum of S Q,) and keys (sum of S K,), bucket after bucket
+       inverse  (T,) where each token's output is among those of the queries
     """
     order = sorted(range(len(spans)), key=lambda i: (len(spans[i][2]) != spans[i][1], len(spans[i][2])))
     groups, area, cap, was_plain = [], 0, (0, 0), None
@@ -162,7 +163,7 @@ def bucket_plan(spans, waste=1.05, call=4096):
         groups[-1].append(i)
         area, cap, was_plain = area + q * len(keys), (q_max, k_max), plain
 
-    buckets, inverse, base = [], [0] * sum(n for _, n, _ in spans), 0
+    buckets, q_all, k_all, inverse, base = [], [], [], [0] * sum(n for _, n, _ in spans), 0
     for group in groups:
         Q = max(spans[i][1] for i in group)
         K = max(len(spans[i][2]) for i in group)
@@ -176,11 +177,11 @@ def bucket_plan(spans, waste=1.05, call=4096):
             offsets[s] = len(keys) - n
             inverse[start:start + n] = range(base + s * Q, base + s * Q + n)
         # Padded keys lie behind a span's own, so the causal rule hides them from every real query.
-        mask = None if not offsets.any() else \
-            (torch.arange(K) <= torch.arange(Q)[:, None] + offsets)[:, None]        # (S, 1, Q, K)
-        buckets.append((q_rows, k_rows, mask))
-        base += len(group) * Q
-    return {"buckets": buckets, "inverse": torch.tensor(inverse)}
+        mask = (torch.arange(K) <= torch.arange(Q)[:, None] + offsets)[:, None]      # (S, 1, Q, K)
+        buckets.append((len(group), Q, K, mask if offsets.any() else None))
+        q_all, k_all, base = q_all + [q_rows.flatten()], k_all + [k_rows.flatten()], base + len(group) * Q
+    return {"buckets": buckets, "q": torch.cat(q_all), "k": torch.cat(k_all),
+            "inverse": torch.tensor(inverse)}
 
 
 def packed_attention(module, query, key, value, attention_mask, scaling=None, plan=None, **_):
@@ -191,11 +192,14 @@ def packed_attention(module, query, key, value, attention_mask, scaling=None, pl
         out = varlen_attn(q, k[plan["keys"]], v[plan["keys"]], plan["cu_q"], plan["cu_k"], plan["max_q"],
                           plan["max_k"], scale=scaling, window_size=(-1, 0), enable_gqa=True)
         return out[None], None
+    # One gather for all buckets: its gradient is one scatter, where a gather a bucket would fill a T x H D
+    # tensor for each.
+    rows = lambda x, which, at: x.flatten(1).index_select(0, plan[which]).split(
+        [bucket[0] * bucket[at] for bucket in plan["buckets"]])
+    heads = lambda x, S, like: x.view(S, -1, *like.shape[1:]).transpose(1, 2)       # (S, H, Q or K, D)
     outs = []
-    for q_rows, k_rows, mask in plan["buckets"]:
-        pick = lambda x, rows: x.flatten(1).index_select(0, rows.flatten()).view(
-            *rows.shape, *x.shape[1:]).transpose(1, 2)                              # (S, H, Q or K, D)
-        o = F.scaled_dot_product_attention(pick(q, q_rows), pick(k, k_rows), pick(v, k_rows), attn_mask=mask,
+    for (S, *_, mask), a, b, c in zip(plan["buckets"], rows(q, "q", 1), rows(k, "k", 2), rows(v, "k", 2)):
+        o = F.scaled_dot_product_attention(heads(a, S, q), heads(b, S, k), heads(c, S, v), attn_mask=mask,
                                            is_causal=mask is None, scale=scaling, enable_gqa=True)
         outs.append(o.transpose(1, 2).flatten(0, 1).flatten(1))                     # (S Q, H D)
     out = torch.cat(outs).index_select(0, plan["inverse"])

@@ -88,27 +88,39 @@ def alternate(runs, turns):
     return results
 
 
-def run(command, threads):
-    """One turn: a fresh process with so many threads, which must succeed."""
-    command = [str(c) for c in command]
+def run(python, ranks, threads, *command):
+    """One turn: a fresh process, or as many ranks, with so many threads in all, which must succeed."""
+    torchrun = ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}"]
+    command = [str(c) for c in (python, *(torchrun if ranks > 1 else ()), *command)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={
-        **os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"})
+        **os.environ, "OMP_NUM_THREADS": str(threads // ranks), "HF_HUB_OFFLINE": "1"})
     if done.returncode:
         sys.exit(f"{done.stderr[-3000:]}\nfailed: {' '.join(command)}")
     return done.stdout
 
 
-def launch(ranks):
-    """How a script of ours is started."""
-    torchrun = ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}"]
-    return [sys.executable, *(torchrun if ranks > 1 else [])]
+def run_ours(script, ranks, threads, **flags):
+    """The diary of a run of ours: a row a step, the phases' seconds summed up in "seconds"."""
+    words = [w for k, v in flags.items() for w in (f"--{k.replace('_', '-')}", v)]
+    with tempfile.TemporaryDirectory() as out:
+        run(sys.executable, ranks, threads, ROOT / script, "--out", out, "--no-recompute", "--save-every", 0,
+            *words)
+        rows = [json.loads(line) for line in open(Path(out) / "metrics.jsonl")]
+    return [row | {"seconds": sum(v for k, v in row.items() if k.startswith("seconds_"))} for row in rows]
 
 
-def run_peer(python, told, threads):
+def run_peer(python, ranks, threads, **told):
     """trl_peer.py's rows, one a step."""
     with tempfile.TemporaryDirectory() as out:
-        run([python, ROOT / "bench/trl_peer.py", json.dumps(told), f"{out}/rows.json"], threads)
+        run(python, ranks, threads, ROOT / "bench/trl_peer.py", json.dumps(told), f"{out}/rows.json")
         return json.loads(Path(f"{out}/rows.json").read_text())
+
+
+def against(turns, measure):
+    """The ratio of `measure` of each turn, every way of ours against every one of TRL's, in words."""
+    ratio = lambda a, b: spread([measure(x) / measure(y) for x, y in zip(turns[a], turns[b])])
+    return [f"{a} / {b}, of each turn: {ratio(a, b)}"
+            for a in turns if a.startswith("ours") for b in turns if b.startswith("trl")]
 
 
 class Memory:

@@ -6,21 +6,19 @@ What does a step of grpo.py cost, phase by phase, and what does TRL's GRPOTraine
     python bench/grpo_step.py                                                        # ours alone
 
 Same random model, prompts, group, lengths (every answer runs to the limit), reward without meaning, one
-update, fp32, threads. Turns alternate, each a fresh process whose first steps are dropped. TRL samples with
-its own transformers generate: its colocated vLLM cannot take weights on a CPU ('Parameter' object has no
-attribute 'weight_loader'). Neither computes old log-probs apart for a single update; both score the
-reference where --beta is not 0. TRL's samples go through its model all at
-once or in parts (--peer-parts), and we compare with the faster. Peak memory is the whole process, on a CPU
-with imports and, for ours, the engine's cache.
+update, fp32, threads, in one process and spread over ranks (--ranks). Turns alternate, each fresh processes
+whose first steps are dropped. TRL samples with its own transformers generate: its colocated vLLM cannot take
+weights on a CPU ('Parameter' object has no attribute 'weight_loader'). Neither computes old log-probs apart
+for a single update; both score the reference where --beta is not 0. TRL's samples go through its model all at
+once or in parts (--peer-parts). Peak memory is that of rank 0's process, on a CPU with imports and, for ours,
+the engine's cache.
 """
 import argparse
-import json
 import statistics
 import tempfile
 from pathlib import Path
 
 import common
-from common import ROOT
 
 PHASES = ("sample", "score", "learn", "sync")
 
@@ -39,7 +37,8 @@ def arguments():
     arg("--hidden", type=int, default=256, help="its width")
     arg("--vocab", type=int, help="its vocabulary; default: the toy's few hundred")
     arg("--dtype", default="float32", help="of the computation")
-    arg("--threads", type=int, default=2, help="of a process")
+    arg("--threads", type=int, default=2, help="of all ranks together")
+    arg("--ranks", type=int, nargs="+", default=[1, 2], help="how many, of ours and of TRL's")
     arg("--steps", type=int, default=5, help="steps of a turn")
     arg("--warmup", type=int, default=2, help="of which dropped")
     arg("--turns", type=int, default=3, help="turns of each")
@@ -48,33 +47,26 @@ def arguments():
     return ap.parse_args()
 
 
-def ours(args, folder, ranks=1):
-    """The steps of one run of grpo.py: seconds by phase, tokens, peak memory."""
-    with tempfile.TemporaryDirectory() as out:
-        common.run(common.launch(ranks) + [
-            ROOT / "grpo.py", "--model", folder / "model", "--data", folder / "pairs.jsonl", "--out", out,
-            "--max-prompt", args.prompt, "--max-response", args.answer, "--pairs", args.pairs, "--mini",
-            args.pairs, "--group", args.group, "--steps", args.steps, "--beta", args.beta, "--dtype",
-            args.dtype, "--reward", "random", "--max-gap", 0.01, "--no-recompute", "--save-every", 0],
-            args.threads // ranks)
-        lines = [json.loads(line) for line in open(Path(out) / "metrics.jsonl")]
-    rows = [{p: line[f"seconds_{p}"] for p in PHASES} | {
-        "peak_gb": line["peak_gb"], "grad_norm": line["grad_norm"], "length": line["length_mean"]}
-        for line in lines]
-    return check([row | {"seconds": sum(row[p] for p in PHASES)} for row in rows], args)
+def ours(args, folder, ranks):
+    """The steps of one run of grpo.py: seconds by phase, peak memory."""
+    rows = common.run_ours(
+        "grpo.py", ranks, args.threads, model=folder / "model", data=folder / "pairs.jsonl",
+        max_prompt=args.prompt, max_response=args.answer, pairs=args.pairs, mini=args.pairs, group=args.group,
+        steps=args.steps, beta=args.beta, dtype=args.dtype, reward="random", max_gap=0.01)
+    return check([row | {p: row[f"seconds_{p}"] for p in PHASES} for row in rows], args)
 
 
-def peer(args, folder, parts):
+def peer(args, folder, ranks, parts):
     """The same of TRL, the samples going through its model in `parts` parts."""
     told = {k: getattr(args, k) for k in ("pairs", "group", "answer", "beta", "dtype", "steps")}
-    told |= {"kind": "grpo", "model": str(folder / "model"), "data": str(folder / "pairs.jsonl"),
-             "peer_parts": parts}
-    return check(common.run_peer(args.trl, told, args.threads), args)
+    rows = common.run_peer(args.trl, ranks, args.threads, kind="grpo", model=str(folder / "model"),
+                           data=str(folder / "pairs.jsonl"), peer_parts=parts, **told)
+    return check([row | {"length_mean": row["completions/mean_length"]} for row in rows], args)
 
 
 def check(rows, args):
     """Every answer has the length that was asked for, and something is learned."""
-    assert all(row["length"] == args.answer and row["grad_norm"] > 0 for row in rows), rows
+    assert all(row["length_mean"] == args.answer and row["grad_norm"] > 0 for row in rows), rows
     return rows[args.warmup:]
 
 
@@ -86,29 +78,25 @@ def main():
         tokenizer = common.write_model(folder / "model", args.prompt + args.answer, args.layers, args.hidden,
                                        args.vocab)
         common.write_prompts(folder / "pairs.jsonl", tokenizer, args.pairs * args.steps, args.prompt)
-        runs = {"ours": lambda: ours(args, folder)}
-        for parts in args.peer_parts if args.trl else ():
-            runs[f"trl, {parts} micro-batches"] = lambda parts=parts: peer(args, folder, parts)
-        if args.threads == 2:
-            runs["ours, 2 ranks x 1 thread"] = lambda: ours(args, folder, 2)
+        runs = {}
+        for ranks in args.ranks:
+            runs[f"ours, ranks: {ranks}"] = lambda ranks=ranks: ours(args, folder, ranks)
+            for parts in args.peer_parts if args.trl else ():
+                runs[f"trl, ranks: {ranks}, micro-batches: {parts}"] = \
+                    lambda ranks=ranks, parts=parts: peer(args, folder, ranks, parts)
         turns = common.alternate(runs, args.turns)
 
     def median(steps, key="seconds"):
         return statistics.median(s[key] for s in steps) if key in steps[0] else None
 
-    tokens, rows, notes = args.pairs * args.group * (args.prompt + args.answer), [], []
+    tokens, rows = args.pairs * args.group * (args.prompt + args.answer), []
     for name, results in turns.items():
         steps = sum(results, [])
         rows.append({"": name, "s/step": median(steps)} | {p: median(steps, p) for p in PHASES} | {
             "tokens/s": tokens / median(steps), "peak GB": max(s["peak_gb"] for s in steps)})
-    if args.trl:
-        best = min((r for r in rows if r[""].startswith("trl")), key=lambda r: r["s/step"])[""]
-        for name in (n for n in turns if n.startswith("ours")):
-            ratios = [median(a) / median(b) for a, b in zip(turns[name], turns[best])]
-            notes.append(f"{name} / {best}, median step of each turn: {common.spread(ratios)}")
-    else:
+    if not args.trl:
         rows.append({"": "trl (not run)"})
-    common.report("grpo_step", args, rows, notes, args.trl)
+    common.report("grpo_step", args, rows, common.against(turns, median), args.trl)
 
 
 if __name__ == "__main__":

@@ -71,8 +71,8 @@ def main():
     def measure(way, tokens, vocab):
         told = {"way": way, "tokens": tokens, "vocab": vocab, "hidden": args.hidden, "dtype": args.dtype}
         print(f"{way}: {tokens} tokens, {vocab} words", file=sys.stderr)
-        return json.loads(common.run([sys.executable, ROOT / "bench/logprobs.py", "--case", json.dumps(told)],
-                                     args.threads).splitlines()[-1])
+        return json.loads(common.run(sys.executable, 1, args.threads, ROOT / "bench/logprobs.py", "--case",
+                                     json.dumps(told)).splitlines()[-1])
 
     rows = []
     for vocab in args.vocab:

@@ -7,8 +7,11 @@ How do time and memory of a training pass grow with the group, the answers and t
 score is a pass without gradient (the old log-probs, or the reference's); update is forward, backward and
 optimizer step; extra memory is the peak of an update beyond what a rank held before it. `shared` computes a
 prompt once for all of its answers, as grpo.py does; `separate` once for each answer, the same code told that
-every answer has a prompt of its own. With --trl (see trl_peer.py) also the learning phase of TRL's
-GRPOTrainer, all samples at once, score being its reference pass; both ours and TRL's take one update.
+every answer has a prompt of its own. "of rate" is the floor's share of a pass: the matrix products that it
+cannot do without (a backward pass has twice those of a forward pass, recomputation counts nothing), at the
+rate at which this machine multiplies large matrices of this type, all ranks at a time. With --trl (see
+trl_peer.py) also the learning phase of TRL's GRPOTrainer, all samples at once, score being its reference
+pass; both ours and TRL's take one update.
 """
 import argparse
 import json
@@ -54,6 +57,7 @@ def work(args):
     rank, world, device = R.start_ranks()
     policy = P.load(args.worker, device, P.DTYPES[args.dtype], recompute=False)
     optim, rng = P.adamw(policy, 1e-6, (0.9, 0.999), 0.01), random.Random(0)
+    rate, = R.all_sum([matrix_rate(device, P.DTYPES[args.dtype], 8192 if device.type == "cuda" else 2048)])
     for answer in args.answer:
         for group in args.group:
             ids = lambda n: [rng.randrange(260, 400) for _ in range(n)]
@@ -66,10 +70,32 @@ def work(args):
             for name, results in turns.items():
                 best = [statistics.median(r[i] for r in results[1:]) for i in range(3)]
                 score, update, gb = R.all_max(best)
+                tokens, work = R.all_sum([sum(len(b.tokens) for b in micros[name]),
+                                          sum(products(policy.lm, b) for b in micros[name])])
                 R.print0(json.dumps({"": name, "ranks": world, "answer": answer, "group": group,
-                                     "tokens": int(R.all_sum([sum(len(b.tokens) for b in micros[name])])[0]),
-                                     "score s": score, "update s": update, "extra GB": gb}))
+                                     "tokens": int(tokens), "score s": score, "update s": update,
+                                     "extra GB": gb, "score of rate": work / score / rate,
+                                     "update of rate": 3 * work / update / rate, "TFLOP/s": rate / 1e12}))
     R.barrier()
+
+
+def matrix_rate(device, dtype, n):
+    """Operations a second of this rank in products of n x n matrices, the ranks all at it together."""
+    a, b, seconds = (*torch.randn(2, n, n, device=device, dtype=dtype), [])
+    for _ in range(10):
+        start = common.clock()
+        a @ b
+        seconds.append(common.clock() - start)
+    return 2 * n**3 / statistics.median(seconds)
+
+
+def products(lm, batch):
+    """Operations in the matrix products of a forward pass: the blocks for every token, the head for every
+    response token, attention for every key that a query sees."""
+    heads, keys = lm.model.layers[0].self_attn.q_proj.weight.shape[0], int((batch.positions + 1).sum())
+    blocks = sum(p.numel() for p in lm.model.layers.parameters() if p.ndim == 2)
+    return (2 * blocks * len(batch.tokens) + 2 * lm.lm_head.weight.numel() * len(batch.src)
+            + 4 * heads * len(lm.model.layers) * keys)
 
 
 def one_pass(policy, optim, micros):
@@ -87,10 +113,10 @@ def one_pass(policy, optim, micros):
 
 def peer(args, folder, answer, group):
     """The score and learn phases of TRL's whole steps, without its sampling."""
-    told = {"kind": "grpo", "model": str(folder), "data": str(folder / "pairs.jsonl"), "peer_parts": 1,
-            "steps": args.repeats + 1, "group": group, "answer": answer, "beta": 1e-3}
-    told |= {k: getattr(args, k) for k in ("pairs", "dtype")}
-    steps = common.run_peer(args.trl, told, args.threads)[1:]
+    steps = common.run_peer(
+        args.trl, 1, args.threads, kind="grpo", model=str(folder), data=str(folder / "pairs.jsonl"),
+        peer_parts=1, steps=args.repeats + 1, pairs=args.pairs, group=group, answer=answer, beta=1e-3,
+        dtype=args.dtype)[1:]
     median = lambda k: statistics.median(s[k] for s in steps)
     return {"": "TRL", "ranks": 1, "answer": answer, "group": group,
             "tokens": args.pairs * group * (args.prompt + answer), "score s": median("score"),
@@ -108,9 +134,8 @@ def main():
                                        args.vocab)
         common.write_prompts(folder / "pairs.jsonl", tokenizer, args.pairs * (args.repeats + 1), args.prompt)
         for ranks in args.ranks:
-            out = common.run([
-                sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", ranks,
-                ROOT / "bench/scaling.py", *sys.argv[1:], "--worker", folder], args.threads // ranks)
+            out = common.run(sys.executable, ranks, args.threads, ROOT / "bench/scaling.py", *sys.argv[1:],
+                             "--worker", folder)
             rows += [json.loads(line) for line in out.splitlines() if line.startswith("{")]
         if args.trl:
             rows += [peer(args, folder, a, g) for a in args.answer for g in args.group]

@@ -11,13 +11,11 @@ warns, and transformers makes a mask out of the position ids that keeps the pack
 length x length, so TRL gets the best of several lengths of a packed row.
 """
 import argparse
-import json
 import statistics
 import tempfile
 from pathlib import Path
 
 import common
-from common import ROOT
 
 
 def arguments():
@@ -35,7 +33,8 @@ def arguments():
     arg("--hidden", type=int, default=256, help="its width")
     arg("--vocab", type=int, help="its vocabulary; default: the toy's few hundred")
     arg("--dtype", default="float32", help="of the computation")
-    arg("--threads", type=int, default=2, help="of a process")
+    arg("--threads", type=int, default=2, help="of all ranks together")
+    arg("--ranks", type=int, nargs="+", default=[1, 2], help="how many, of ours and of TRL's")
     arg("--steps", type=int, default=6, help="steps of a turn")
     arg("--warmup", type=int, default=2, help="of which dropped")
     arg("--turns", type=int, default=3, help="turns of each")
@@ -43,22 +42,18 @@ def arguments():
     return ap.parse_args()
 
 
-def ours(args, folder, rows, ranks=1):
-    with tempfile.TemporaryDirectory() as out:
-        common.run(common.launch(ranks) + [
-            ROOT / "sft.py", "--model", folder / "model", "--data", folder / "traces.jsonl",
-            "--out", out, "--max-len", sum(m[1] for m in (args.prompt, args.trace)), "--batch", rows,
-            "--micro-tokens", args.micro_tokens, "--lr", 1e-6, "--dtype", args.dtype, "--no-recompute",
-            "--save-every", 0], args.threads // ranks)
-        lines = [json.loads(line) for line in open(Path(out) / "metrics.jsonl")]
-    return check([line | {"seconds": line["seconds_step"]} for line in lines], args)
+def ours(args, folder, rows, ranks):
+    return check(common.run_ours(
+        "sft.py", ranks, args.threads, model=folder / "model", data=folder / "traces.jsonl",
+        max_len=args.prompt[1] + args.trace[1], batch=rows, micro_tokens=args.micro_tokens, lr=1e-6,
+        dtype=args.dtype), args)
 
 
-def peer(args, folder, length):
+def peer(args, folder, ranks, length):
     told = {k: getattr(args, k) for k in ("dtype", "steps", "tokens")}
-    told |= {"kind": "sft", "model": str(folder / "model"), "data": str(folder / "traces.jsonl"),
-             "length": length, "attention": args.peer_attention}
-    return check(common.run_peer(args.trl, told, args.threads), args)
+    return check(common.run_peer(
+        args.trl, ranks, args.threads, kind="sft", model=str(folder / "model"),
+        data=str(folder / "traces.jsonl"), length=length, attention=args.peer_attention, **told), args)
 
 
 def check(rows, args):
@@ -79,28 +74,24 @@ def main():
                                        args.hidden, args.vocab)
         common.write_prompts(folder / "traces.jsonl", tokenizer, rows * args.steps,
                              lambda rng: rng.randint(*args.prompt), lambda rng: rng.randint(*args.trace))
-        runs = {"ours": lambda: ours(args, folder, rows)}
-        if args.threads == 2:
-            runs["ours, 2 ranks x 1 thread"] = lambda: ours(args, folder, rows, 2)
-        for n in args.peer_length if args.trl else ():
-            runs[f"trl, rows of {n}"] = lambda n=n: peer(args, folder, n)
+        runs = {}
+        for ranks in args.ranks:
+            runs[f"ours, ranks: {ranks}"] = lambda ranks=ranks: ours(args, folder, rows, ranks)
+            for n in args.peer_length if args.trl else ():
+                runs[f"trl, ranks: {ranks}, rows of {n}"] = \
+                    lambda ranks=ranks, n=n: peer(args, folder, ranks, n)
         turns = common.alternate(runs, args.turns)
 
-    table, notes = [], []
+    table = []
     for name, results in turns.items():
         steps = sum(results, [])
         table.append({"": name, "tokens/s": statistics.median(rate(t) for t in results),
                       "tokens/step": statistics.mean(s["tokens"] for s in steps),
                       "s/step": statistics.median(s["seconds"] for s in steps), "loss": steps[0]["loss"],
                       "peak GB": max(s["peak_gb"] for s in steps)})
-    if args.trl:
-        for mine in (n for n in turns if n.startswith("ours")):
-            for other in (n for n in turns if n.startswith("trl")):
-                ratios = [rate(a) / rate(b) for a, b in zip(turns[mine], turns[other])]
-                notes.append(f"{mine} / {other}, tokens a second of each turn: {common.spread(ratios)}")
-    else:
+    if not args.trl:
         table.append({"": "trl (not run)"})
-    common.report("sft_step", args, table, notes, args.trl)
+    common.report("sft_step", args, table, common.against(turns, rate), args.trl)
 
 
 if __name__ == "__main__":

@@ -64,7 +64,7 @@ def main():
     for size in args.sizes:
         print(size, file=sys.stderr)
         told = ["--case", size, "--dtype", args.dtype, "--repeats", args.repeats]
-        out = common.run([sys.executable, ROOT / "bench/sync.py", *told], args.threads)
+        out = common.run(sys.executable, 1, args.threads, ROOT / "bench/sync.py", *told)
         rows.append(json.loads(next(line for line in out.splitlines()[::-1] if line.startswith("{"))))
     common.report("sync", args, rows)
 

@@ -2,12 +2,13 @@
 TRL's side of grpo_step.py and sft_step.py, which run it in TRL's own environment:
 
     python -m venv trl && trl/bin/pip install torch==2.13.0 trl datasets
-    trl/bin/python bench/trl_peer.py '{"kind": "grpo", ...}' OUT.json
+    trl/bin/python bench/trl_peer.py '{"kind": "grpo", ...}' OUT.json         # or by torchrun
 
 Every step's seconds by phase, loss and gradient norm go to OUT.json. It imports nothing of this project.
 """
 import ctypes
 import json
+import os
 import random
 import sys
 import tempfile
@@ -19,6 +20,7 @@ from datasets import Dataset
 from transformers import AutoTokenizer, TrainerCallback
 
 CUDA = torch.cuda.is_available()
+RANK, RANKS = (int(os.environ.get(name, alone)) for name, alone in (("RANK", 0), ("WORLD_SIZE", 1)))
 
 
 class Clock(TrainerCallback):
@@ -103,8 +105,9 @@ def grpo(s, out, clock):
         return [rng.choice((1.0, -1.0)) for _ in completions]
 
     parts = s["peer_parts"]
-    config = GRPOConfig(**common(s, out), per_device_train_batch_size=s["pairs"] * s["group"] // parts,
-                        gradient_accumulation_steps=parts, num_generations=s["group"], beta=s["beta"],
+    config = GRPOConfig(**common(s, out), gradient_accumulation_steps=parts,
+                        per_device_train_batch_size=s["pairs"] * s["group"] // parts // RANKS,
+                        num_generations=s["group"], beta=s["beta"],
                         max_completion_length=s["answer"], loss_type="grpo", temperature=1.0)
     trainer = GRPOTrainer(model=s["model"], reward_funcs=coin, args=config, processing_class=tokenizer,
                           train_dataset=Dataset.from_dict({"prompt": texts}), callbacks=[clock])
@@ -114,8 +117,7 @@ def grpo(s, out, clock):
     trainer.train()
     for row in clock.rows:
         sample, both = row.pop("_generate_single_turn"), row.pop("_generate_and_score_completions")
-        row |= {"sample": sample, "score": both - sample, "learn": row["seconds"] - both,
-                "length": row["completions/mean_length"]}
+        row |= {"sample": sample, "score": both - sample, "learn": row["seconds"] - both}
 
 
 def sft(s, out, clock):
@@ -134,7 +136,7 @@ def sft(s, out, clock):
     told = common(s, out)
     told["model_init_kwargs"]["attn_implementation"] = s["attention"]
     config = SFTConfig(**told, packing=True, max_length=s["length"], per_device_train_batch_size=1,
-                       gradient_accumulation_steps=s["tokens"] // s["length"])
+                       gradient_accumulation_steps=s["tokens"] // s["length"] // RANKS)
     trainer = SFTTrainer(model=s["model"], args=config, processing_class=tokenizer, callbacks=[clock],
                          train_dataset=Dataset.from_dict({"input_ids": ids, "labels": labels}))
     trainer.train()
@@ -147,7 +149,8 @@ def main():
     s, clock = json.loads(sys.argv[1]), Clock()
     with tempfile.TemporaryDirectory() as out:
         {"grpo": grpo, "sft": sft}[s["kind"]](s, out, clock)
-    Path(sys.argv[2]).write_text(json.dumps(clock.rows))
+    if RANK == 0:
+        Path(sys.argv[2]).write_text(json.dumps(clock.rows))
 
 
 if __name__ == "__main__":
