@@ -32,13 +32,14 @@ def weights(folder):
 
 
 def close(a, b):
-    """All weights together agree to 1e-5 of their size, none is further off than 1e-4. (The bias of the keys
-    has next to no gradient, and Adam makes steps of full size from its rounding.)"""
+    """All weights together agree to 1e-5 of their size, each to 1e-4, but for the bias of the keys: it shifts
+    all scores of a query nearly alike, so it has next to no gradient, and Adam makes steps of full size from
+    what rounding leaves of it."""
     assert a.keys() == b.keys()
     flat = lambda w: torch.cat([w[k].flatten() for k in sorted(a)])
     assert (flat(a) - flat(b)).norm() <= 1e-5 * flat(a).norm()
     for k in a:
-        assert (a[k] - b[k]).norm() <= 1e-4 * a[k].norm(), k
+        assert (a[k] - b[k]).norm() <= 1e-4 * a[k].norm() or k.endswith("k_proj.bias"), k
 
 
 @pytest.fixture(scope="module")
