@@ -93,7 +93,7 @@ def run(python, ranks, threads, *command):
     torchrun = ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}"]
     command = [str(c) for c in (python, *(torchrun if ranks > 1 else ()), *command)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={
-        **os.environ, "OMP_NUM_THREADS": str(threads // ranks), "HF_HUB_OFFLINE": "1"})
+        **os.environ, "OMP_NUM_THREADS": str(max(1, threads // ranks)), "HF_HUB_OFFLINE": "1"})
     if done.returncode:
         sys.exit(f"{done.stderr[-3000:]}\nfailed: {' '.join(command)}")
     return done.stdout

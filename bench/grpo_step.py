@@ -65,8 +65,8 @@ def peer(args, folder, ranks, parts):
 
 
 def check(rows, args):
-    """The answers have the length that was asked for, and something is learned. (transformers has been seen to
-    draw an end token now and then which is 30 nats below the others.)"""
+    """The answers have the length that was asked for, and something is learned. (transformers has been seen
+    to draw an end token now and then which is 30 nats below the others.)"""
     assert all(row["length_mean"] > 0.98 * args.answer and row["grad_norm"] > 0 for row in rows), rows
     return rows[args.warmup:]
 

@@ -70,12 +70,12 @@ def work(args):
             for name, results in turns.items():
                 best = [statistics.median(r[i] for r in results[1:]) for i in range(3)]
                 score, update, gb = R.all_max(best)
-                tokens, work = R.all_sum([sum(len(b.tokens) for b in micros[name]),
-                                          sum(products(policy.lm, b) for b in micros[name])])
+                tokens, needed = R.all_sum([sum(len(b.tokens) for b in micros[name]),
+                                            sum(products(policy.lm, b) for b in micros[name])])
                 R.print0(json.dumps({"": name, "ranks": world, "answer": answer, "group": group,
                                      "tokens": int(tokens), "score s": score, "update s": update,
-                                     "extra GB": gb, "score of rate": work / score / rate,
-                                     "update of rate": 3 * work / update / rate, "TFLOP/s": rate / 1e12}))
+                                     "extra GB": gb, "score of rate": needed / score / rate,
+                                     "update of rate": 3 * needed / update / rate, "TFLOP/s": rate / 1e12}))
     R.barrier()
 
 
