@@ -26,7 +26,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 import benchmarks as B
-from rmr1 import Local, Scalar, Server, seed_of
+from rmr1 import Local, Scalar, Server, check_tp, seed_of
 from rubrics import (PROTOCOLS, chat_messages, fail, judges_by_looks, parse, process_judgement, prompt_form,
                      read_lines, read_pairs, write_lines)
 
@@ -92,11 +92,10 @@ def judge(args):
     if not todo:
         fail("nothing to judge" + (f": {left_out[0]['item']}: {left_out[0]['reason']}" if left_out else ""))
     rank, world, _ = ranks.start_ranks()
-    if world % args.tp:
-        fail(f"--tp {args.tp} does not divide the {world} ranks")
     protocol = system = None
     if not args.scalar:
         folder = None if args.base_url else policy.resolve(args.model)
+        check_tp(args.tp, world, folder and policy.config_of(folder))
         protocol, system = prompt_form(folder, args.model, args.protocol, args.system_prompt)
     config = {"model": args.model, "weights": fingerprint(args.model), "base_url": args.base_url,
               "scalar": args.scalar, "protocol": protocol, "system": system, "max_tokens": args.max_tokens,
@@ -544,8 +543,11 @@ def curve(metrics, path):
     fig.savefig(path)
 
 
+FROM_FILES = (["report"], ["compare"])                # commands that have no ranks and do without torch
+
+
 def main():
-    command = sys.argv[1] if sys.argv[1:2] in (["report"], ["compare"]) else None
+    command = sys.argv[1] if sys.argv[1:2] in FROM_FILES else None
     ap = argparse.ArgumentParser(prog=f"eval.py {command}" if command else None,
                                  description=__doc__.split("\n")[1],
                                  formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -597,10 +599,14 @@ def main():
         fail(f"--votes {args.votes}: votes at temperature 0 are all the same; give --temperature 1")
     if len(set(args.temperature)) < len(args.temperature) or min(args.temperature) < 0:
         fail("--temperature: 0 or more, each once")
-    if args.scalar and (args.votes > 1 or args.both_orders or args.base_url):
-        fail("--scalar: a reward model has no votes, no order and no server")
+    if args.scalar and (args.votes > 1 or args.both_orders or args.base_url or args.tp > 1):
+        fail("--scalar: a reward model has no votes, no order, no server and no --tp")
     judge(args)
 
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:2] in FROM_FILES:
+        main()
+    else:
+        import ranks
+        ranks.run(main)

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 import policy as P
 import ranks as R
-from rmr1 import Engine, seed_of, text_of
+from rmr1 import Engine, check_tp, seed_of, text_of
 from rubrics import (PROTOCOLS, Pair, chat_messages, encode, fail, form_of, lm_as_judge, parse, prompt_form,
                      read_pairs, verdict_reward)
 
@@ -385,8 +385,7 @@ def refuse(args, rows, config, world):
     if args.max_prompt + args.max_response > config.max_position_embeddings:
         fail(f"--max-prompt {args.max_prompt} and --max-response {args.max_response} exceed the model's "
              f"window of {config.max_position_embeddings} tokens")
-    if world % args.tp:
-        fail(f"--tp {args.tp} does not divide the {world} ranks")
+    check_tp(args.tp, world, config)
 
 
 def main():

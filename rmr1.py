@@ -15,6 +15,7 @@ import sys
 import textwrap
 import warnings
 from dataclasses import dataclass
+from pathlib import Path
 
 import rubrics
 from rubrics import Pair, chat_messages, encode, fail, parse, plain, prompt_form, read_pairs
@@ -27,6 +28,14 @@ class Sample:
     tokens: list
     logprobs: list
     finished: bool
+
+
+def check_tp(tp, world, config=None):
+    """--tp against the ranks and the model: an engine gives each of its ranks as many attention heads."""
+    if world % tp:
+        fail(f"--tp {tp} does not divide the {world} ranks")
+    if config and config.num_attention_heads % tp:
+        fail(f"--tp {tp} does not divide the model's {config.num_attention_heads} attention heads")
 
 
 class Engine:
@@ -72,6 +81,11 @@ class Engine:
             tensor_parallel_size=tp, skip_tokenizer_init=True, seed=0,
             enable_prefix_caching=True, logprobs_mode="processed_logprobs", disable_log_stats=True, **kw)
         torch.set_rng_state(rng)            # LLM() reseeds the process
+        if tp > 1 and not self.cuda:
+            # The memory that vLLM's CPU ranks share has the same name in every run: one that is killed would
+            # leave it behind, and the next could not start. All have opened it by now, so the name can go.
+            for name in Path("/dev/shm").glob("*-cpushm_*"):
+                name.unlink(missing_ok=True)
         self.asleep, self.tp = False, tp
 
     def stream(self, requests, max_tokens, stop=(), logprobs=True):

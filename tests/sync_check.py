@@ -125,4 +125,4 @@ except RuntimeError as e:
     out["stuck cache"] = str(e)
 if rank == 0:
     print(json.dumps(out))
-R.barrier()
+R.run(R.barrier)

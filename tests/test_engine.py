@@ -3,8 +3,10 @@ import json
 import shutil
 
 import pytest
-
 from conftest import metrics, run, save_qwen2
+from transformers import Qwen2Config
+
+from rmr1 import check_tp
 
 
 @pytest.mark.parametrize("tied, ranks, tp", [
@@ -25,6 +27,15 @@ def test_engine_and_trainer_agree_after_every_sync(tied, ranks, tp, tmp_path):
     assert out["distinct"] == 8 and out["same alone"]
     assert out["too long"].startswith("1 prompts leave no room in a window of 400")
     assert "kept its prefix cache" in out["stuck cache"]
+
+
+def test_tp_must_divide_ranks_and_heads(capsys):
+    """vLLM's own refusal of heads that do not divide is a page of validation, after the weights are loaded."""
+    check_tp(2, 4, Qwen2Config(num_attention_heads=2))
+    for tp, world, said in (2, 3, "the 3 ranks"), (4, 4, "the model's 2 attention heads"):
+        with pytest.raises(SystemExit):
+            check_tp(tp, world, Qwen2Config(num_attention_heads=2))
+        assert f"--tp {tp} does not divide {said}" in capsys.readouterr().err
 
 
 def test_in_bf16_they_agree_within_rounding(tmp_path):

@@ -23,6 +23,7 @@ import vllm.v1.worker.cpu_worker  # noqa: F401
 
 import grpo  # noqa: F401
 import policy as P
+import ranks as R
 import sft  # noqa: F401
 
 vllm.LLM                                    # imported at its first use: all of this is what takes long
@@ -64,12 +65,6 @@ for line in sys.stdin:
         if life["kill"]:
             arm(*life["kill"])
         sys.argv = [life["script"], *life["argv"]]
-        try:
-            importlib.import_module(life["script"]).main()
-        except BaseException:
-            import traceback
-            traceback.print_exc()
-            os._exit(1)
-        os._exit(0)
+        R.run(importlib.import_module(life["script"]).main)
     print(child, flush=True)
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
