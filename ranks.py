@@ -160,8 +160,9 @@ def watch(minutes):
 def run(main):
     """main() as the life of a rank. The rank ends with it, at once. After an error, because libraries would
     wait for the other ranks at an orderly end; after success, because their threads live on while the
-    interpreter takes itself apart, and one that asks for its lock then aborts the rank (seen about once in
-    five hundred runs). Losing the others is one line, so that the first error stays on top."""
+    interpreter is taken apart around them, in which a finished rank has been seen to abort ("terminate
+    called without an active exception"). Losing the others is one line, so that the first error stays on
+    top."""
     code = 0
     try:
         main()

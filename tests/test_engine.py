@@ -30,7 +30,7 @@ def test_engine_and_trainer_agree_after_every_sync(tied, ranks, tp, tmp_path):
 
 
 def test_tp_must_divide_ranks_and_heads(capsys):
-    """vLLM's own refusal of heads that do not divide is a page of validation, after the weights are loaded."""
+    """vLLM would refuse heads that do not divide with a page of validation, after the weights are loaded."""
     check_tp(2, 4, Qwen2Config(num_attention_heads=2))
     for tp, world, said in (2, 3, "the 3 ranks"), (4, 4, "the model's 2 attention heads"):
         with pytest.raises(SystemExit):
