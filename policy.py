@@ -232,14 +232,14 @@ class Policy(nn.Module):
         rank iterates to the end. Casting before gathering halves the traffic. For a tied model
         `lm_head.weight` comes last, as its own name: vLLM's CPU build packs a copy of it, which the
         embedding's name does not reach."""
+        tied = self.lm.config.tie_word_embeddings
         for name, p in self.lm.named_parameters():
-            p = p.detach().to(dtype or p.dtype)
-            full = p.full_tensor() if isinstance(p, DTensor) else p
-            if name == "model.embed_tokens.weight":
-                embed = full
+            full = p.detach().to(dtype or p.dtype).full_tensor()
+            if tied and name == "model.embed_tokens.weight":
+                head = full
             yield name, full
-        if self.lm.config.tie_word_embeddings:
-            yield "lm_head.weight", embed
+        if tied:
+            yield "lm_head.weight", head
 
 
 LOGITS = 2**25             # at a time: 128 MB in fp32. Fewer would have a card read the head too often
