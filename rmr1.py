@@ -104,13 +104,15 @@ class Engine:
             while True:
                 # Never fewer waiting than vLLM could take up in its next step.
                 more = itertools.islice(requests, 2 * self.at_once - len(waiting))
+                # Flat log-probs are a few lists a sample; the default is two objects a token, which takes
+                # 2.5 times the memory and 3.6 times the time.
                 for place, (prompt, seed, temperature) in more:
                     if len(prompt) >= self.max_len:
                         raise ValueError(f"a prompt of {len(prompt)} tokens leaves no room in a window of "
                                          f"{self.max_len}")
                     engine.add_request(str(place), {"prompt_token_ids": prompt}, self.vllm.SamplingParams(
                         temperature=temperature, seed=seed, logprobs=0 if logprobs else None,
-                        detokenize=False, stop_token_ids=list(stop),
+                        flat_logprobs=True, detokenize=False, stop_token_ids=list(stop),
                         max_tokens=min(max_tokens, self.max_len - len(prompt)),
                         output_kind=self.vllm.sampling_params.RequestOutputKind.FINAL_ONLY))
                     waiting.add(str(place))
@@ -120,7 +122,7 @@ class Engine:
                     o = done.outputs[0]
                     waiting.remove(done.request_id)
                     yield int(done.request_id), Sample(
-                        list(o.token_ids), [d[t].logprob for d, t in zip(o.logprobs or (), o.token_ids)],
+                        list(o.token_ids), o.logprobs.logprobs if o.logprobs else [],
                         o.finish_reason == "stop")
         finally:
             engine.abort_request(list(waiting))        # if whoever listened has left, so do the requests

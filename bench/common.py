@@ -100,11 +100,12 @@ def run(python, ranks, threads, *command):
 
 
 def run_ours(script, ranks, threads, **flags):
-    """The diary of a run of ours: a row a step, the phases' seconds summed up in "seconds"."""
+    """The diary of a run of ours: a row a step, the phases' seconds summed up in "seconds". Every rank holds
+    the whole model, as TRL's do."""
     words = [w for k, v in flags.items() for w in (f"--{k.replace('_', '-')}", v)]
     with tempfile.TemporaryDirectory() as out:
         run(sys.executable, ranks, threads, ROOT / script, "--out", out, "--no-recompute", "--save-every", 0,
-            *words)
+            "--shard", 1, *words)
         rows = [json.loads(line) for line in open(Path(out) / "metrics.jsonl")]
     return [row | {"seconds": sum(v for k, v in row.items() if k.startswith("seconds_"))} for row in rows]
 
