@@ -115,6 +115,7 @@ def judge(args):
 
     bar = tqdm(total=len(mine), desc="judge", disable=ranks.quiet(), smoothing=0)
     right, failed, why = 0, 0, "no answer on another rank"
+    ranks.phase("judge")
     work, = ranks.all_sum([len(mine)])                # building an engine is a collective: all do, or none
     with open(out / f"judgments.part{rank}.jsonl" if writes else os.devnull, "a") as f:
         for at, line in answers(args, mine, chat) if work else ():

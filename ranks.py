@@ -158,12 +158,12 @@ def watch(minutes):
 
 
 def run(main):
-    """main() as the life of a rank. The rank ends with it, at once. After an error, because libraries would
-    wait for the other ranks at an orderly end; after success, because their threads live on while the
-    interpreter is taken apart around them, in which a finished rank has been seen to abort ("terminate
-    called without an active exception"). Losing the others is one line, so that the first error stays on
-    top."""
-    code = 0
+    """main() as the life of a rank. One of several ends with it, at once: libraries would wait for the others
+    after an error, and their threads live on while the interpreter is taken apart around them, in which a
+    rank that was done has been seen to abort ("terminate called without an active exception"). A rank alone
+    that is well ends as any script does, so that a profiler can write what it has. Losing the others is one
+    line, so that the first error stays on top."""
+    code, alone = 0, int(os.environ.get("WORLD_SIZE", 1)) == 1
     try:
         main()
     except SystemExit as e:                                  # a sentence of `fail`, or argparse's
@@ -171,13 +171,15 @@ def run(main):
     except Exception as e:
         code, rank = 1, os.environ.get("RANK", 0)
         lost = re.search("(?i)connection (closed|reset|refused)|peer", str(e))
-        if isinstance(e, RuntimeError) and lost and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        if isinstance(e, RuntimeError) and lost and not alone:
             said = f"rank {rank}: lost another rank in the phase '{NOW[0]}'; its own error says why"
         else:
             said = f"error in rank {rank}, in the phase '{NOW[0]}':\n{traceback.format_exc()}"
         print(said, file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
+    if alone and code != 1:
+        sys.exit(code)
     os._exit(code)
 
 

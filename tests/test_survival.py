@@ -272,24 +272,28 @@ def test_a_run_ends_when_a_rank_hangs_or_dies(how, first, toy, tmp_path):
 
 
 @pytest.mark.parametrize("end, code", [("pass", 0), ("fail('no such file')", 2), ("1 / 0", 1)])
-def test_a_rank_ends_with_its_main(end, code, tmp_path):
-    """Whatever the libraries have going: nothing waits for their threads or runs the interpreter's teardown
-    beside them, and nothing that was said is lost."""
-    (tmp_path / "life.py").write_text(LIFE + "    " + end + "\nranks.run(main)\n")
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_rank_ends_with_its_main(end, code, world, tmp_path):
+    """One of several, whatever its libraries have going: nothing waits for their threads or runs the
+    interpreter's teardown beside them, and nothing that was said is lost. One alone is taken down as usual,
+    unless it failed."""
+    (tmp_path / "life.py").write_text(f"WORLD = {world}\n{LIFE}    {end}\nranks.run(main)\n")
     done = run(tmp_path / "life.py", ok=False, timeout=60)
-    assert done.returncode == code and done.stdout == "said without a flush"
+    orderly = world == 1 and code != 1
+    assert done.returncode == code and done.stdout == "said without a flush" + "teardown\n" * orderly
     assert ("error: no such file" in done.stderr) == (code == 2)
     assert ("ZeroDivisionError" in done.stderr) == (code == 1)
 
 
 LIFE = f"""
-import atexit, sys, threading, time
+import atexit, os, sys, threading, time
 sys.path.insert(0, {str(ROOT)!r})
 import ranks
 from rubrics import fail
+os.environ["WORLD_SIZE"] = str(WORLD)
 
 def main():
-    threading.Thread(target=time.sleep, args=(1000,)).start()
+    threading.Thread(target=time.sleep, args=(1000 if WORLD > 1 else 0.1,)).start()
     atexit.register(print, "teardown")
     print("said without a flush", end="")
 """

@@ -23,7 +23,6 @@ import vllm.v1.worker.cpu_worker  # noqa: F401
 
 import grpo  # noqa: F401
 import policy as P
-import ranks as R
 import sft  # noqa: F401
 
 vllm.LLM                                    # imported at its first use: all of this is what takes long
@@ -65,6 +64,12 @@ for line in sys.stdin:
         if life["kill"]:
             arm(*life["kill"])
         sys.argv = [life["script"], *life["argv"]]
-        R.run(importlib.import_module(life["script"]).main)
+        try:
+            importlib.import_module(life["script"]).main()
+        except BaseException:
+            import traceback
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
     print(child, flush=True)
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
