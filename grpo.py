@@ -9,7 +9,7 @@ Stage 2: GRPO with verifiable rewards (paper section 3.3, eq. 7 to 10). The whol
 Sample G judgments a pair with vLLM, reward right verdicts, take the group's mean and spread away, make a
 few clipped updates, give vLLM the new weights. Every rank does its share of the sampling and of the
 learning; loss, gradient and samples do not depend on how many ranks there are. Writes OUT/model,
-OUT/metrics.jsonl, OUT/state.
+OUT/metrics.jsonl, OUT/samples.jsonl (some judgments of every step), OUT/state.
 
 Letters: P pairs, G judgments a pair, B judgments, R response tokens of a micro-batch, one after the other.
 """
@@ -23,40 +23,45 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+import dryrun
+import packing
 import policy as P
 import ranks as R
+from files import Flags, fail, number
 from rmr1 import Engine, check_tp, seed_of, text_of
-from rubrics import (PROTOCOLS, Pair, chat_messages, encode, fail, form_of, lm_as_judge, parse, prompt_form,
+from rubrics import (PROTOCOLS, Pair, chat_messages, encode, form_of, lm_as_judge, parse, prompt_form,
                      read_pairs, verdict_reward)
 
 
 def arguments():
-    ap = argparse.ArgumentParser(description=__doc__.split("\n")[1],
-                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    ap = Flags(__doc__)
     arg = ap.add_argument
     arg("--model", default="runs/sft/model",
         help="start and frozen reference: folder, hub id, or config.json")
     arg("--data", default="gaotang/RM-R1-after-Distill-RLVR", help="pairs: JSONL file or hub dataset")
     arg("--val-data", help="held-out pairs, judged greedily every --val-every steps")
-    arg("--val-every", type=int, default=5, help="steps between held-out evaluations")
+    arg("--val-every", type=number(int, 1), default=5, help="steps between held-out evaluations")
     arg("--out", default="runs/grpo", help="folder of this run")
     arg("--protocol", choices=PROTOCOLS,
         help="prompt form, for rows without published prompts; default: the model's (its judge.json), "
              "else instruct")
     arg("--system-prompt",
         help="file with the system prompt, instead of the model's, the published row's or ours")
-    arg("--max-prompt", type=int, default=4096, help="longest prompt in tokens; longer ones are left out")
-    arg("--max-response", type=int, default=8192, help="longest judgment in tokens")
-    arg("--pairs", type=int, default=1024, help="pairs sampled before each round of updates")
-    arg("--mini", type=int, default=128, help="pairs in one update")
-    arg("--group", type=int, default=7, help="judgments a pair (G)")
-    arg("--steps", type=int, help="rounds; default: one pass over the data")
-    arg("--lr", type=float, default=1e-6, help="learning rate (paper: 1e-6, 7e-7, 5e-7 for 7B, 14B, 32B)")
+    arg("--max-prompt", type=number(int, 1), default=4096,
+        help="longest prompt in tokens; longer ones are left out")
+    arg("--max-response", type=number(int, 1), default=8192, help="longest judgment in tokens")
+    arg("--pairs", type=number(int, 1), default=1024, help="pairs sampled before each round of updates")
+    arg("--mini", type=number(int, 1), default=128, help="pairs in one update")
+    arg("--group", type=number(int, 1), default=7, help="judgments a pair (G)")
+    arg("--steps", type=number(int, 1), help="rounds; default: one pass over the data")
+    arg("--lr", type=number(float, 0, above=True), default=1e-6,
+        help="learning rate (paper: 1e-6, 7e-7, 5e-7 for 7B, 14B, 32B)")
     arg("--schedule", choices=("constant", "linear", "cosine"), default="constant",
         help="of the learning rate")
-    arg("--clip", type=float, nargs=2, default=(0.2, 0.2),
+    arg("--clip", type=number(float, 0), nargs=2, default=(0.2, 0.2),
         help="how far a ratio may fall below 1 and rise above it and still be pushed")
-    arg("--beta", type=float, default=1e-3, help="weight of the pull towards the reference; 0 loads none")
+    arg("--beta", type=number(float, 0), default=1e-3,
+        help="weight of the pull towards the reference; 0 loads none")
     arg("--reward", choices=("verdict", "published", "random"), default="verdict",
         help="right verdict (paper eq. 8) by the parser, or by the released rule; random: a control")
     # Variants of the objective; each has its formula and source where it is computed below.
@@ -64,35 +69,48 @@ def arguments():
     arg("--average", choices=("judgment", "token", "constant"), default="judgment", help="of token losses")
     arg("--ratio", choices=("token", "sequence"), default="token", help="sequence: GSPO")
     arg("--surrogate", choices=("clip", "cispo"), default="clip", help="what is done to the ratio")
-    arg("--dual-clip", type=float, help="bound of the loss where the advantage is negative, e.g. 3")
+    arg("--dual-clip", type=number(float, 1),
+        help="bound of the loss where the advantage is negative, e.g. 3")
     arg("--kl", choices=("k1", "k2", "k3"), default="k3", help="estimator of the divergence")
-    arg("--engine-cap", type=float, help="weigh tokens by trainer / engine probability, at most this, e.g. 2")
-    arg("--overlong", type=int, default=0, help="tokens before the limit over which the reward falls by 1")
-    arg("--format-reward", type=float, default=0.0, help="added where the parts of a judgment are all there")
-    arg("--both-orders", type=float, metavar="W",
+    arg("--engine-cap", type=number(float, 0, above=True),
+        help="weigh tokens by trainer / engine probability, at most this, e.g. 2")
+    arg("--overlong", type=number(int, 0), default=0,
+        help="tokens before the limit over which the reward falls by 1")
+    arg("--format-reward", type=number(float, -math.inf), default=0.0,
+        help="added where the parts of a judgment are all there")
+    arg("--both-orders", type=number(float, -math.inf), metavar="W",
         help="judge each pair in both orders (--pairs and --mini count both), W more where both are right")
-    arg("--refill", type=int, default=0, help="rounds of sampling again for groups that agree")
-    arg("--micro-tokens", type=int, default=16384,
+    arg("--refill", type=number(int, 0), default=0, help="rounds of sampling again for groups that agree")
+    arg("--micro-tokens", type=number(int, 1), default=16384,
         help="tokens a rank computes at once: lower it when memory runs out")
     arg("--recompute", action=argparse.BooleanOptionalAction, default=True,
         help="recompute activations in the backward pass")
-    arg("--engine-memory", type=float, default=0.5, help="share of each card for vLLM while it samples")
-    arg("--tp", type=int, default=1, help="ranks that sample with one engine together (tensor parallel)")
-    arg("--max-gap", type=float, default=0.1,
+    arg("--engine-memory", type=number(float, 0, 1, above=True), default=0.5,
+        help="share of each card for vLLM while it samples")
+    arg("--tp", type=number(int, 1), default=1,
+        help="ranks that sample with one engine together (tensor parallel)")
+    arg("--max-gap", type=number(float, 0), default=0.1,
         help="stop if engine and trainer log-probs differ by more on average")
-    arg("--shard", type=int, help="ranks that hold one copy of the weights, e.g. a node's; default: all")
+    arg("--shard", type=number(int, 1),
+        help="ranks that hold one copy of the weights, e.g. a node's; default: all")
     arg("--offload", action="store_true",
         help="reference and optimizer wait in host memory while they are not used")
     arg("--dtype", choices=P.DTYPES, default="bfloat16", help="of the computation (weights are kept in fp32)")
-    arg("--max-bad", type=int, default=5, help="stop after so many updates in a row without finite gradient")
-    arg("--save-every", type=int, default=10, help="steps between checkpoints for resuming, 0 for none")
-    arg("--timeout", type=float, default=60, help="minutes that a phase may take before the run is ended")
-    arg("--seed", type=int, default=1, help="of data order, samples and random weights")
+    arg("--max-bad", type=number(int, 1), default=5,
+        help="stop after so many updates in a row without finite gradient")
+    arg("--save-every", type=number(int, 0), default=10,
+        help="steps between checkpoints for resuming, 0 for none")
+    arg("--timeout", type=number(float, 0, above=True), default=60,
+        help="minutes that a phase may take before the run is ended")
+    arg("--seed", type=number(int, 0), default=1, help="of data order, samples and random weights")
     arg("--skip-bad", action="store_true", help="report and leave out bad lines instead of stopping")
+    arg("--dry-run", **dryrun.FLAG)
     args = ap.parse_args()
     if args.group < 2:
         fail(f"--group {args.group}: a group of one has no spread, so no advantage; take at least 2")
-    if args.mini < 1 or args.pairs % args.mini:
+    if args.overlong > args.max_response:
+        fail(f"--overlong {args.overlong}: more than --max-response {args.max_response}")
+    if args.pairs % args.mini:
         fail(f"--pairs {args.pairs} does not divide into updates of --mini {args.mini}")
     if args.both_orders is not None and args.mini % 2:
         fail(f"--mini {args.mini}: with --both-orders an update has both orders of its pairs: an even number")
@@ -136,9 +154,8 @@ def grpo_loss(logp, old, ref, adv, weight, rows=None, engine=None, clip=(0.2, 0.
     if ratio == "sequence":
         # GSPO (arXiv 2507.18071, eq. 7 and 14): the geometric mean over a judgment, gradient through its
         # tokens.
-        at = rows - rows.min()
-        sums = torch.zeros_like(logp).index_add(0, at, log_ratio.detach())
-        mean = sums / at.bincount(minlength=len(at)).clamp(min=1)
+        at, none = rows - rows.min(), torch.zeros_like(logp)
+        mean = none.index_add(0, at, log_ratio.detach()) / none.index_add(0, at, none + 1).clamp(min=1)
         log_ratio = mean[at] + logp - logp.detach()
     r = log_ratio.exp()                              # 1 everywhere in the first update
     if surrogate == "clip":
@@ -246,8 +263,7 @@ def sample(engine, batch, first, step, tokenizer, stop, args, rank, world):
         judgment = parse(text, s.finished)
         try:
             reward = reward_of(text, judgment, pair, len(s.tokens), (args.seed, step, first + place, g), args)
-        except (ValueError, KeyError, TypeError, ArithmeticError) as e:
-            # One judgment must not cost the run: it is counted and ignored.
+        except Exception as e:           # one judgment must not cost the run: it is counted and ignored
             print(f"reward of {pair.id}, judgment {g}: {type(e).__name__}: {e}", file=sys.stderr)
             reward = math.nan
         mine.append(Rollout(np.array(s.tokens, np.int32), np.array(s.logprobs, np.float32), s.finished,
@@ -294,7 +310,7 @@ def updates_of(groups, adv, args, device, rank, world, width):
     for start in range(0, args.pairs, args.mini):
         here = [g.tokens() for g in groups[start:start + args.mini]]
         total = sum(len(r) for _, responses in here for r in responses)
-        mine = P.deal(here, world, width)[rank]
+        mine = packing.deal(here, world, width)[rank]
         rollouts = [r for i in mine for r in groups[start + i].rollouts]
         # A rank without rows here runs stand-ins, which need an advantage and a length to look
         # up, and weigh nothing.
@@ -304,7 +320,7 @@ def updates_of(groups, adv, args, device, rank, world, width):
         share = shares(tokens, total, args.mini * args.group, args.average, args.max_response)
         engine = torch.tensor(np.concatenate([r.logprobs for r in rollouts] or [[]]), device=device).float()
         packed = [(here[i][0], [r.tolist() for r in here[i][1]]) for i in mine]
-        micros = P.level(P.pack(packed, args.micro_tokens, device), device)
+        micros = packing.level(packing.pack(packed, args.micro_tokens, device), device)
         ends = np.cumsum([len(b.rows) * b.real for b in micros]).tolist()
         updates.append([(b, adv_u[b.rows], b.real * share[b.rows],
                          engine[end - len(b.rows):end] if b.real else torch.zeros(len(b.rows), device=device))
@@ -378,31 +394,57 @@ def summary(groups, agreeing, args):
             "tokens": sum(lengths) + args.group * sum(len(g.prompt) for g in groups), "sampled": sampled[:12]}
 
 
+def examples(groups, step, tokenizer, count=4):
+    """Some of a step's judgments for a person to read, one a pair: what samples.jsonl has."""
+    for g in groups[:count]:
+        r = g.rollouts[step % len(g.rollouts)]
+        yield {"step": step, "pair": g.pair.id, "label": g.pair.label, "verdict": r.verdict,
+               "reward": r.reward if math.isfinite(r.reward) else None, "finished": r.finished,
+               "text": tokenizer.decode(r.tokens)}
+
+
 def refuse(args, rows, config, world):
     """Flags that do not fit the data, the model or the ranks."""
     if len(rows) * len(rows[0] if rows else ()) < args.pairs:
         fail(f"--pairs {args.pairs}: more than the {len(rows)} usable pairs in {args.data}")
-    if args.max_prompt + args.max_response > config.max_position_embeddings:
+    if args.max_prompt + args.max_response > P.window_of(config):
         fail(f"--max-prompt {args.max_prompt} and --max-response {args.max_response} exceed the model's "
-             f"window of {config.max_position_embeddings} tokens")
+             f"window of {P.window_of(config)} tokens")
     check_tp(args.tp, world, config)
+
+
+def rehearse(policy, reference, optim, shown, args, world):
+    """One update on made-up judgments, for dryrun.py. shown: [(prompt ids, [response ids, ...]), ...]"""
+    args = argparse.Namespace(**vars(args) | {"pairs": len(shown), "mini": len(shown), "max_gap": math.inf})
+    groups = [Group(None, p, [Rollout(np.array(r), np.zeros(len(r)), True, None, float(i % 2))
+                              for i, r in enumerate(responses)]) for p, responses in shown]
+    adv = advantages(torch.tensor([[r.reward for r in g.rollouts] for g in groups]), args.advantage)
+    updates = updates_of(groups, adv, args, torch.device("cpu"), 0, world, policy.lm.config.hidden_size)
+    dryrun.phase("scoring")
+    with torch.no_grad():
+        ref = [[(reference or policy)(b) for b, *_ in micros] for micros in updates]
+    dryrun.phase("learning")
+    learn(policy, optim, updates, [[]], ref, args.lr, args, world)
 
 
 def main():
     args = arguments()
     pairs = read_pairs(args.data, args.skip_bad)
     val_pairs = read_pairs(args.val_data, args.skip_bad) if args.val_data else []
-    folder = P.resolve(args.model)
+    folder = P.resolve(args.model, weights=args.dry_run is None)
     tokenizer, stop = P.load_tokenizer(folder)
-    rank, world, device = R.start_ranks(args.timeout)
+    rank, world, device = R.start_ranks(args.timeout, dryrun.ranks(args))
     form = prompt_form(folder, args.model, args.protocol, args.system_prompt, default="instruct")
     rows = tokenize(args.data, pairs, tokenizer, form, args, both=args.both_orders is not None)
     val_rows = tokenize(args.val_data, val_pairs, tokenizer, form, args) if val_pairs else []
     config, dtype, window = P.config_of(folder), P.DTYPES[args.dtype], args.max_prompt + args.max_response
     refuse(args, rows, config, world)
     steps, shard = args.steps or len(rows) * len(rows[0]) // args.pairs, R.shards(args.shard)
-    P.memory(config, dtype, args.micro_tokens, args.recompute, shard, R.card_bytes(device), args.beta > 0,
-             args.offload, args.engine_memory, args.tp, window)
+    P.check_family(config, device)
+    if args.dry_run is not None:
+        prompts = [ids for row in rows for _, ids in row]
+        return dryrun.show(args, config, shard, steps, prompts, args.group, args.max_response, rehearse)
+    about = R.open_run(args, folder, pairs, form)
 
     R.phase("load the weights")
     policy = P.load(args.model, device, dtype, args.seed, recompute=args.recompute, shard=shard)
@@ -410,13 +452,13 @@ def main():
         args.model, device, dtype, args.seed, trainable=False, shard=shard)
     optim = P.adamw(policy, args.lr, (0.9, 0.999), 0.01)
     state = R.Checkpoints(policy, optim, f"{args.out}/state")
-    first = state.load()
+    first = state.load(steps)
     home = torch.device("cpu") if args.offload else device     # of what waits for its turn
     P.move(home, reference, optim)
     R.phase("start the engine")
     engine = Engine(folder, window, args.dtype, weights="dummy", memory=args.engine_memory, tp=args.tp)
     engine.sync(policy, dtype)
-    diary, bad = R.Diary(args.out, first, vars(args)), 0
+    diary, bad = R.Diary(args.out, first, about), 0
     R.catch_signals()
     R.print0(f"{world} ranks on {device.type}, {steps} steps of {args.pairs} pairs x {args.group} judgments, "
              f"{args.pairs // args.mini} updates each"
@@ -458,13 +500,13 @@ def main():
 
         spoilt = [u for u, norm in enumerate(norms) if not math.isfinite(norm)]    # the same on all ranks
         log |= summary(groups, agreeing, args) | learned | {
-            "skipped_rows": [g.pair.id for u in spoilt for g in groups[u * args.mini:(u + 1) * args.mini]],
-            "peak_gb": R.peak_memory_gb(device)}
+            "skipped_rows": [g.pair.id for u in spoilt for g in groups[u * args.mini:(u + 1) * args.mini]]}
+        diary.append("samples.jsonl", examples(groups, step, tokenizer))
         diary.write(**log)
         bar.set_postfix({k: f"{log[k]:.3f}" for k in ("accuracy", "unread", "kl")})
         for norm in norms:
             bad = 0 if math.isfinite(norm) else bad + 1
-        if not R.goes_on(state, step + 1, bad, args):
+        if not R.goes_on(state, step + 1, steps, bad, args):
             return
 
     if val_rows:

@@ -1,212 +1,36 @@
 """
-The network under training: packing, attention, loading and sharding, log-probs, the model on disk.
+The network under training: loading and sharding, families, log-probs, optimizer, the model on disk.
 
 A policy sees packed tokens and gives log-probs; it knows nothing of judgments. The same code runs in one
 process on a CPU, under `torchrun --nproc_per_node 2` with gloo, and on many nodes with NCCL: parameters
 are always FSDP2 shards, also when there is one rank.
 
-Letters: T packed tokens of a micro-batch, R response tokens among them, H heads, D head size, V vocabulary.
+Letters: T packed tokens of a micro-batch, R response tokens among them, V vocabulary.
 """
+import contextlib
+import copy
 import json
 import math
 import re
 import shutil
 import zlib
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from ranks import all_max, print0
-from rubrics import fail
+import ranks
+from files import fail
+from packing import pack
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-# ---------------------------------------------------------------- packing
-
-@dataclass
-class Batch:
-    """A micro-batch of packed tokens: no padding, every prompt once, its responses behind it.
-
-    tokens     (T,)  [prompt 1 | response 1.1 | response 1.2 | ... | prompt 2 | response 2.1 | ...]
-    positions  (T,)  restart at every prompt, and at the prompt's end for every response
-    src        (R,)  where the hidden state sits that predicts each response token: for a response's first
-                     token that is the prompt's last, shared by all responses to it
-    targets    (R,)  the response tokens themselves
-    rows       (R,)  which response each of them belongs to, counted in the order given to `pack`
-    plan             who attends to whom, see `varlen_plan` and `bucket_plan`
-    real             1, or 0 for the stand-in that a rank without rows runs (its loss must count nothing)
-    """
-    tokens: torch.Tensor
-    positions: torch.Tensor
-    src: torch.Tensor
-    targets: torch.Tensor
-    rows: torch.Tensor
-    plan: dict
-    real: int = 1
-
-
-def pack(groups, budget, device):
-    """Cut groups into micro-batches of at most `budget` tokens, in order.
-
-    groups  [(prompt ids, [response ids, ...]), ...]
-    budget  tokens. A group that does not fit is split between its responses (its prompt is then computed
-            again); a single sequence longer than the budget gets a micro-batch of its own.
-    -> [Batch, ...]. The responses keep their order, so concatenating the outputs restores it.
-    """
-    bins, used, row = [], 0, 0
-    for prompt, responses in groups:
-        opened = False                       # is this prompt already in the current micro-batch?
-        for response in responses:
-            need = len(response) + (0 if opened else len(prompt))
-            if not bins or (used + need > budget and used > 0):
-                bins, used, opened = bins + [[]], 0, False
-                need = len(response) + len(prompt)
-            if not opened:
-                bins[-1].append((prompt, []))
-                opened = True
-            bins[-1][-1][1].append((row, response))
-            used += need
-            row += 1
-    return [assemble(b, device) for b in bins]
-
-
-def deal(groups, world, width):
-    """Share out groups ([(prompt ids, [response ids, ...]), ...]) so that every rank has about as much to do:
-    the costliest first, each to the rank that has least so far. A token costs one, a pair of a query and a
-    key 1 / (6 width) of that: 24 width^2 against 4 width operations a layer.
-    -> [[places in groups], ...] by rank"""
-    def cost(prompt, responses):
-        p, r = len(prompt), [len(x) for x in responses]
-        return p + sum(r) + (p * p / 2 + sum(n * p + n * n / 2 for n in r)) / (6 * width)
-
-    costs, load, hands = [cost(*g) for g in groups], [0] * world, [[] for _ in range(world)]
-    for i in sorted(range(len(groups)), key=lambda i: -costs[i]):
-        to = load.index(min(load))
-        load[to] += costs[i]
-        hands[to].append(i)
-    return [sorted(hand) for hand in hands]
-
-
-def level(micros, device):
-    """As many micro-batches on every rank as on the busiest: every forward and backward pass is a collective,
-    and a rank that sat one out would hang the others. The stand-ins are two tokens with `real` = 0."""
-    most, = all_max([len(micros)])
-    spare = assemble([([0], [(0, [0])])], device)
-    spare.real = 0
-    return micros + [spare] * (int(most) - len(micros))
-
-
-def assemble(groups, device):
-    """One micro-batch from [(prompt, [(row, response), ...]), ...]."""
-    tokens, positions, src, targets, rows, spans = [], [], [], [], [], []
-    for prompt, responses in groups:
-        start, P = len(tokens), len(prompt)
-        tokens += prompt
-        positions += range(P)
-        for i, (row, response) in enumerate(responses):
-            at, n = len(tokens), len(response)
-            # The first response follows its prompt as in any sequence; the others meet the
-            # prompt's keys again.
-            spans.append((start, P + n, range(start, P + start + n)) if i == 0 else
-                         (at, n, [*range(start, start + P), *range(at, at + n)]))
-            tokens += response
-            positions += range(P, P + n)
-            src += [start + P - 1, *range(at, at + n - 1)][:n]
-            targets += response
-            rows += [row] * n
-    t = lambda x: torch.tensor(x, dtype=torch.long, device=device)
-    plan = varlen_plan(spans, device) if device.type == "cuda" else bucket_plan(spans)
-    return Batch(t(tokens), t(positions), t(src), t(targets), t(rows), plan)
-
-
-# ---------------------------------------------------------------- attention
-# transformers' own SDPA path silently mixes packed rows unless caches are off and masks absent, and then
-# builds a T x T mask (transformers #46634). Ours takes a plan: query spans, each with the keys it may see,
-# causal from the end (the last query sees every key). Spans cover the tokens in order.
-
-def varlen_plan(spans, device):
-    """For the CUDA kernel: cumulative lengths, and one long list of key rows."""
-    cu = lambda lengths: torch.tensor([0, *lengths], device=device).cumsum(0, dtype=torch.int32)
-    q, k = [n for _, n, _ in spans], [len(keys) for _, _, keys in spans]
-    return {"keys": torch.tensor([i for *_, keys in spans for i in keys], device=device), "cu_q": cu(q),
-            "cu_k": cu(k), "max_q": max(q), "max_k": max(k)}
-
-
-def bucket_plan(spans, waste=1.05, call=4096):
-    """For a CPU: spans of like shape are padded into one batched SDPA call (a call a span would cost more
-    than its arithmetic at small sizes). Padding lives inside attention only: its outputs are never read.
-
-    -> buckets  [(S spans, Q queries each, K keys each, mask (S, 1, Q, K) or None if plainly causal), ...]
-       q, k     rows of all their queries (sum of S Q,) and keys (sum of S K,), bucket after bucket
-       inverse  (T,) where each token's output is among those of the queries
-    """
-    order = sorted(range(len(spans)), key=lambda i: (len(spans[i][2]) != spans[i][1], len(spans[i][2])))
-    groups, area, cap, was_plain = [], 0, (0, 0), None
-    for i in order:
-        _, q, keys = spans[i]
-        plain = q == len(keys)
-        q_max, k_max = max(cap[0], q), max(cap[1], len(keys))
-        count = len(groups[-1]) + 1 if groups else 0
-        if not groups or plain != was_plain or q_max * k_max * count > waste * (area + q * len(keys)) + call:
-            groups, area, q_max, k_max = groups + [[]], 0, q, len(keys)
-        groups[-1].append(i)
-        area, cap, was_plain = area + q * len(keys), (q_max, k_max), plain
-
-    buckets, q_all, k_all, inverse, base = [], [], [], [0] * sum(n for _, n, _ in spans), 0
-    for group in groups:
-        Q = max(spans[i][1] for i in group)
-        K = max(len(spans[i][2]) for i in group)
-        q_rows = torch.zeros(len(group), Q, dtype=torch.long)
-        k_rows = torch.zeros(len(group), K, dtype=torch.long)
-        offsets = torch.zeros(len(group), 1, 1, dtype=torch.long)
-        for s, i in enumerate(group):
-            start, n, keys = spans[i]
-            q_rows[s, :n] = torch.arange(start, start + n)
-            k_rows[s, :len(keys)] = torch.tensor(keys)
-            offsets[s] = len(keys) - n
-            inverse[start:start + n] = range(base + s * Q, base + s * Q + n)
-        # Padded keys lie behind a span's own, so the causal rule hides them from every real query.
-        mask = (torch.arange(K) <= torch.arange(Q)[:, None] + offsets)[:, None]      # (S, 1, Q, K)
-        buckets.append((len(group), Q, K, mask if offsets.any() else None))
-        q_all, k_all, base = q_all + [q_rows.flatten()], k_all + [k_rows.flatten()], base + len(group) * Q
-    return {"buckets": buckets, "q": torch.cat(q_all), "k": torch.cat(k_all),
-            "inverse": torch.tensor(inverse)}
-
-
-def packed_attention(module, query, key, value, attention_mask, scaling=None, plan=None, **_):
-    """Attention over packed rows, as transformers calls it: query (1, H, T, D) -> (1, T, H, D)."""
-    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))                   # (T, H, D)
-    if q.is_cuda:
-        from torch.nn.attention.varlen import varlen_attn
-        out = varlen_attn(q, k[plan["keys"]], v[plan["keys"]], plan["cu_q"], plan["cu_k"], plan["max_q"],
-                          plan["max_k"], scale=scaling, window_size=(-1, 0), enable_gqa=True)
-        return out[None], None
-    # One gather for all buckets: its gradient is one scatter, where a gather a bucket would fill a T x H D
-    # tensor for each.
-    rows = lambda x, which, at: x.flatten(1).index_select(0, plan[which]).split(
-        [bucket[0] * bucket[at] for bucket in plan["buckets"]])
-    heads = lambda x, S, like: x.view(S, -1, *like.shape[1:]).transpose(1, 2)       # (S, H, Q or K, D)
-    outs = []
-    for (S, *_, mask), a, b, c in zip(plan["buckets"], rows(q, "q", 1), rows(k, "k", 2), rows(v, "k", 2)):
-        o = F.scaled_dot_product_attention(heads(a, S, q), heads(b, S, k), heads(c, S, v), attn_mask=mask,
-                                           is_causal=mask is None, scale=scaling, enable_gqa=True)
-        outs.append(o.transpose(1, 2).flatten(0, 1).flatten(1))                     # (S Q, H D)
-    out = torch.cat(outs).index_select(0, plan["inverse"])
-    return out.view(1, *q.shape), None
-
-
-AttentionInterface.register("packed", packed_attention)
 
 
 # ---------------------------------------------------------------- the model
@@ -216,15 +40,23 @@ class Policy(nn.Module):
 
     def __init__(self, lm):
         super().__init__()
-        self.lm = lm
+        self.lm, config = lm, lm.config
+        # What some families do to their logits: Cohere and Granite scale them, Gemma bends them towards a
+        # cap: cap tanh(scale x / cap) is scale times a bend of x towards cap / scale.
+        self.scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
+        cap = getattr(config, "final_logit_softcapping", None)
+        self.cap = cap and cap / self.scale
 
     def forward(self, batch, temperature=1.0):
         """Log-prob of every response token, (R,) in fp32, under softmax(logits / temperature). The
         vocabulary projection sees response positions only."""
-        hidden = self.lm.model(input_ids=batch.tokens[None], position_ids=batch.positions[None],
-                               use_cache=False, plan=batch.plan).last_hidden_state[0]      # (T, hidden)
+        # Not by calling the model: where vLLM has no model of its own for a family it runs transformers'
+        # class, and puts a __call__ of its own into that, for all who have one in this process.
+        hidden = nn.Module.__call__(
+            self.lm.model, input_ids=batch.tokens[None], position_ids=batch.positions[None], use_cache=False,
+            plan=batch.plan).last_hidden_state[0]                                          # (T, hidden)
         return TokenLogProbs.apply(hidden.index_select(0, batch.src), self.lm.lm_head.weight, batch.targets,
-                                   temperature)
+                                   temperature / self.scale, self.cap)
 
     @torch.no_grad()
     def weights(self, dtype=None):
@@ -246,7 +78,8 @@ LOGITS = 2**25             # at a time: 128 MB in fp32. Fewer would have a card 
 
 
 class TokenLogProbs(torch.autograd.Function):
-    """log softmax(hidden head^T / temperature) at targets: (R, hidden), (V, hidden), (R,) -> (R,) in fp32.
+    """log softmax(logits / temperature) at targets, logits = hidden head^T, or cap tanh(hidden head^T / cap):
+    (R, hidden), (V, hidden), (R,) -> (R,) in fp32.
 
     LOGITS logits exist at a time, and they are computed again in the backward pass. That goes by slices of
     the vocabulary: a slice of the head's gradient is one product over all tokens, summed in fp32 inside it
@@ -254,52 +87,60 @@ class TokenLogProbs(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, head, targets, temperature):
+    def forward(ctx, hidden, head, targets, temperature, cap=None):
         size = max(1, LOGITS // head.shape[0])
         norm, at = (torch.empty(len(targets), device=head.device) for _ in "12")
         for start in range(0, len(targets), size):
             rows = slice(start, start + size)
-            logits = product(hidden[rows], head.T).div_(temperature)                    # (rows, V)
+            logits = bend(product(hidden[rows], head.T), cap).div_(temperature)         # (rows, V)
             at[rows] = logits.gather(-1, targets[rows, None])[:, 0]
             norm[rows] = logits.logsumexp(-1)
         ctx.save_for_backward(hidden, head, targets, norm)
-        ctx.temperature = temperature
+        ctx.temperature, ctx.cap = temperature, cap
         return at - norm
 
     @staticmethod
     def backward(ctx, grad):
-        """d logp_r / d logit_rv = 1[v = target_r] - softmax_rv, over the temperature."""
+        """d logp_r / d logit_rv = 1[v = target_r] - softmax_rv, over the temperature, and times the slope of
+        the bend, 1 - (logit / cap)^2."""
         hidden, head, targets, norm = ctx.saved_tensors
-        grad = grad[:, None] / ctx.temperature
+        cap, grad = ctx.cap, grad[:, None] / ctx.temperature
         to_hidden, to_head = torch.zeros_like(hidden, dtype=torch.float32), torch.empty_like(head)
         size = max(1, LOGITS // len(targets))
         for start in range(0, len(head), size):
             words = slice(start, start + size)
-            d = product(hidden, head[words].T).div_(ctx.temperature).sub_(norm[:, None]).exp_().mul_(-grad)
+            d = bend(product(hidden, head[words].T), cap)
+            slope = cap and 1 - (d / cap).square_()
+            d = d.div_(ctx.temperature).sub_(norm[:, None]).exp_().mul_(-grad)
             here = ((targets >= start) & (targets < start + size))[:, None]
             d.scatter_add_(1, (targets[:, None] - start).clamp(0, d.shape[1] - 1), grad * here)
-            d = d.to(hidden.dtype)                                                      # (R, words)
+            d = (d.mul_(slope) if cap else d).to(hidden.dtype)                          # (R, words)
             to_hidden += product(d, head[words])
             to_head[words] = d.T @ hidden
-        return to_hidden.to(hidden.dtype), to_head, None, None
+        return to_hidden.to(hidden.dtype), to_head, None, None, None
+
+
+def bend(logits, cap):
+    """cap tanh(logits / cap), in place: never beyond the cap. None leaves them as they are."""
+    return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)
 
 
 def product(a, b):
     """Matrix product in fp32, also of bf16 matrices: a CUDA kernel does not round its sums."""
-    if a.is_cuda and a.dtype != torch.float32:
+    if ranks.CUDA and a.dtype != torch.float32:
         return torch.mm(a, b, out_dtype=torch.float32)
     return (a @ b).float()
 
 
-def resolve(model):
-    """The local folder of a model: a path as it is, a hub id downloaded (safetensors only, never pickles).
-    `folder/config.json` is a folder too: it means random weights. -> Path"""
+def resolve(model, weights=True):
+    """The local folder of a model: a path as it is, a hub id downloaded (safetensors only, never pickles),
+    with or without its weights. `folder/config.json` is a folder too: it means random weights. -> Path"""
     path = Path(model)
     if path.is_dir() or path.is_file():
         folder = path if path.is_dir() else path.parent
         if not (folder / "config.json").exists() or (path.is_file() and path.name != "config.json"):
             fail(f"--model {model}: expected a model folder with a config.json, or that config.json itself")
-        if path.is_dir() and not any(path.glob("*.safetensors")):
+        if weights and path.is_dir() and not any(path.glob("*.safetensors")):
             fail(f"--model {model}: the folder has no *.safetensors weights"
                  f" (for random weights name {path / 'config.json'})")
         return folder
@@ -307,8 +148,8 @@ def resolve(model):
         fail(f"--model {model}: no such folder, and not a hub id of the form owner/name")
     from huggingface_hub import snapshot_download
     try:
-        return Path(snapshot_download(
-            model, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"]))
+        return Path(snapshot_download(model, allow_patterns=[
+            "*.json", "*.txt", "*.jinja", "*.model", *(["*.safetensors"] if weights else [])]))
     except Exception as e:                  # the hub raises a dozen types; each means: cannot be had
         fail(f"--model {model}: no such folder, and the hub could not give it ({type(e).__name__})")
 
@@ -317,67 +158,199 @@ def load_tokenizer(folder):
     """The tokenizer of a model folder, and the ids that end its turn. -> tokenizer, [ids]"""
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as e:
-        fail(f"--model {folder}: no usable tokenizer in it ({str(e).splitlines()[0][:150]})")
+        path, text = Path(folder) / "generation_config.json", "Judge A and B."
+        more = json.loads(path.read_text()).get("eos_token_id") or [] if path.exists() else []
+        whole = tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)).strip() == text
+    except Exception as e:                  # a folder's files can be broken in as many ways as they have parsers
+        fail(f"--model {folder}: no usable tokenizer in it ({(str(e) or repr(e)).splitlines()[0][:150]})")
     if tokenizer.chat_template is None or tokenizer.eos_token_id is None:
         fail(f"--model {folder}: its tokenizer lacks a chat template or an end-of-turn token")
-    stop, path = [tokenizer.eos_token_id], Path(folder) / "generation_config.json"
-    if path.exists():
-        more = json.loads(path.read_text()).get("eos_token_id") or []
-        stop += [i for i in (more if isinstance(more, list) else [more]) if i not in stop]
-    return tokenizer, stop
+    if not whole:                           # without its tokenizer.json it has no vocabulary, and says nothing
+        fail(f"--model {folder}: its tokenizer does not give a text back; is its tokenizer.json missing?")
+    stop = [tokenizer.eos_token_id]
+    return tokenizer, stop + [i for i in (more if isinstance(more, list) else [more]) if i not in stop]
 
 
 def config_of(folder):
-    return AutoConfig.from_pretrained(folder)
+    try:
+        return AutoConfig.from_pretrained(folder)
+    except Exception as e:                  # as above
+        fail(f"--model {folder}: its config.json cannot be read ({(str(e) or repr(e)).splitlines()[0][:150]})")
+
+
+def window_of(config):
+    """The most tokens of a sequence. Rotary tables that depend on the longest sequence around (dynamic,
+    longrope) differ between packed rows and the engine: they end where that begins."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    short = rope.get("original_max_position_embeddings") or config.max_position_embeddings
+    return short if rope.get("rope_type") in ("dynamic", "longrope") else config.max_position_embeddings
+
+
+@contextlib.contextmanager
+def on_meta():
+    """Modules made here have their parameters on the meta device; their buffers (rotary tables, scales) are
+    real, because no file brings them."""
+    register = nn.Module.register_parameter
+
+    def to_meta(module, name, p):
+        # One that is there already is being tied: it stays the same object.
+        register(module, name, p if p is None or p.is_meta else nn.Parameter(p.to("meta"), p.requires_grad))
+
+    nn.Module.register_parameter = to_meta
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register
+
+
+def build(config, dtype, device):
+    """A `Policy` without values in its parameters, on meta, and its buffers by name, to put back with `fill`
+    once it has been sharded. Refused is what has no decoder blocks, or stores its weights otherwise."""
+    if getattr(config, "quantization_config", None):
+        fail("--model: its weights are quantized; training needs them in full")
+    config._attn_implementation = "packed"
+    for k in [k for k in vars(config) if "drop" in k]:      # two passes over the same tokens have to agree
+        setattr(config, k, 0.0)
+    try:
+        with on_meta():
+            lm = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    except Exception as e:                  # an unknown architecture, or a config.json that lacks a part of it
+        fail(f"--model: {config.model_type} is no language model that can be trained here ({str(e)[:150]})")
+    head, blocks = getattr(lm, "lm_head", None), getattr(getattr(lm, "model", None), "layers", None)
+    if not isinstance(head, nn.Linear) or head.bias is not None or blocks is None:
+        fail(f"--model: {config.model_type} models are not made of decoder blocks (model.layers) and a head "
+             "without a bias (lm_head); see the table of families in docs/training.md")
+    if any("expert" in name for name, _ in lm.named_parameters()):
+        fail(f"--model: {config.model_type} is a mixture of experts; its weights are stored expert by expert, "
+             "which neither loading nor the sync to the engine knows")
+    return Policy(lm), {name: b.to(device) for name, b in lm.named_buffers()}
+
+
+def fill(policy, buffers, device):
+    policy.to_empty(device=device)
+    for name, b in policy.lm.named_buffers():
+        b.copy_(buffers[name])
+
+
+@torch.no_grad()
+def check_family(config, device):
+    """Does packed training compute what `transformers` does? Log-probs of a few packed rows through `Policy`
+    and of the same rows through the model's own forward pass, one at a time, in fp32: a model of this family
+    with random weights, a block of each kind and its own width, but few words and a window that the rows are
+    longer than. Every run begins with it, because a family that does something of its own (a window, a cap, a
+    bias in a place of its choice) would else be trained on wrong numbers without a word."""
+    small, layers = copy.deepcopy(config), config.num_hidden_layers
+    by_layer = {k: v for k, v in vars(small).items() if isinstance(v, list) and len(v) == layers}
+    kinds = list(zip(*by_layer.values())) or [()] * layers
+    first = sorted(kinds.index(kind) for kind in set(kinds))               # one layer of every kind
+    for k, v in by_layer.items():
+        setattr(small, k, [v[i] for i in first])
+    small.num_hidden_layers, small.vocab_size, small.pad_token_id = len(first), 256, None
+    for k in ("sliding_window", "attention_chunk_size"):
+        if getattr(small, k, None):
+            setattr(small, k, 4)
+    policy, buffers = build(small, torch.float32, device)
+    fill(policy, buffers, device)
+    noise = torch.Generator().manual_seed(0)
+    for name, p in policy.lm.named_parameters():
+        width = p.shape[-1] ** -0.5 if p.dim() > 1 else 0.1
+        p.copy_(torch.randn(p.shape, generator=noise) * width + (p.dim() == 1 and "norm" in name))
+    policy.lm.tie_weights()
+    ids = lambda n: torch.randint(256, (n,), generator=noise).tolist()
+    groups = [(ids(7), [ids(5), ids(9)]), (ids(3), [ids(6)])]
+    try:
+        ours = torch.cat([policy(batch) for batch in pack(groups, 1000, device)])
+        small._attn_implementation = "eager"
+        gap = (ours - torch.cat([own_logprobs(policy.lm, prompt, response, device)
+                                 for prompt, responses in groups for response in responses])).abs().max().item()
+    except Exception as e:
+        fail(f"--model: a forward pass of {config.model_type} over packed rows ends in {type(e).__name__} "
+             f"({str(e)[:100]}); see the table of families in docs/training.md")
+    if not gap < 1e-3:
+        fail(f"--model: {config.model_type} computes something that packed training does not know: log-probs "
+             f"differ by {gap:.2g} from transformers' own; see the table of families in docs/training.md")
+    return gap
+
+
+def own_logprobs(lm, prompt, response, device):
+    """Log-probs of a response (R,) by the model's own forward pass over one sequence."""
+    row = torch.tensor([prompt + response], device=device)
+    logits = lm(input_ids=row, use_cache=False).logits[0, len(prompt) - 1:-1].float()
+    return logits.log_softmax(-1).gather(-1, row[0, len(prompt):, None])[:, 0]
 
 
 def load(model, device, dtype, seed=0, trainable=True, recompute=True, shard=None):
-    """A sharded policy from a folder, a hub id, or a config.json (random weights drawn from `seed`).
+    """A sharded policy from a folder, a hub id, or a config.json (random weights drawn from `seed`); the rest
+    as for `sharded`. Weights are read by DCP, each rank its own slices: nobody holds a full copy."""
+    folder = resolve(model)
+    policy = sharded(config_of(folder), mesh_of(device, shard), device, dtype, trainable, recompute)
+    if str(model).endswith("config.json"):
+        init_random(policy.lm, policy.lm.config.initializer_range, seed)
+    else:
+        check_weights(model, folder, names(policy.lm))
+        dcp.load(names(policy.lm), storage_reader=HuggingFaceStorageReader(str(folder)))
+    policy.lm.tie_weights()
+    return policy
+
+
+def mesh_of(device, shard=None):
+    """The ranks as FSDP wants them. shard: how many hold one copy of the weights together, all unless said
+    otherwise: the ranks of a node, say, so that weights travel inside nodes and only gradients between them
+    (HSDP)."""
+    world = dist.get_world_size()
+    if shard in (None, world):
+        return dist.init_device_mesh(device.type, (world,))
+    return dist.init_device_mesh(device.type, (world // shard, shard), mesh_dim_names=("copies", "shards"))
+
+
+def sharded(config, mesh, device, dtype, trainable=True, recompute=True):
+    """A policy whose weights have their places on all ranks, and no values yet.
 
     dtype      of the computation. Trained weights are kept in fp32 and cast for the computation;
                a frozen policy (trainable=False) is kept in `dtype`.
     recompute  activations of every block in the backward pass rather than keeping them
-    shard      ranks that hold one copy of the weights together, all unless said otherwise: the ranks of a
-               node, say, so that weights travel inside nodes and only gradients between them (HSDP)
-    Weights are read by DCP, each rank its own slices: nobody holds a full copy.
     """
-    folder, random = resolve(model), str(model).endswith("config.json")
-    config = config_of(folder)
-    config._attn_implementation = "packed"
     master = torch.float32 if trainable else dtype
-    with torch.device("meta"):
-        lm = AutoModelForCausalLM.from_config(config, dtype=master)
+    policy, buffers = build(config, master, device)
+    policy.train(trainable).requires_grad_(trainable)
     if recompute and trainable:
-        lm.gradient_checkpointing_enable({"use_reentrant": False})
-    policy = Policy(lm).train(trainable).requires_grad_(trainable)
-
-    world = dist.get_world_size()
-    mesh = dist.init_device_mesh(device.type, (world,)) if shard in (None, world) else \
-        dist.init_device_mesh(device.type, (world // shard, shard), mesh_dim_names=("copies", "shards"))
+        policy.lm.gradient_checkpointing_enable({"use_reentrant": False})
     how = dict(mesh=mesh, reshard_after_forward=True, mp_policy=MixedPrecisionPolicy(
         param_dtype=None if dtype == master else dtype, reduce_dtype=torch.float32))
-    for block in lm.model.layers:
+    for block in policy.lm.model.layers:
         fully_shard(block, **how)
     fully_shard(policy, **how)                          # what is left: embedding, last norm, head
-    policy.to_empty(device=device)
-    for module in lm.modules():                         # rotary tables are no parameters: to_empty lost them
-        if hasattr(module, "inv_freq"):
-            with torch.device(device):
-                fresh = type(module)(config=config)
-            module.inv_freq, module.original_inv_freq = fresh.inv_freq, fresh.original_inv_freq
-    if random:
-        init_random(lm, config.initializer_range, seed)
-    else:
-        wanted = {k: v for k, v in lm.state_dict().items() if not (
-            k == "lm_head.weight" and config.tie_word_embeddings)}
-        reader = HuggingFaceStorageReader(str(folder))
-        missing = sorted(set(wanted) - set(reader.read_metadata().state_dict_metadata))
-        if missing:
-            fail(f"--model {model}: the weights lack {len(missing)} tensors, the first is {missing[0]}")
-        dcp.load(wanted, storage_reader=reader)
-    lm.tie_weights()
+    fill(policy, buffers, device)
     return policy
+
+
+def names(lm):
+    """{name: tensor} of what a model's files have: of a tied pair only the embedding."""
+    return {k: v for k, v in lm.state_dict().items() if not (
+        k == "lm_head.weight" and lm.config.tie_word_embeddings)}
+
+
+def check_weights(model, folder, wanted=None):
+    """Are all tensors of a model in its files, in the model's shapes? wanted: {name: tensor}; without it,
+    those of the folder's configuration, for an engine that would run with what is in memory where a part of a
+    matrix is missing. Files that name their tensors otherwise are then left to the engine."""
+    try:
+        stored = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
+    except Exception as e:                              # safetensors, or an index, that is cut short
+        fail(f"--model {model}: its weights cannot be read ({(str(e) or repr(e)).splitlines()[0][:150]})")
+    if wanted is None:
+        try:
+            with on_meta():
+                wanted = names(AutoModelForCausalLM.from_config(config_of(folder)))
+        except Exception:                               # a family that only the engine knows
+            return
+        if not set(stored) <= set(wanted):
+            return
+    if missing := sorted(set(wanted) - set(stored)):
+        fail(f"--model {model}: the weights lack {len(missing)} tensors, the first is {missing[0]}")
+    if other := [k for k, v in wanted.items() if tuple(stored[k].size) != tuple(v.shape)]:
+        fail(f"--model {model}: {other[0]} has the shape {tuple(stored[other[0]].size)}, its config.json says "
+             f"{tuple(wanted[other[0]].shape)}")
 
 
 @torch.no_grad()
@@ -402,56 +375,16 @@ def move(device, *things):
             thing.to(device)
         elif thing is not None:
             for state in thing.state.values():
-                state.update({k: v.to(device) for k, v in state.items() if torch.is_tensor(v)})
-
-
-def memory(config, dtype, tokens, recompute, shard, card=None, reference=False, offload=False, share=None,
-           tp=1, window=0):
-    """Estimate what a rank's card will hold, say so, and refuse what cannot fit, before anything is loaded.
-
-    tokens   of a micro-batch; shard: ranks that hold one copy of the weights; card: its bytes, None for a CPU
-    share    of the card that vLLM takes while it samples, None without one; window: its longest sequence
-    -> GB while learning, GB while sampling
-    """
-    with torch.device("meta"):
-        lm = AutoModelForCausalLM.from_config(config)
-    n, one = sum(p.numel() for p in lm.parameters()), torch.empty(0, dtype=dtype).element_size()
-    h, layers, block = config.hidden_size, len(lm.model.layers), sum(
-        p.numel() for p in lm.model.layers[0].parameters())
-    rest = n - block * layers                              # embedding, head, last norm: gathered together
-    inside = one * (8 * h + 4 * config.intermediate_size)  # what a token leaves inside a block, roughly
-    kv = 2 * one * config.num_key_value_heads * h // config.num_attention_heads * layers
-    frozen = {"reference": one * n / shard} if reference and not offload else {}
-    learn = frozen | {
-        "weights, gradients and Adam": 16 * n / shard,
-        "gathered layers": one * 2 * (rest + 2 * block) + 4 * max(rest, block),
-        "activations": tokens * (layers * h * one + inside if recompute else layers * inside),
-        "log-probs": 12 * LOGITS + 4 * tokens * h}
-    sample = frozen | {"vLLM": (share or 0) * (card or 0), "a gathered layer": 2 * one * rest,
-                       "weights and Adam": (4 if offload else 12) * n / shard}
-    needs = {"weights": one * n / tp, "a sequence": window * kv / tp, "other": 2**31}
-    total = {}
-    for phase, parts in (("learning", learn), ("sampling", sample)) if share else (("learning", learn),):
-        total[phase] = sum(parts.values())
-        print0(f"{phase}: about {total[phase] / 2**30:.3g} GB a rank (" + ", ".join(
-            f"{k} {v / 2**30:.2g}" for k, v in parts.items()) + ")")
-    has = f"more than the card's {(card or 0) / 2**30:.3g} GB"
-    more = ("" if offload or not share else ", give --offload") + f", or use more than {shard} ranks"
-    if card and total["learning"] > 0.95 * card:
-        fail(f"learning would take {has}: lower --micro-tokens {tokens}"
-             + ("" if recompute else ", leave out --no-recompute") + more)
-    if card and share and total["sampling"] > 0.98 * card:
-        fail(f"sampling would take {has}: lower --engine-memory {share:g}" + more)
-    if card and share and sum(needs.values()) > share * card:
-        fail(f"vLLM needs about {sum(needs.values()) / 2**30:.3g} GB, more than --engine-memory {share:g} of "
-             f"the card: raise it, or spread an engine over more ranks than --tp {tp}")
-    return [t / 2**30 for t in total.values()]
+                # Step counters stay where the optimizer made them: on a host it reads them at every step.
+                state.update({k: v.to(device) for k, v in state.items() if torch.is_tensor(v) and v.dim()})
 
 
 # ---------------------------------------------------------------- optimisation
 
 def adamw(policy, lr, betas, weight_decay):
-    return torch.optim.AdamW(policy.parameters(), lr=lr, betas=betas, weight_decay=weight_decay, foreach=True)
+    """AdamW; on CUDA the fused kernel, which needs no copy of the second moments and no word with the host."""
+    return torch.optim.AdamW(policy.parameters(), lr=lr, betas=betas, weight_decay=weight_decay,
+                             foreach=not ranks.CUDA, fused=ranks.CUDA)
 
 
 def schedule(step, steps, kind, warmup=0):
@@ -493,6 +426,7 @@ def save_model(policy, source, out, dtype, form=None):
         shards += 1
         file = f"model-{shards:05d}.safetensors"
         save_file(pending, tmp / file, metadata={"format": "pt"})
+        (tmp / file).chmod(0o644)                          # it is made for its owner alone
         index.update(dict.fromkeys(pending, file))
         pending, size = {}, 0
 

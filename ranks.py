@@ -4,8 +4,12 @@ The life of a run: ranks that start, agree, stop and die together, its checkpoin
 Everything here works on one rank as on many. Functions that are collectives say so: all ranks call them, in
 the same order.
 """
+import atexit
+import errno
 import gc
+import hashlib
 import json
+import math
 import os
 import pickle
 import re
@@ -27,15 +31,26 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
-from rubrics import fail, read_lines, write_lines
+from files import claim, fail, fingerprint, read_lines, write_lines
 
 
 # ---------------------------------------------------------------- ranks
 
-def start_ranks(minutes=None):
+CUDA = torch.cuda.is_available()               # whose kernels are called; a dry run calls a card's without one
+FOREVER = timedelta(days=7)                    # how long ranks wait for each other: `watch` knows better
+
+
+def start_ranks(minutes=None, pretend=None):
     """Join the process group that torchrun describes, or make one of a single rank. With `minutes`, no phase
-    (see `phase`) may take longer. -> rank, world, device"""
+    (see `phase`) may take longer. pretend: a group of so many ranks that are not there, for a dry run.
+    -> rank, world, device"""
+    if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13):
+        fail(f"torch {torch.__version__}: 2.13 or newer is needed, which the vllm of requirements.txt brings")
     phase("start")
+    if pretend:
+        from torch.testing._internal.distributed.fake_pg import FakeStore
+        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=pretend)
+        return 0, pretend, torch.device("cpu")
     if minutes:
         threading.Thread(target=watch, args=(minutes,), daemon=True).start()
     if "RANK" not in os.environ:
@@ -44,15 +59,16 @@ def start_ranks(minutes=None):
             port = s.getsockname()[1]
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1",
                           MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
-    if cuda:
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if CUDA else torch.device("cpu")
+    if CUDA:
         torch.cuda.set_device(device)
+        # Sums of bf16 products in fp32 to their end, as `policy.TokenLogProbs` counts on.
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     if not dist.is_initialized():
-        # Both backends: parameters and gradients travel by NCCL, counts and flags may stay on the host.
-        # They wait for each other as long as it takes: what is too long, `watch` knows better.
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", device_id=device if cuda else None,
-                                timeout=timedelta(days=7))
+        # Both backends: parameters and gradients travel by NCCL, counts and flags may stay on the host. Not
+        # bound to a device: every group that vLLM makes, most of a single rank, would then split a
+        # communicator off at once (76 splits on 8 ranks), where it makes one when it has something to send.
+        dist.init_process_group("cpu:gloo,cuda:nccl" if CUDA else "gloo", timeout=FOREVER)
     return dist.get_rank(), dist.get_world_size(), device
 
 
@@ -84,6 +100,14 @@ def all_gather(thing, group=None):
     return out
 
 
+def be_patient():
+    """FOREVER for every group there is: those of FSDP's copies, of checkpoints and of vLLM would give up
+    after 10 or 30 minutes, which a slow disk or a long judgment on one rank can take."""
+    set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout      # since 2.14
+    for group in list(dist.distributed_c10d._world.pg_map):
+        set_timeout(FOREVER, group)
+
+
 def barrier():
     """Wait for the others. Also the way to leave: a rank that exits early would look like a crash to them."""
     dist.barrier()
@@ -93,10 +117,16 @@ CAUGHT = []                                                # signals that asked 
 
 
 def catch_signals():
-    """From here on SIGTERM and SIGUSR1 (what schedulers send before they kill) ask for an end at the next
-    step instead of being one."""
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, lambda n, _: CAUGHT.append(signal.Signals(n).name))
+    """From here on SIGTERM, SIGUSR1 (what schedulers send before they kill) and the first Ctrl-C ask for an
+    end at the next step instead of being one."""
+    def note(number, _):
+        CAUGHT.append(signal.Signals(number).name)
+        if number == signal.SIGINT:
+            print0("\nCtrl-C: ends after this step with a checkpoint; once more ends now", file=sys.stderr)
+            signal.signal(number, signal.default_int_handler)
+
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        signal.signal(number, note)
 
 
 def asked_to_stop():
@@ -117,15 +147,15 @@ def leave(state, out, step):
     barrier()
 
 
-def goes_on(state, step, bad, args):
-    """What follows every step, `step` of them being done and the last `bad` updates in a row being without a
-    finite gradient: the end of a run that only makes bad ones, the end that a signal asked for, or a
-    checkpoint where one is due. -> False at the end"""
-    if bad >= args.max_bad:
+def goes_on(state, step, steps, bad, args):
+    """What follows every step, `step` of `steps` being done and the last `bad` updates in a row being without
+    a finite gradient: the end of a run that makes bad ones only, or ends on one, the end that a signal asked
+    for, or a checkpoint where one is due. -> False at the end"""
+    if bad >= args.max_bad or bad and step == steps:
         state.save(step)
         state.settle()
         fail(f"{bad} updates in a row had no finite gradient (--max-bad), the last in step {step - 1}; they "
-             "were skipped, and a checkpoint was written")
+             "were skipped, a checkpoint was written, and no model")
     if asked_to_stop():
         leave(state, args.out, step)
         return False
@@ -164,23 +194,37 @@ def run(main):
     that is well ends as any script does, so that a profiler can write what it has. Losing the others is one
     line, so that the first error stays on top."""
     code, alone = 0, int(os.environ.get("WORLD_SIZE", 1)) == 1
+
+    def end():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code or 0)
+
+    atexit.register(end)         # after a script's own: what comes then is a page of libraries on their leaks
     try:
         main()
     except SystemExit as e:                                  # a sentence of `fail`, or argparse's
         code = e.code
+    except KeyboardInterrupt:
+        code = 130
+        print0("\ninterrupted; the same command goes on from what is on disk", file=sys.stderr)
     except Exception as e:
         code, rank = 1, os.environ.get("RANK", 0)
         lost = re.search("(?i)connection (closed|reset|refused)|peer", str(e))
-        if isinstance(e, RuntimeError) and lost and not alone:
+        if isinstance(e, torch.OutOfMemoryError):
+            said = (f"error in rank {rank}, in the phase '{NOW[0]}': {str(e).splitlines()[0]} Lower "
+                    "--micro-tokens (or --engine-memory, where vLLM asked), or give --offload; --dry-run says "
+                    "what a card will hold")
+        elif getattr(e, "errno", None) == errno.ENOSPC or "No space left" in str(e):
+            said = f"error in rank {rank}, in the phase '{NOW[0]}': the disk is full; what is whole stays"
+        elif isinstance(e, RuntimeError) and lost and not alone:
             said = f"rank {rank}: lost another rank in the phase '{NOW[0]}'; its own error says why"
         else:
             said = f"error in rank {rank}, in the phase '{NOW[0]}':\n{traceback.format_exc()}"
         print(said, file=sys.stderr)
-    sys.stdout.flush()
-    sys.stderr.flush()
     if alone and code != 1:
         sys.exit(code)
-    os._exit(code)
+    end()
 
 
 def quiet():
@@ -206,15 +250,12 @@ def shards(asked):
     return asked or world
 
 
-def card_bytes(device):
-    """The memory of this rank's card; None on a CPU."""
-    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
-
-
-def peak_memory_gb(device):
-    """Most memory this rank has held: on the card, or of the whole process on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
+def held_gb():
+    """Memory in use: of the card, by whoever it is (vLLM unmaps its part behind the back of torch's
+    counters), or the most that this process has had on a CPU."""
+    if CUDA:
+        free, total = torch.cuda.mem_get_info()
+        return (total - free) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
@@ -231,23 +272,30 @@ class Checkpoints:
 
     def __init__(self, policy, optim, folder, keep=2):
         self.policy, self.optim, self.folder, self.keep = policy, optim, Path(folder), keep
-        self.group = dist.new_group(backend="gloo")      # the writers of all ranks speak among themselves
+        self.group = dist.new_group(backend="gloo", timeout=FOREVER)      # the writers of all ranks speak among themselves
         self.writing = None                              # (step, future) of a checkpoint under way
 
     def parts(self):
         return dict(zip(("model", "optim"), get_state_dict(self.policy, self.optim)))
 
-    def load(self):
-        """Continue from the last whole one. -> its step, 0 where there is none"""
+    def load(self, steps=math.inf):
+        """Continue a run of so many steps from the last whole one. -> its step, 0 where there is none"""
         states = whole_states(self.folder)
         if not states:
             return 0
-        check_table(states[-1] / ".metadata")
-        parts = self.parts()
-        dcp.load(parts, checkpoint_id=states[-1])
+        step = int(states[-1].name.removeprefix("step_"))
+        if step > steps:
+            fail(f"{self.folder}: the run there has made {step} steps already, and this one is to have {steps}")
+        try:
+            check_table(states[-1] / ".metadata")
+            parts = self.parts()
+            dcp.load(parts, checkpoint_id=states[-1])
+        except (Exception, CheckpointException) as e:        # a file of it is missing or cut
+            fail(f"{states[-1]}: this checkpoint is damaged, or of another model ({type(e).__name__}); remove "
+                 "it to go on from " + (str(states[-2]) if len(states) > 1 else "the beginning"))
         set_state_dict(self.policy, self.optim, model_state_dict=parts["model"],
                        optim_state_dict=parts["optim"])
-        return int(states[-1].name.removeprefix("step_"))
+        return step
 
     def save(self, step):
         """Begin to write the state after `step` steps; one that is under way is waited for."""
@@ -322,22 +370,55 @@ def sync(folder):
 
 
 def whole_states(folder):
-    return sorted(p for p in Path(folder).glob("step_*") if p.suffix != ".tmp")
+    return sorted(p for p in Path(folder).glob("step_*") if re.fullmatch(r"step_\d+", p.name))
 
 
 # ---------------------------------------------------------------- the run's diary
 
+# What of a run's settings changes neither its steps nor what is sampled: a run may go on with others.
+MAY_DIFFER = set("out model data val_data val_every system_prompt protocol micro_tokens recompute shard offload "
+                 "engine_memory tp max_gap max_bad save_every timeout skip_bad dry_run steps epochs".split())
+
+
+def open_run(args, folder, pairs, form):
+    """Claim a training run's folder, or refuse it: a folder that holds another run, which would be continued
+    on other data or at other rates, or a finished model, which would be lost.
+
+    folder: of the model it starts from; pairs: what it learns from; form: how the judge is asked
+    -> what config.json says about the run, for `Diary`
+    """
+    out, model = Path(args.out), Path(args.out) / "model"
+    config = vars(args) | {"weights": fingerprint(args.model, folder), "form": form, "pairs_digest":
+                           hashlib.sha256(repr(pairs).encode(errors="replace")).hexdigest()[:16]}
+    config = json.loads(json.dumps(config))
+    if model.exists() and model.resolve() == folder.resolve():
+        fail(f"--out {out}: its model is the one that this run starts from, which would be lost")
+    begun = whole_states(out / "state")
+    if begun or read_lines(out / "metrics.jsonl"):
+        old = json.loads((out / "config.json").read_text()) if (out / "config.json").is_file() else {}
+        if differs := [k for k in config if k in old and k not in MAY_DIFFER and old[k] != config[k]]:
+            was, now = (str(c[differs[0]])[:80] for c in (old, config))
+            fail(f"--out {out}: holds a run with another {differs[0]} ({was}, now {now}), which this one would "
+                 "continue; give another folder, or remove it")
+    if model.exists() and not begun:
+        fail(f"--out {out}: holds a finished run, without a checkpoint to go on from; give another folder, or "
+             "remove it")
+    claim(out)
+    return config
+
+
 class Diary:
-    """`metrics.jsonl` of a run, one line a step, and its `config.json`, written by rank 0. A resumed run
-    drops the lines that it is about to write again."""
+    """`metrics.jsonl` of a run, one line a step, `samples.jsonl` with some of what it sampled, and its
+    `config.json`, written by rank 0. A resumed run drops the lines that it is about to write again."""
 
     def __init__(self, out, first_step, config):
-        self.path, self.seconds, self.timed = Path(out) / "metrics.jsonl", {}, None
+        self.out, self.seconds, self.timed, self.peak = Path(out), {}, None, 0.0
+        be_patient()
         if dist.get_rank() == 0:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            (Path(out) / "config.json").write_text(json.dumps(config, indent=2))
-            (Path(out) / "stopped").unlink(missing_ok=True)
-            write_lines(self.path, (json.dumps(r) for r in read_lines(self.path) if r["step"] < first_step))
+            write_lines(self.out / "config.json", [json.dumps(config, indent=2)])
+            (self.out / "stopped").unlink(missing_ok=True)
+            for path in (self.out / "metrics.jsonl", *self.out.glob("samples.jsonl")):
+                write_lines(path, (json.dumps(r) for r in read_lines(path) if r["step"] < first_step))
         # Python collects its garbage between steps, on all ranks at once, not in the middle of one rank's
         # work while the others wait; what is there by now stays and is never looked through again.
         gc.collect()
@@ -346,18 +427,23 @@ class Diary:
 
     def phase(self, name):
         """The next phase of a step begins, "" for what is not timed."""
-        seconds = phase(name or "between")
+        # Within a phase what the card holds only grows, so its end is its peak.
+        seconds, self.peak = phase(name or "between"), max(self.peak, held_gb())
         if self.timed:
             self.seconds[f"seconds_{self.timed}"] = self.seconds.get(f"seconds_{self.timed}", 0) + seconds
         self.timed = name
 
     def write(self, **row):
-        """One line: the row, the seconds of the phases since the last line, and tokens a second."""
+        """One line: the row, the seconds of the phases since the last line, tokens a second, and the most
+        memory that this rank's card (on a CPU: this process) has held at the end of any phase so far."""
         self.phase("")
         if "tokens" in row:
             row["tokens_per_second"] = row["tokens"] / sum(self.seconds.values())
-        if dist.get_rank() == 0:
-            with open(self.path, "a") as f:
-                f.write(json.dumps(row | self.seconds) + "\n")
+        self.append("metrics.jsonl", [row | self.seconds | {"peak_gb": self.peak}])
         self.seconds = {}
         gc.collect()
+
+    def append(self, name, rows):
+        if dist.get_rank() == 0:
+            with open(self.out / name, "a") as f:
+                f.writelines(json.dumps(row) + "\n" for row in rows)

@@ -2,23 +2,30 @@
 The judge you use: a sampling engine, and `judge` for one pair.
 
     python rmr1.py judge --model runs/demo/grpo/model --data runs/demo/data/test.jsonl --line 3
-    python rmr1.py judge --model MODEL --question "What is 6 * 7?" --a "It is 42." --b "It is 45."
+    python rmr1.py judge --model runs/demo/grpo/model --question "What is 6 * 7 ?" \\
+        --a "Here: 42" --b "Here: 45"
 
+The demo's judge knows the kinds of question that data/toy.py asks, in its few words, and no others.
 The engine is vLLM inside this process, on CUDA or on a CPU, alone or one in every torchrun rank. Token ids go
 in, token ids and their log-probs come out; `sync` gives it a trainer's weights.
 """
-import argparse
+import base64
 import hashlib
 import itertools
 import os
+import queue
+import re
 import sys
 import textwrap
+import threading
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import unquote
 
 import rubrics
-from rubrics import Pair, chat_messages, encode, fail, parse, plain, prompt_form, read_pairs
+from files import Flags, fail, number
+from rubrics import Pair, chat_messages, encode, parse, plain, prompt_form, read_pairs
 
 
 @dataclass
@@ -43,7 +50,9 @@ class Engine:
 
     model     a model folder or hub id
     max_len   tokens of prompt and response together
-    dtype     "float32" or "bfloat16", the same as the trainer's
+    dtype     "float32" or "bfloat16", the same as the trainer's. Logits are fp32 in both, as the trainer's
+    are:
+              rounded to bf16 they would be off by more than all the rest of the two programs' difference
     weights   "auto": from the folder. "dummy": none yet, `sync` brings them, which costs a trainer nothing
               extra and makes its very first sampling a test of the sync
     memory    share of a card's memory for weights and cache. On a CPU the cache has
@@ -60,8 +69,12 @@ class Engine:
         import torch
         warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")  # names torch deprecates
         import vllm
+        if not (0, 32) <= tuple(map(int, vllm.__version__.split(".")[:2])) < (0, 34):
+            fail(f"vllm {vllm.__version__}: 0.32 and 0.33 are known to work; pip install -r requirements.txt")
         self.torch, self.vllm, self.max_len, self.cuda = torch, vllm, max_len, torch.cuda.is_available()
-        self.at_once = 256
+        # As many as vLLM captures graphs for: a card's cache has room for them. Two cores gain nothing from
+        # more.
+        self.at_once = 512 if self.cuda else 256
         if self.cuda:
             # Level-2 sleep while the trainer works: weights and cache leave the card, and the next sync,
             # which happens anyway, brings the weights back.
@@ -79,7 +92,8 @@ class Engine:
             model=str(model), dtype=dtype, max_model_len=max_len, load_format=weights,
             max_num_seqs=self.at_once, distributed_executor_backend="external_launcher",
             tensor_parallel_size=tp, skip_tokenizer_init=True, seed=0,
-            enable_prefix_caching=True, logprobs_mode="processed_logprobs", disable_log_stats=True, **kw)
+            enable_prefix_caching=True, logprobs_mode="processed_logprobs", disable_log_stats=True,
+            hf_overrides={"head_dtype": "float32"}, **kw)
         torch.set_rng_state(rng)            # LLM() reseeds the process
         if tp > 1 and not self.cuda:
             # The memory that vLLM's CPU ranks share has the same name in every run: one that is killed would
@@ -94,10 +108,12 @@ class Engine:
         whoever makes the prompts works while the card does.
 
         Texts are a function of (weights, prompt, seed): not of the other requests, the rank or what was
-        sampled before. top_p and top_k are off, so the log-probs are those of the full softmax(logits /
-        temperature); without `logprobs` vLLM is some percent faster. A prompt that leaves no room for a
-        response raises ValueError: vLLM would refuse it. The tp ranks of one engine must hand in the same
-        requests; they yield the same samples.
+        sampled before. On a card that holds for the draws, but not for the last bits of the logits, which
+        depend on the batch: a text can part from its twin where two words are about as likely (vLLM's
+        VLLM_BATCH_INVARIANT=1 is for who needs more, and slower). top_p and top_k are off, so the log-probs
+        are those of the full softmax(logits / temperature); without `logprobs` vLLM is some percent faster. A
+        prompt that leaves no room for a response raises ValueError: vLLM would refuse it. The tp ranks of one
+        engine must hand in the same requests; they yield the same samples.
         """
         engine, requests, waiting = self.llm.llm_engine, enumerate(requests), set()
         try:
@@ -226,6 +242,8 @@ class Local:
         window = policy.config_of(self.folder).max_position_embeddings
         self.window, self.max_tokens = min(max_len or window, window), max_tokens
         random = model.endswith("config.json")
+        if not random:
+            policy.check_weights(model, self.folder)
         *_, device = ranks.start_ranks()
         self.engine = Engine(self.folder, self.window, dtype, "dummy" if random else "auto", memory, tp)
         if random:                                 # the folder has no weights: bring them, as training does
@@ -243,7 +261,8 @@ class Local:
                     asked[len(asked)] = place, ids
                     yield ids, seed, temperature
                 else:
-                    why = f"prompt longer than the window of {self.window} tokens"
+                    why = ("prompt longer than" if len(ids) > self.window else
+                           "prompt leaves no room for a judgment in") + f" the window of {self.window} tokens"
                     refused.append((place, Answer("", why, prompt_tokens=len(ids))))
 
         for at, s in self.engine.stream(prompts(), self.max_tokens, self.stop, logprobs=False):
@@ -254,54 +273,124 @@ class Local:
         yield from refused
 
 
+# A server's words for a prompt that its window has no room for.
+TOO_LONG = re.compile(r"(?i)context.?(length|size|window)|"
+                      r"(prompt|input)\b.{0,40}(too long|too large|longer than|exceeds)")
+REFUSED = "refused by the server"
+USER = re.compile(r"(?<=//)([^/]*)@")      # name and password, which can stand before a URL's host
+
+
 class Server:
     """A model behind an OpenAI-compatible endpoint. The key comes from OPENAI_API_KEY; a server of one's own
     needs none. `at_once` requests are under way together; limits and failures are tried again, later and
-    later."""
+    later. What a server says is passed on without key and password, which some repeat."""
 
-    def __init__(self, base_url, model, max_tokens, at_once=64, key=None, retries=8):
+    def __init__(self, base_url, model, max_tokens, at_once=64, key=None, retries=5):
+        import httpx
         import openai
         self.openai, self.model, self.max_tokens, self.at_once = openai, model, max_tokens, at_once
-        self.client = openai.OpenAI(base_url=base_url, max_retries=retries, timeout=1800,
-                                    api_key=key or os.environ.get("OPENAI_API_KEY", "none"))
+        self.url, self.limit = without_user(base_url), "max_tokens"
+        key = key or os.environ.get("OPENAI_API_KEY")
+        user, _, password = "".join(re.findall(USER, base_url)).partition(":")
+        basic = user and base64.b64encode(unquote(f"{user}:{password}").encode()).decode()
+        self.secrets = [x for x in (basic, key, password or user, unquote(password or user)) if x]
+        try:                               # nobody there: said at once, not after every request's last try
+            httpx.get(base_url, timeout=10)
+        except (httpx.ConnectError, httpx.ConnectTimeout, httpx.UnsupportedProtocol, httpx.InvalidURL,
+                ValueError) as e:
+            fail(f"--base-url {self.url}: nobody answers there ({self.said(e)})")
+        except httpx.HTTPError:            # somebody does, though not in the way of a web server
+            pass
+        self.client = openai.OpenAI(base_url=base_url, max_retries=retries, api_key=key or "none",
+                                    timeout=httpx.Timeout(600, connect=10))
 
     def answers(self, requests):
-        """requests: an iterable of (messages, seed, temperature). Yields (place, Answer) as they finish."""
-        from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
-        requests, under_way = enumerate(requests), {}
-        with ThreadPoolExecutor(self.at_once) as pool:
-            try:
-                while True:
-                    for place, request in itertools.islice(requests, 2 * self.at_once - len(under_way)):
-                        under_way[pool.submit(self.ask, *request)] = place
-                    if not under_way:
-                        return
-                    for future in wait(under_way, return_when=FIRST_COMPLETED).done:
-                        yield under_way.pop(future), future.result()
-            finally:
-                pool.shutdown(wait=False, cancel_futures=True)
+        """requests: an iterable of (messages, seed, temperature). Yields (place, Answer) as they finish.
 
-    def ask(self, messages, seed, temperature):
+        A server that refuses the first three different prompts alike would refuse all, so that is an end.
+        The threads are daemons: whoever stops waits for none of them."""
+        asked, done, under_way, first = enumerate(requests), queue.SimpleQueue(), 0, {}
+
+        def work(place, request):
+            try:
+                done.put((place, self.ask(*request)))
+            except BaseException as e:                 # is raised where the answers are awaited
+                done.put((place, e))
+
+        while True:
+            for place, request in itertools.islice(asked, self.at_once - under_way):
+                if len(first) < 3 and request[0] not in [messages for messages, _ in first.values()]:
+                    first[place] = request[0], ""
+                threading.Thread(target=work, args=(place, request), daemon=True).start()
+                under_way += 1
+            if not under_way:
+                return
+            place, answer = done.get()
+            under_way -= 1
+            if isinstance(answer, self.openai.APIStatusError):
+                fail(f"{self.url}: {self.said(answer)} (the key is read from OPENAI_API_KEY, the model is "
+                     f"{self.model})")
+            if isinstance(answer, BaseException):
+                raise answer
+            if place in first and answer.failed and answer.finish.startswith(REFUSED):
+                first[place] = first[place][0], re.sub(r"\d+", "", answer.finish)
+                if len(first) == 3 and len({why for _, why in first.values()}) == 1:
+                    fail(f"{self.url}: {answer.finish} (so were the first three prompts)")
+            yield place, answer
+
+    def ask(self, messages, seed, temperature, limit=None):
+        """One answer. A wrong key or model is raised: no other request would fare better. A refusal is final
+        where the prompt is longer than the window; one that leaves some room, though less than `max_tokens`,
+        is asked for again without a limit, and gets what room there is."""
+        limit = {self.limit: self.max_tokens} if limit is None else limit
         try:
-            done = self.client.chat.completions.create(
-                model=self.model, messages=messages, temperature=temperature, max_tokens=self.max_tokens,
-                seed=seed % 2**31)
+            done = self.client.chat.completions.create(model=self.model, messages=messages, **limit,
+                                                       temperature=temperature, seed=seed % 2**31)
         except (self.openai.AuthenticationError, self.openai.PermissionDeniedError,
-                self.openai.NotFoundError) as e:
-            fail(f"{self.client.base_url}: {str(e)[:300]} (the key is read from OPENAI_API_KEY, the model is "
-                 f"{self.model})")
-        except self.openai.BadRequestError as e:       # most often a prompt longer than its window
-            return Answer("", f"refused by the server: {str(e)[:200]}")
-        except (self.openai.OpenAIError, ValueError) as e:
-            return Answer("", f"no answer from the server: {type(e).__name__}", failed=True)
-        choice = done.choices[0] if done.choices else None
-        if choice is None or choice.message.content is None:
-            return Answer("", "no answer from the server: an empty message", failed=True)
-        said, usage = choice.message, done.usage
-        thought = getattr(said, "reasoning_content", None) or getattr(said, "reasoning", None)
-        return Answer((f"<think>\n{thought}\n</think>\n" if thought else "") + choice.message.content,
-                      "cut off" if choice.finish_reason == "length" else "stop",
-                      usage.completion_tokens if usage else 0, usage.prompt_tokens if usage else 0)
+                self.openai.NotFoundError):
+            raise
+        except self.openai.BadRequestError as e:
+            long = bool(TOO_LONG.search(str(e)))
+            if limit and long:
+                return self.ask(messages, seed, temperature, {})
+            if "max_tokens" in limit and "max_completion_tokens" in str(e):       # OpenAI's o-series
+                self.limit = "max_completion_tokens"
+                return self.ask(messages, seed, temperature)
+            return Answer("", f"{REFUSED}: {self.said(e)}", failed=not long)
+        except (self.openai.OpenAIError, ValueError, RecursionError) as e:
+            return Answer("", f"no answer from the server: {self.said(e)}", failed=True)
+        return answer_of(done)
+
+    def said(self, error):
+        text = str(error)
+        for secret in self.secrets:
+            text = text.replace(secret, "***")
+        return text[:300]
+
+
+def without_user(url):
+    """A URL as it may be shown and kept."""
+    return USER.sub("", url)
+
+
+def answer_of(done):
+    """A server's reply as an `Answer`. Status 200 promises nothing: a proxy's page, a number, a stream or a
+    message of other parts than text is no answer."""
+    choices = getattr(done, "choices", None)
+    choice = choices[0] if isinstance(choices, list) and choices else None
+    said, usage = getattr(choice, "message", None), getattr(done, "usage", None)
+    text = getattr(said, "content", None)
+    if not isinstance(text, str):
+        why = "not a chat completion" if choice is None else "an empty message" if text is None else \
+            "a message that is not a text"
+        return Answer("", f"no answer from the server: {why}", failed=True)
+    thought = getattr(said, "reasoning_content", None) or getattr(said, "reasoning", None)
+    if isinstance(thought, str) and thought:
+        text = f"<think>\n{thought}\n</think>\n{text}"
+    tokens, prompt = (n if isinstance(n := getattr(usage, f"{kind}_tokens", 0), int) else 0
+                      for kind in ("completion", "prompt"))
+    finish = "cut off" if getattr(choice, "finish_reason", None) == "length" else "stop"
+    return Answer(text, finish, tokens, prompt)
 
 
 class Scalar:
@@ -372,7 +461,7 @@ def judge(args):
     """`python rmr1.py judge`: one pair, greedily, printed."""
     if args.data:
         pairs = read_pairs(args.data)
-        if not 1 <= args.line <= len(pairs):
+        if args.line > len(pairs):
             fail(f"--line {args.line}: {args.data} has {len(pairs)} pairs")
         pair = pairs[args.line - 1]
     elif args.question and args.a and args.b:
@@ -392,22 +481,21 @@ def judge(args):
 
 
 def main():
-    ap = argparse.ArgumentParser(description=__doc__.split("\n")[1])
+    ap = Flags(__doc__)
     commands = ap.add_subparsers(required=True, metavar="judge")
-    one = commands.add_parser("judge", help="judge one pair",
-                              formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    one = commands.add_parser("judge", help="judge one pair", description="Judge one pair.")
     arg = one.add_argument
     arg("--model", required=True, help="folder or hub id of a judge")
     arg("--question", help="the client's question")
     arg("--a", help="response A")
     arg("--b", help="response B")
     arg("--data", help="or: a file of pairs")
-    arg("--line", type=int, default=1, help="which of its pairs, from 1")
+    arg("--line", type=number(int, 1), default=1, help="which of its pairs, from 1")
     arg("--protocol", choices=rubrics.PROTOCOLS,
         help="prompt form; default: what the model was trained with (its judge.json)")
     arg("--system-prompt", help="file with the system prompt, instead of the model's")
     arg("--base-url", help="ask an OpenAI-compatible server; its key comes from OPENAI_API_KEY")
-    arg("--max-tokens", type=int, default=8192, help="longest judgment in tokens")
+    arg("--max-tokens", type=number(int, 1), default=8192, help="longest judgment in tokens")
     arg("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the computation")
     one.set_defaults(run=judge)
     args = ap.parse_args()
@@ -415,4 +503,7 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)

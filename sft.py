@@ -11,16 +11,19 @@ OUT/state. Killed and started again with the same command, it continues from its
 import argparse
 import math
 
+import torch
 from tqdm import tqdm
 
+import dryrun
+import packing
 import policy as P
 import ranks as R
-from rubrics import PROTOCOLS, chat_messages, encode, fail, form_of, prompt_form, read_pairs
+from files import Flags, fail, number
+from rubrics import PROTOCOLS, chat_messages, encode, form_of, prompt_form, read_pairs
 
 
 def arguments():
-    ap = argparse.ArgumentParser(description=__doc__.split("\n")[1],
-                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    ap = Flags(__doc__)
     arg = ap.add_argument
     arg("--model", default="Qwen/Qwen2.5-7B-Instruct",
         help="folder, hub id, or FOLDER/config.json for random weights")
@@ -31,31 +34,34 @@ def arguments():
              "else instruct")
     arg("--system-prompt",
         help="file with the system prompt, instead of the model's, the published row's or ours")
-    arg("--max-len", type=int, default=12288,
+    arg("--max-len", type=number(int, 1), default=12288,
         help="longest prompt + trace in tokens; longer rows are left out")
-    arg("--batch", type=int, default=128, help="rows in an optimizer step, over all ranks")
-    arg("--epochs", type=float, default=1, help="passes over the data")
-    arg("--lr", type=float, default=5e-6,
+    arg("--batch", type=number(int, 1), default=128, help="rows in an optimizer step, over all ranks")
+    arg("--epochs", type=number(float, 0, above=True), default=1, help="passes over the data")
+    arg("--lr", type=number(float, 0, above=True), default=5e-6,
         help="peak learning rate (paper: 5e-6, 3e-6, 2e-6 for 7B, 14B, 32B)")
-    arg("--warmup", type=float, default=0.03, help="share of the steps with rising learning rate")
-    arg("--betas", type=float, nargs=2, default=(0.9, 0.95), help="AdamW betas")
-    arg("--weight-decay", type=float, default=0.0, help="AdamW weight decay")
-    arg("--grad-clip", type=float, default=1.0, help="largest gradient norm")
-    arg("--micro-tokens", type=int, default=16384,
+    arg("--warmup", type=number(float, 0, 1), default=0.03,
+        help="share of the steps with rising learning rate")
+    arg("--betas", type=number(float, 0, 0.99999), nargs=2, default=(0.9, 0.95), help="AdamW betas")
+    arg("--weight-decay", type=number(float, 0), default=0.0, help="AdamW weight decay")
+    arg("--grad-clip", type=number(float, 0, above=True), default=1.0, help="largest gradient norm")
+    arg("--micro-tokens", type=number(int, 1), default=16384,
         help="tokens a rank computes at once: lower it when memory runs out")
     arg("--recompute", action=argparse.BooleanOptionalAction, default=True,
         help="recompute activations in the backward pass")
-    arg("--shard", type=int, help="ranks that hold one copy of the weights, e.g. a node's; default: all")
+    arg("--shard", type=number(int, 1),
+        help="ranks that hold one copy of the weights, e.g. a node's; default: all")
     arg("--dtype", choices=P.DTYPES, default="bfloat16", help="of the computation (weights are kept in fp32)")
-    arg("--max-bad", type=int, default=5, help="stop after so many steps in a row without a finite gradient")
-    arg("--save-every", type=int, default=50, help="steps between checkpoints for resuming, 0 for none")
-    arg("--timeout", type=float, default=60, help="minutes that a phase may take before the run is ended")
-    arg("--seed", type=int, default=42, help="of the data order and of random weights")
+    arg("--max-bad", type=number(int, 1), default=5,
+        help="stop after so many steps in a row without a finite gradient")
+    arg("--save-every", type=number(int, 0), default=50,
+        help="steps between checkpoints for resuming, 0 for none")
+    arg("--timeout", type=number(float, 0, above=True), default=60,
+        help="minutes that a phase may take before the run is ended")
+    arg("--seed", type=number(int, 0), default=42, help="of the data order and of random weights")
     arg("--skip-bad", action="store_true", help="report and leave out bad lines instead of stopping")
-    args = ap.parse_args()
-    if args.batch < 1 or args.epochs <= 0 or args.micro_tokens < 1:
-        fail("--batch, --epochs and --micro-tokens must be positive")
-    return args
+    arg("--dry-run", **dryrun.FLAG)
+    return ap.parse_args()
 
 
 def tokenize(pairs, tokenizer, form, args):
@@ -85,23 +91,48 @@ def sft_loss(logp, denom):
     return -logp.sum() / denom
 
 
+def learn(policy, optim, micros, tokens, lr, args, world):
+    """One step on this rank's micro-batches, of a step with so many trace tokens on all ranks (eq. 6).
+    -> this rank's share of the loss, the gradient's norm before clipping"""
+    total = 0.0
+    for micro in micros:
+        loss = sft_loss(policy(micro), tokens) * micro.real
+        (loss * world).backward()              # FSDP averages over ranks; the denominator is already global
+        total += loss.item()
+    return total, P.optimizer_step(policy, optim, lr, args.grad_clip)
+
+
+def rehearse(policy, _, optim, shown, args, world):
+    """One step on made-up traces, for dryrun.py. shown: [(prompt ids, [trace ids]), ...]"""
+    dryrun.phase("learning")
+    micros = packing.pack(shown[:len(shown) // world], args.micro_tokens, torch.device("cpu"))
+    learn(policy, optim, micros, 1, args.lr, args, world)
+
+
 def main():
     args = arguments()
     pairs = read_pairs(args.data, args.skip_bad)
-    folder = P.resolve(args.model)
+    folder = P.resolve(args.model, weights=args.dry_run is None)
     tokenizer, _ = P.load_tokenizer(folder)
-    rank, world, device = R.start_ranks(args.timeout)
+    rank, world, device = R.start_ranks(args.timeout, dryrun.ranks(args))
     form = prompt_form(folder, args.model, args.protocol, args.system_prompt, default="instruct")
+    config, dtype, shard = P.config_of(folder), P.DTYPES[args.dtype], R.shards(args.shard)
+    if args.max_len > P.window_of(config):
+        fail(f"--max-len {args.max_len}: more than the model's window of {P.window_of(config)} tokens")
     rows = tokenize(pairs, tokenizer, form, args)
     steps = int(args.epochs * len(rows)) // args.batch
-    dtype = P.DTYPES[args.dtype]
-    shard = R.shards(args.shard)
-    P.memory(P.config_of(folder), dtype, args.micro_tokens, args.recompute, shard, R.card_bytes(device))
+    if not steps:
+        fail(f"--epochs {args.epochs:g}: less than one step of --batch {args.batch}")
+    P.check_family(config, device)
+    if args.dry_run is not None:
+        longest = max(len(trace) for _, trace in rows)
+        return dryrun.show(args, config, shard, steps, [p for p, _ in rows], 1, longest, rehearse)
+    about = R.open_run(args, folder, pairs, form)
     policy = P.load(args.model, device, dtype, args.seed, recompute=args.recompute, shard=shard)
     optim = P.adamw(policy, args.lr, args.betas, args.weight_decay)
     state = R.Checkpoints(policy, optim, f"{args.out}/state")
-    first = state.load()
-    diary, bad = R.Diary(args.out, first, vars(args)), 0
+    first = state.load(steps)
+    diary, bad = R.Diary(args.out, first, about), 0
     R.catch_signals()
     R.print0(f"{world} ranks on {device.type}, {steps} steps of {args.batch} rows"
              + (f", resumed at step {first}" if first else ""))
@@ -112,23 +143,18 @@ def main():
         diary.phase("step")
         drawn = R.draw(len(rows), args.batch, step, args.seed)
         batch = [(prompt, [trace]) for prompt, trace in (rows[i] for i in drawn)]
-        mine = P.deal(batch, world, policy.lm.config.hidden_size)[rank]
-        micros = P.pack([batch[i] for i in mine], args.micro_tokens, device)
+        mine = packing.deal(batch, world, policy.lm.config.hidden_size)[rank]
+        micros = packing.pack([batch[i] for i in mine], args.micro_tokens, device)
         tokens = sum(len(trace) for _, (trace,) in batch)
-        total = 0.0
-        for micro in P.level(micros, device):
-            loss = sft_loss(policy(micro), tokens) * micro.real
-            (loss * world).backward()          # FSDP averages over ranks; the denominator is already global
-            total += loss.item()
         lr = args.lr * P.schedule(step, steps, "cosine", int(args.warmup * steps + 0.999))
-        norm = P.optimizer_step(policy, optim, lr, args.grad_clip)
+        total, norm = learn(policy, optim, packing.level(micros, device), tokens, lr, args, world)
         loss, = R.all_sum([total])
         diary.write(step=step, loss=loss, grad_norm=norm, lr=lr, trace_tokens=tokens,
                     tokens=tokens + sum(len(prompt) for prompt, _ in batch),
-                    skipped_rows=[] if math.isfinite(norm) else drawn, peak_gb=R.peak_memory_gb(device))
+                    skipped_rows=[] if math.isfinite(norm) else drawn)
         bar.set_postfix(loss=f"{loss:.3f}")
         bad = 0 if math.isfinite(norm) else bad + 1
-        if not R.goes_on(state, step + 1, bad, args):
+        if not R.goes_on(state, step + 1, steps, bad, args):
             return
     state.settle()
     P.save_model(policy, folder, f"{args.out}/model", dtype, form_of(chat_messages(pairs[0], *form)))

@@ -8,7 +8,6 @@ Alternates between `rmr1.Local` with everything that `eval.py` does to an answer
 and one `LLM.generate` call of vLLM on the same token ids with the same seeds, in one process, and prints
 medians and their ratio.
 """
-import argparse
 import json
 import statistics
 import sys
@@ -19,6 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import benchmarks as B
 import eval as E
+from files import Flags, fail
 from rmr1 import Local, seed_of
 from rubrics import chat_messages, encode, prompt_form, read_pairs
 
@@ -87,8 +87,7 @@ def recompute(count):
 
 
 def main():
-    ap = argparse.ArgumentParser(description=__doc__.split("\n")[1],
-                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    ap = Flags(__doc__)
     arg = ap.add_argument
     arg("--model", help="folder of a judge")
     arg("--data", help="file of pairs")
@@ -99,6 +98,8 @@ def main():
     arg("--repeats", type=int, default=7, help="turns of each")
     arg("--recompute", type=int, help="instead: recompute the numbers of so many judgments")
     args = ap.parse_args()
+    if not args.recompute and not (args.model and args.data):
+        fail("name a judge and its pairs: --model and --data (or --recompute)")
     recompute(args.recompute) if args.recompute else throughput(args)
 
 

@@ -13,19 +13,18 @@ for a single update; both score the reference where --beta is not 0. TRL's sampl
 once or in parts (--peer-parts). Peak memory is that of rank 0's process, on a CPU with imports and, for ours,
 the engine's cache.
 """
-import argparse
 import statistics
 import tempfile
 from pathlib import Path
 
 import common
+from files import Flags
 
 PHASES = ("sample", "score", "learn", "sync")
 
 
 def arguments():
-    ap = argparse.ArgumentParser(description=__doc__.split("\n")[1],
-                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    ap = Flags(__doc__)
     arg = ap.add_argument
     arg("--trl", help="python of an environment with TRL; without it only ours is measured")
     arg("--prompt", type=int, default=300, help="tokens of every prompt")

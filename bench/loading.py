@@ -7,7 +7,6 @@ A random Qwen2 (--size, bf16, saved to disk first) is read into fp32 shards by e
 together when it is done, and the most they ever held, beyond what they held before, over the size of the fp32
 weights. Pages of the file are counted apart: the kernel takes them back when it needs them.
 """
-import argparse
 import gc
 import shutil
 import tempfile
@@ -19,14 +18,14 @@ import common
 import torch
 
 import policy as P
+from files import Flags
 import ranks as R
 
 SIZES = {"5M": (6, 256), "100M": (24, 512), "500M": (24, 1152)}
 
 
 def main():
-    ap = argparse.ArgumentParser(description=__doc__.split("\n")[1],
-                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    ap = Flags(__doc__)
     arg = ap.add_argument
     arg("--size", choices=SIZES, default="500M", help="parameters, roughly")
     arg("--json", help="where the numbers go; default: runs/bench/loading.json")

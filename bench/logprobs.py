@@ -11,7 +11,6 @@ way has to give. The plain way makes one tensor of all logits, its fp32 log-soft
 would not fit it is not run, and its memory is the largest measured one times the tokens, marked by ~.
 Each case is a fresh process.
 """
-import argparse
 import json
 import sys
 from types import SimpleNamespace
@@ -22,6 +21,7 @@ from common import ROOT
 import torch
 
 import policy as P
+from files import Flags
 
 
 def case(way, tokens, vocab, hidden, dtype):
@@ -52,8 +52,7 @@ def case(way, tokens, vocab, hidden, dtype):
 
 
 def main():
-    ap = argparse.ArgumentParser(description=__doc__.split("\n")[1],
-                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    ap = Flags(__doc__)
     arg = ap.add_argument
     arg("--tokens", type=int, nargs="+", default=[512, 2048, 8192, 16384], help="response tokens")
     arg("--vocab", type=int, nargs="+", default=[32000, 152064], help="words")

@@ -5,7 +5,6 @@ How fast are pairs prepared, and does memory stay flat?
 
 Writes made-up preference rows of about 1,500 characters and runs `data/prepare.py` on a quarter of them and
 on all. """
-import argparse
 import json
 import os
 import random
@@ -15,12 +14,13 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+from common import ROOT
+
+from files import Flags
 
 
 def main():
-    ap = argparse.ArgumentParser(description=__doc__.split("\n")[1],
-                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    ap = Flags(__doc__)
     ap.add_argument("--rows", type=int, default=80000, help="rows of the larger file")
     ap.add_argument("--tokenizer", help="count tokens with this one")
     args = ap.parse_args()

@@ -6,19 +6,18 @@ Does `Engine.generate` cost more than vLLM's own `LLM.generate`?
 One engine, the same token ids, seeds and lengths, in one process alternately, with an empty prefix cache each
 time. vLLM is measured twice: with the log-probs that a trainer needs, as ours, and without.
 """
-import argparse
 import random
 import statistics
 import tempfile
 
 import common
 import ranks as R
+from files import Flags
 from rmr1 import Engine, seed_of
 
 
 def main():
-    ap = argparse.ArgumentParser(description=__doc__.split("\n")[1],
-                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    ap = Flags(__doc__)
     arg = ap.add_argument
     arg("--prompt", type=int, default=300, help="tokens of every prompt")
     arg("--answer", type=int, default=90, help="tokens of every answer")

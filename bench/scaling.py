@@ -13,7 +13,6 @@ rate at which this machine multiplies large matrices of this type, all ranks at 
 trl_peer.py) also the learning phase of TRL's GRPOTrainer, all samples at once, score being its reference
 pass; both ours and TRL's take one update.
 """
-import argparse
 import json
 import random
 import statistics
@@ -26,13 +25,14 @@ from common import ROOT
 
 import torch
 
+import packing
 import policy as P
 import ranks as R
+from files import Flags
 
 
 def arguments():
-    ap = argparse.ArgumentParser(description=__doc__.split("\n")[1],
-                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    ap = Flags(__doc__)
     arg = ap.add_argument
     arg("--trl", help="python of an environment with TRL")
     arg("--prompt", type=int, default=300, help="tokens of every prompt")
@@ -64,7 +64,7 @@ def work(args):
             groups = [(ids(args.prompt), [ids(answer) for _ in range(group)]) for _ in range(args.pairs)]
             separate = [(p, [r]) for p, rs in groups[rank::world] for r in rs]
             layouts = {"shared": groups[rank::world], "separate": separate}
-            micros = {n: P.level(P.pack(g, args.micro_tokens, device), device) for n, g in layouts.items()}
+            micros = {n: packing.level(packing.pack(g, args.micro_tokens, device), device) for n, g in layouts.items()}
             runs = {n: lambda m=m: one_pass(policy, optim, m) for n, m in micros.items()}
             turns = common.alternate(runs, args.repeats + 1)
             for name, results in turns.items():

@@ -10,17 +10,16 @@ packing (best fit, no padding) is made for flash attention, which needs a card; 
 warns, and transformers makes a mask out of the position ids that keeps the packed rows apart. That mask is
 length x length, so TRL gets the best of several lengths of a packed row.
 """
-import argparse
 import statistics
 import tempfile
 from pathlib import Path
 
 import common
+from files import Flags
 
 
 def arguments():
-    ap = argparse.ArgumentParser(description=__doc__.split("\n")[1],
-                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    ap = Flags(__doc__)
     arg = ap.add_argument
     arg("--trl", help="python of an environment with TRL; without it only ours is measured")
     arg("--prompt", type=int, nargs=2, default=(100, 300), help="fewest and most tokens of a prompt")
@@ -58,7 +57,7 @@ def peer(args, folder, ranks, length):
 
 def check(rows, args):
     assert all(row["grad_norm"] > 0 for row in rows), rows
-    return rows[args.warmup:]
+    return rows[args.warmup:] or rows[-1:]
 
 
 def rate(steps):

@@ -7,7 +7,6 @@ A random Qwen2 of each size, fp32 weights in the trainer, as in training, and an
 memory is the peak during a sync beyond what trainer and engine hold. Its share of a GRPO step is the column
 `sync` of grpo_step.py. Each size is a fresh process.
 """
-import argparse
 import json
 import statistics
 import sys
@@ -18,6 +17,7 @@ from common import ROOT
 
 import policy as P
 import ranks as R
+from files import Flags
 from rmr1 import Engine
 
 # layers, width, vocabulary: with tied embeddings about 5, 100, 500 and 1,500 million parameters
@@ -48,8 +48,7 @@ def case(size, dtype, repeats):
 
 
 def main():
-    ap = argparse.ArgumentParser(description=__doc__.split("\n")[1],
-                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    ap = Flags(__doc__)
     arg = ap.add_argument
     arg("--sizes", nargs="+", choices=SIZES, default=["5M", "100M", "500M"], help="1.5B wants 16 GB")
     arg("--dtype", choices=P.DTYPES, default="bfloat16", help="of the engine, and of what travels")

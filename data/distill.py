@@ -12,10 +12,10 @@ suffix that never reaches the training prompt; its answer is checked as well, an
 told. What fails twice is kept apart. A teacher is an OpenAI-compatible server, or a local model by vLLM.
 
 Writes OUT/sft.jsonl (pairs with their trace), OUT/failed.jsonl, and every answer to OUT/journal.jsonl as it
-comes: a killed run continues from there and pays for nothing twice. Keys come from OPENAI_API_KEY and
-OPENAI_API_KEY2.
+comes: a killed run continues from there and pays for nothing twice. An answer counts for what it was asked:
+another teacher, temperature, seed or length asks anew, as does a journal from before all these were in its
+keys. Keys come from OPENAI_API_KEY and OPENAI_API_KEY2.
 """
-import argparse
 import json
 import os
 import re
@@ -28,7 +28,8 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks import digest
 from rmr1 import Local, Server, seed_of
-from rubrics import chat_messages, fail, parse, read_lines, read_pairs, read_system, write_lines
+from files import Flags, claim, fail, number, read_lines, write_lines
+from rubrics import chat_messages, encode, parse, read_pairs, read_system
 
 # What pass 2 adds to the user's message.
 TOLD = """
@@ -96,45 +97,48 @@ def hint(messages, label, judgment, reason):
 # ---------------------------------------------------------------- asking, with a journal
 
 class Journal:
-    """Every answer, one line, as it comes. key: (pair id, pass, sample); `prompt` is the digest of what was
-    asked."""
+    """Every answer, one line, as it comes. key: (pair id, pass, sample), for people to read; asked: the
+    digest of all that could change the answer, by which it is found. failed: why a request got none."""
 
     def __init__(self, path):
-        rows = read_lines(path)
-        self.answers = {tuple(row["key"]): row for row in rows}
+        self.path, self.failed = path, ""
+        self.answers = {row.get("asked", str(row["key"])): row for row in read_lines(path)}
         path.parent.mkdir(parents=True, exist_ok=True)
         write_lines(path, map(json.dumps, self.answers.values()))       # without a line that a kill cut short
         self.file = open(path, "a")
 
-    def get(self, key, prompt):
-        row = self.answers.get(key)
-        return row if row and row["prompt"] == prompt else None
-
-    def add(self, key, prompt, teacher, answer):
-        row = {"key": list(key), "prompt": prompt, "teacher": teacher, "text": answer.text,
+    def add(self, key, asked, teacher, answer):
+        row = {"key": list(key), "asked": asked, "teacher": teacher, "text": answer.text,
                "finish": answer.finish, "tokens": answer.tokens, "prompt_tokens": answer.prompt_tokens}
-        self.answers[key] = row
-        self.file.write(json.dumps(row) + "\n")
-        self.file.flush()
+        self.answers[asked] = row
+        try:
+            self.file.write(json.dumps(row) + "\n")
+            self.file.flush()
+        except OSError as e:
+            fail(f"{self.path}: cannot be written ({e.strerror}); the answers in it are kept")
 
 
 def ask(teacher, wanted, journal, name, args, desc):
     """Answers for [(key, messages), ...], from the journal or else from the teacher. -> {key: row}; keys
     without an answer are missing. teacher() builds one, when there is something to ask."""
-    digests = {key: digest(messages) for key, messages in wanted}
-    todo = [(key, messages) for key, messages in wanted if journal.get(key, digests[key]) is None]
+    seeds = {key: seed_of(args.seed, *key) for key, _ in wanted}
+    asked = {key: digest([name, messages, seeds[key], args.temperature, args.max_tokens])
+             for key, messages in wanted}
+    todo = [(key, messages) for key, messages in wanted if asked[key] not in journal.answers]
     bar = tqdm(total=len(wanted), initial=len(wanted) - len(todo), desc=desc)
-    if todo:
-        cost = 0.0
-        requests = ((messages, seed_of(args.seed, *key), args.temperature) for key, messages in todo)
-        for at, answer in teacher().answers(requests):
-            if not answer.failed:
-                journal.add(todo[at][0], digests[todo[at][0]], name, answer)
-                cost += price_of(answer.prompt_tokens, answer.tokens, args.price)
-            bar.update()
-            bar.set_postfix_str(f"${cost:.2f}" if any(args.price) else "")
+    cost = 0.0
+    requests = ((messages, seeds[key], args.temperature) for key, messages in todo)
+    for at, answer in teacher().answers(requests) if todo else ():
+        key = todo[at][0]
+        if answer.failed:
+            journal.failed = answer.finish
+        else:
+            journal.add(key, asked[key], name, answer)
+            cost += price_of(answer.prompt_tokens, answer.tokens, args.price)
+        bar.update()
+        bar.set_postfix_str(f"${cost:.2f}" if any(args.price) else "", refresh=False)
     bar.close()
-    return {key: row for key, _ in wanted if (row := journal.get(key, digests[key]))}
+    return {key: journal.answers[asked[key]] for key, _ in wanted if asked[key] in journal.answers}
 
 
 def price_of(prompt_tokens, tokens, price):
@@ -174,11 +178,11 @@ def distill(pairs, first, second, journal, args):
         answers = ask(second[1], [((p.id, 2, 0), hint(messages[p.id], p.label, text, reason))
                                   for p, text, reason in again], journal, second[0], args, "pass 2")
     for p, text, reason in again:
-        row = answers.get((p.id, 2, 0)) if second is not None else None
-        if row is None:
+        if second is None:
             failures[p.id] = text, reason
-            continue
-        if reason := fault_of(row, p.label, told=True):
+        elif (row := answers.get((p.id, 2, 0))) is None:
+            why["pass 2: no answer from the teacher"] += 1
+        elif reason := fault_of(row, p.label, told=True):
             why[f"pass 2: {reason}"] += 1
             failures[p.id] = row["text"], reason
         else:
@@ -211,56 +215,8 @@ def row_of(p, **more):
                   else {"winner": winner})
 
 
-def main():
-    ap = argparse.ArgumentParser(description=__doc__.split("\n")[1],
-                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    arg = ap.add_argument
-    arg("--data", required=True, help="pairs with labels")
-    arg("--out", required=True, help="folder for sft.jsonl, failed.jsonl and journal.jsonl")
-    arg("--teacher", required=True, help="model of pass 1: a server's name for it, or a folder or hub id")
-    arg("--base-url", help="OpenAI-compatible server of pass 1; without it the model runs here, by vLLM")
-    arg("--teacher2", help="model of pass 2; default: that of pass 1. 'none': no second pass")
-    arg("--base-url2", help="its server; default: that of pass 1")
-    arg("--system-prompt", help="file with the system prompt, instead of ours")
-    arg("--samples", type=int, default=1, help="judgments of pass 1 for each pair")
-    arg("--agree", type=float, default=0.0, help="least share of them that must be right")
-    arg("--max-trace", type=int, help="leave out longer traces: tokens of --tokenizer, else words")
-    arg("--tokenizer", help="model folder or hub id, to count tokens")
-    arg("--temperature", type=float, default=1.0, help="of the teachers")
-    arg("--max-tokens", type=int, default=8192, help="longest judgment in tokens")
-    arg("--max-len", type=int, help="a local teacher's window; default: the model's own")
-    arg("--at-once", type=int, default=64, help="requests under way at a server")
-    arg("--price", type=float, nargs=2, default=(0, 0), help="dollars a million tokens, read and written")
-    arg("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="of a local teacher")
-    arg("--seed", type=int, default=0, help="of the samples")
-    arg("--dry-run", action="store_true", help="print counts, tokens and estimated cost, and ask nothing")
-    arg("--skip-bad", action="store_true", help="report and leave out bad lines instead of stopping")
-    args = ap.parse_args()
-    if args.samples < 1 or not 0 <= args.agree <= 1:
-        fail(f"--samples {args.samples} --agree {args.agree}: at least one sample, and a share from 0 to 1")
-    pairs = read_pairs(args.data, args.skip_bad)
-    if len({p.id for p in pairs}) < len(pairs):
-        fail(f"{args.data}: two pairs have the same id, so their answers could be mixed up")
-    out = Path(args.out)
-    if args.dry_run:
-        return dry_run(pairs, out, args)
-
-    def teacher(model, url, key):
-        def build():
-            if url:
-                return Server(url, model, args.max_tokens, args.at_once, key=os.environ.get(key))
-            return Local(model, args.max_tokens, args.max_len, args.dtype)
-        return model, build
-
-    first = teacher(args.teacher, args.base_url, "OPENAI_API_KEY")
-    second = None if args.teacher2 == "none" else teacher(
-        args.teacher2 or args.teacher, args.base_url2 or args.base_url,
-        "OPENAI_API_KEY2" if args.base_url2 else "OPENAI_API_KEY")
-    journal = Journal(out / "journal.jsonl")
-    traces, failures, why = distill(pairs, first, second, journal, args)
-    for i in too_long(traces, args):
-        failures[i] = traces.pop(i)[0], "longer than --max-trace"
-        why["filter: longer than --max-trace"] += 1
+def write_results(out, pairs, traces, failures, why, journal, args):
+    """sft.jsonl, failed.jsonl and the counts; a pair without an answer is in neither file, and an error."""
     write_lines(out / "sft.jsonl", (
         json.dumps(row_of(p, trace=traces[p.id][0], meta={"pass": traces[p.id][1]}))
         for p in pairs if p.id in traces))
@@ -277,7 +233,59 @@ def main():
     for reason, n in why.most_common():
         print(f"  {n:>7,}  {reason}")
     if missing := len(pairs) - len(traces) - len(failures):
-        fail(f"{missing} pairs got no answer from a teacher; the same command asks for them again")
+        fail(f"{missing} pairs got no answer from a teacher ({journal.failed}); the same command asks again")
+
+
+def main():
+    ap = Flags(__doc__)
+    arg = ap.add_argument
+    arg("--data", required=True, help="pairs with labels")
+    arg("--out", required=True, help="folder for sft.jsonl, failed.jsonl and journal.jsonl")
+    arg("--teacher", required=True, help="model of pass 1: a server's name for it, or a folder or hub id")
+    arg("--base-url", help="OpenAI-compatible server of pass 1; without it the model runs here, by vLLM")
+    arg("--teacher2", help="model of pass 2; default: that of pass 1. 'none': no second pass")
+    arg("--base-url2", help="its server; default: that of pass 1")
+    arg("--system-prompt", help="file with the system prompt, instead of ours")
+    arg("--samples", type=number(int, 1), default=1, help="judgments of pass 1 for each pair")
+    arg("--agree", type=number(float, 0, 1), default=0.0, help="least share of them that must be right")
+    arg("--max-trace", type=number(int, 1), help="leave out longer traces: tokens of --tokenizer, else words")
+    arg("--tokenizer", help="model folder or hub id, to count tokens")
+    arg("--temperature", type=number(float, 0), default=1.0, help="of the teachers")
+    arg("--max-tokens", type=number(int, 1), default=8192, help="longest judgment in tokens")
+    arg("--max-len", type=number(int, 1), help="a local teacher's window; default: the model's own")
+    arg("--at-once", type=number(int, 1), default=64, help="requests under way at a server")
+    arg("--price", type=number(float, 0), nargs=2, default=(0, 0),
+        help="dollars a million tokens, read and written")
+    arg("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="of a local teacher")
+    arg("--seed", type=number(int, 0), default=0, help="of the samples")
+    arg("--dry-run", action="store_true", help="print counts, tokens and estimated cost, and ask nothing")
+    arg("--skip-bad", action="store_true", help="report and leave out bad lines instead of stopping")
+    args = ap.parse_args()
+    pairs = read_pairs(args.data, args.skip_bad)
+    if len({p.id for p in pairs}) < len(pairs):
+        fail(f"{args.data}: two pairs have the same id, so their answers could be mixed up")
+    out = Path(args.out)
+    if args.dry_run:
+        return dry_run(pairs, out, args)
+
+    def teacher(model, url, key):
+        def build():
+            if url:
+                return Server(url, model, args.max_tokens, args.at_once, key=os.environ.get(key))
+            return Local(model, args.max_tokens, args.max_len, args.dtype)
+        return model if url else f"{model} in {args.dtype}, window {args.max_len or 'its own'}", build
+
+    first = teacher(args.teacher, args.base_url, "OPENAI_API_KEY")
+    second = None if args.teacher2 == "none" else teacher(
+        args.teacher2 or args.teacher, args.base_url2 or args.base_url,
+        "OPENAI_API_KEY2" if args.base_url2 else "OPENAI_API_KEY")
+    claim(out)
+    journal = Journal(out / "journal.jsonl")
+    traces, failures, why = distill(pairs, first, second, journal, args)
+    for i in too_long(traces, args):
+        failures[i] = traces.pop(i)[0], "longer than --max-trace"
+        why["filter: longer than --max-trace"] += 1
+    write_results(out, pairs, traces, failures, why, journal, args)
 
 
 def dry_run(pairs, out, args):
@@ -287,7 +295,7 @@ def dry_run(pairs, out, args):
     if args.tokenizer:
         import policy
         tokenizer, _ = policy.load_tokenizer(args.tokenizer)
-        count = lambda m: len(tokenizer.apply_chat_template(m, tokenize=True, return_dict=False))
+        count = lambda m: len(encode(tokenizer, m))
     else:
         count = lambda m: sum(len(x["content"]) for x in m) // 4
     prompt = sum(count(chat_messages(p, "instruct", system)) for p in tqdm(pairs, desc="count", leave=False))

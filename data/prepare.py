@@ -21,7 +21,6 @@ context; what follows are the two responses. The forms, told by their fields:
     context_messages, winner                                    RM-R1's; where its responses cannot be told
                                                                 apart, the row is handed on as it is
 """
-import argparse
 import hashlib
 import json
 import re
@@ -34,7 +33,8 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import benchmarks
-from rubrics import chat_messages, encode, fail, messages_of, pair_of, rows_of, text_of
+from files import Flags, beside, claim, fail, json_object, number, read_lines, rows_of
+from rubrics import about, chat_messages, encode, messages_of, pair_of, text_of
 
 # The published mixture (RM-R1, appendix F and table 5): hub id, and what kind of task a source holds.
 PUBLISHED = {"math": "xinlai/Math-Step-DPO-10K", "code": "Vezora/Code-Preference-Pairs",
@@ -42,6 +42,7 @@ PUBLISHED = {"math": "xinlai/Math-Step-DPO-10K", "code": "Vezora/Code-Preference
 TYPES = {"magpie_pro_llama3.1": "reasoning", "code": "reasoning", "math": "reasoning", "offset_bias": "chat",
          "helpsteer2": "chat", "magpie_pro": "chat", "wildguard": "safety"}
 CODE_ROWS = 8000
+WRITES = ("distill.jsonl", "rl.jsonl", "rejects.jsonl", "summary.txt", "card.md")
 
 
 # ---------------------------------------------------------------- rows to two conversations
@@ -49,8 +50,8 @@ CODE_ROWS = 8000
 def conversations(row):
     """(preferred messages, other messages) of a row in any known form; ValueError says what is wrong."""
     if "full_chosen" in row:
-        start = row.get("initial_reason_steps") or ""
-        return tuple(messages_of(row["prompt"]) + reply(start + (row[k] or ""))
+        start = row.get("initial_reason_steps", "")
+        return tuple(messages_of(row["prompt"]) + reply(start + row.get(k, ""))
                      for k in ("full_chosen", "full_rejected"))
     if "accepted" in row:
         return tuple(messages_of(row["input"]) + reply(text_of(row, k)) for k in ("accepted", "rejected"))
@@ -137,12 +138,8 @@ class Grams:
         self.words, grams, exact = {}, [], []
         for name, bench in benchmarks.BENCHES.items():
             for path in benchmarks.files_of(folder, name):
-                for _, raw in rows_of(path):
-                    try:
-                        context = bench.row(raw).context
-                    except (ValueError, TypeError, AttributeError, KeyError):
-                        continue                          # not a row of this benchmark: nothing to find again
-                    whole, runs = self.hashes(context)
+                for row in benchmarks.understood(bench, path, rows_of(path))[0]:
+                    whole, runs = self.hashes(row.context)
                     exact.append(whole)
                     grams.append(runs)
         if not exact:
@@ -178,10 +175,16 @@ class Grams:
 def difficulty(run):
     """{pair id: share of its judgments that are right} of an evaluation with votes."""
     right, count = Counter(), Counter()
-    names = {p["id"]: p["item"] for p in map(json.loads, open(Path(run) / "pairs.jsonl"))}
-    for line in map(json.loads, open(Path(run) / "judgments.jsonl")):
-        right[names[line["id"]]] += line["verdict"] == line["label"]
-        count[names[line["id"]]] += 1
+    pairs, judgments = (read_lines(Path(run) / name) for name in ("pairs.jsonl", "judgments.jsonl"))
+    try:
+        names = {p["id"]: p["item"] for p in pairs}
+        for line in judgments:
+            right[names[line["id"]]] += line["verdict"] == line["label"]
+            count[names[line["id"]]] += 1
+    except (KeyError, TypeError):
+        fail(f"--rollouts {run}: its judgments are not those of its pairs")
+    if not count:
+        fail(f"--rollouts {run}: no judgments.jsonl in it; name the --out of an evaluation that has ended")
     return {k: right[k] / n for k, n in count.items()}
 
 
@@ -190,8 +193,6 @@ def difficulty(run):
 def understood(row, published):
     """(context, preferred response, other response, label) of a row; label is None where sides are still to
     be dealt. A finished prompt has its label and no responses. ValueError says why a row cannot be used."""
-    if not isinstance(row, dict):
-        raise ValueError("not a JSON object")
     if published and row.get("source") == "magpie_ultra":
         raise ValueError("magpie_ultra, dropped as published")
     if "context_messages" in row and not (pair := pair_of(row, "")).a:
@@ -202,6 +203,20 @@ def understood(row, published):
     if good == bad:
         raise ValueError("equal responses")
     return context, good, bad, None
+
+
+def candidate(row, name, published):
+    """(key, label, row to write) of a source's row. Where sides are still to be dealt, the label is None and
+    the preferred response is A."""
+    row = json_object(row)
+    context, good, bad, label = understood(row, published)
+    key = key_of(context, good, bad)
+    pair = about(row, "")
+    pair["id"] = pair["id"] or key.hex()[:16]
+    pair["source"] = pair["source"] or name
+    pair["type"] = pair["type"] or TYPES.get(pair["source"], "")
+    return key, label, pair | ({"context_messages": context, "winner": f"model_{label.lower()}"} if label else
+                               {"context": context, "a": good, "b": bad, "label": "A"})
 
 
 def dealer(published, seed):
@@ -256,53 +271,49 @@ def prepare(args):
     sources = sources or list(PUBLISHED.items())
     published = {name for name, _ in sources} <= set(PUBLISHED)
     seen, counts, rejects, lengths, overlaps = set(), Counter(), Counter(), Counter(), Counter()
-    deal, check, (unit, length) = dealer(published, args.seed), gate(args, overlaps), measure_by(args)
     out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
-    files = {name: open(out / f"{name}.jsonl.tmp", "w") for name in ("distill", "rl", "rejects")}
-
-    for name, where in sources:
-        for place, row in tqdm(source_rows(name, where, published), desc=name, unit=" rows"):
-            try:
-                context, good, bad, label = understood(row, published)
-                key = key_of(context, good, bad)
-                if key in seen:
-                    raise ValueError("duplicate")
-                id, source = str(row.get("id") or key.hex()[:16]), row.get("source") or name
-                check(id, context)
-                pair = {"id": id, "source": source, "type": row.get("type") or TYPES.get(source, "")}
-                ready = {**pair, "context_messages": context, "winner": f"model_{label.lower()}"} \
-                    if label else {**pair, "context": context, "a": good, "b": bad, "label": "A"}
-                size = length(ready)
-                if args.max_prompt and size > args.max_prompt:
-                    raise ValueError(f"overlong: {size} tokens")
-            except (ValueError, TypeError, AttributeError, KeyError) as e:
-                reason = str(e) if isinstance(e, ValueError) else f"wrong schema: {type(e).__name__} {e}"
-                rejects[name, reason.split(":")[0]] += 1
-                files["rejects"].write(json.dumps({"place": place, "source": name, "reason": reason}) + "\n")
-                continue
-            seen.add(key)
-            if label is None and (label := deal(key)) == "B":
-                ready |= {"a": bad, "b": good, "label": "B"}
-            # By content, so that a pair stays on its side of the split when rows are added around it.
-            draw = int.from_bytes(hashlib.sha256(f"{args.seed}/split/".encode() + key).digest()[:8]) / 2**64
-            part = "distill" if draw < args.split else "rl"
-            files[part].write(json.dumps(ready) + "\n")
-            turns = "finished" if "winner" in ready else "multi" if len(context) > 1 else "single"
-            counts.update([("rows", part), ("source", source), ("type", pair["type"] or "unknown"),
-                           ("turns", turns), ("label", label)])
-            lengths[size // 64] += 1
-
-    if not seen:
-        fail(f"{', '.join(w for _, w in sources)}: no pair is left"
-             + (f"; most often: {rejects.most_common(1)[0][0][1]}" if rejects else ""))
-    summary = summarise(counts, rejects, lengths, overlaps if args.decontaminate else None, unit)
-    (out / "summary.txt.tmp").write_text(summary)
-    (out / "card.md.tmp").write_text(card(args, sources, published, summary))
-    for f in files.values():
-        f.close()
-    for name in ("distill.jsonl", "rl.jsonl", "rejects.jsonl", "summary.txt", "card.md"):
-        (out / f"{name}.tmp").rename(out / name)
+    for path in (out / f"{name}{end}" for name in WRITES for end in ("", ".tmp")):
+        for _, where in sources:
+            if path.exists() and Path(where).exists() and path.samefile(where):
+                fail(f"--out {out}: would overwrite its own source {where}; give another folder")
+    claim(out)
+    deal, check, (unit, length) = dealer(published, args.seed), gate(args, overlaps), measure_by(args)
+    with beside(*(out / name for name in WRITES)) as files:
+        distill, rl, left_out, report, terms = files.values()
+        parts = {"distill": distill, "rl": rl}
+        for name, where in sources:
+            for place, row in tqdm(source_rows(name, where, published), desc=name, unit=" rows"):
+                try:
+                    key, label, ready = candidate(row, name, published)
+                    if key in seen:
+                        raise ValueError("duplicate")
+                    check(ready["id"], ready.get("context_messages") or ready["context"])
+                    size = length(ready)
+                    if args.max_prompt and size > args.max_prompt:
+                        raise ValueError(f"overlong: {size} tokens")
+                except (ValueError, TypeError, AttributeError, KeyError) as e:
+                    reason = str(e) if isinstance(e, ValueError) else f"wrong schema: {type(e).__name__} {e}"
+                    rejects[name, reason.split(":")[0]] += 1
+                    left_out.write(json.dumps({"place": place, "source": name, "reason": reason}) + "\n")
+                    continue
+                seen.add(key)
+                if label is None and (label := deal(key)) == "B":
+                    ready |= {"a": ready["b"], "b": ready["a"], "label": "B"}
+                # By content, so that a pair stays on its side of the split when rows are added around it.
+                draw = int.from_bytes(hashlib.sha256(f"{args.seed}/split/".encode() + key).digest()[:8])
+                part = "distill" if draw / 2**64 < args.split else "rl"
+                parts[part].write(json.dumps(ready) + "\n")
+                turns = ("finished" if "winner" in ready else
+                         "multi" if len(ready["context"]) > 1 else "single")
+                counts.update([("rows", part), ("source", ready["source"]), ("turns", turns),
+                               ("type", ready["type"] or "unknown"), ("label", label)])
+                lengths[size // 64] += 1
+        if not seen:
+            fail(f"{', '.join(w for _, w in sources)}: no pair is left"
+                 + (f"; most often: {rejects.most_common(1)[0][0][1]}" if rejects else ""))
+        summary = summarise(counts, rejects, lengths, overlaps if args.decontaminate else None, unit)
+        report.write(summary)
+        terms.write(card(args, sources, published, summary))
     print(summary)
 
 
@@ -348,28 +359,31 @@ def card(args, sources, published, summary):
 
 
 def main():
-    ap = argparse.ArgumentParser(description=__doc__.split("\n")[1],
-                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    ap = Flags(__doc__)
     arg = ap.add_argument
     arg("--out", required=True,
         help="folder for distill.jsonl, rl.jsonl, rejects.jsonl, summary.txt, card.md")
     arg("--source", action="append", default=[],
         help="[NAME=]FILE or hub id, repeatable; default: the published three. Named skywork, code and math "
              "only, they are treated as published")
-    arg("--split", type=float, default=0.12, help="share of pairs for the oracle")
-    arg("--seed", type=int, default=0, help="of sides and split")
+    arg("--split", type=number(float, 0, 1), default=0.12, help="share of pairs for the oracle")
+    arg("--seed", type=number(int, 0), default=0, help="of sides and split")
     arg("--tokenizer", help="model folder or hub id: lengths in tokens instead of characters")
-    arg("--max-prompt", type=int, help="longest prompt in tokens")
+    arg("--max-prompt", type=number(int, 1), help="longest prompt in tokens")
     arg("--decontaminate", help="folder with benchmark files: report pairs whose prompt is in one")
     arg("--drop-contaminated", action="store_true", help="and leave them out")
     arg("--rollouts", help="folder of an evaluation of these pairs with --votes: keep by difficulty")
-    arg("--keep", type=float, nargs=2, default=(0.01, 0.99),
+    arg("--keep", type=number(float, 0, 1), nargs=2, default=(0.01, 0.99),
         help="lowest and highest share of right rollouts to keep")
     args = ap.parse_args()
-    if not 0 <= args.split <= 1:
-        fail(f"--split {args.split}: a share, from 0 to 1")
     if args.max_prompt and not args.tokenizer:
         fail(f"--max-prompt {args.max_prompt}: counts tokens, so name a --tokenizer")
+    if args.keep[0] > args.keep[1]:
+        fail(f"--keep {args.keep[0]} {args.keep[1]}: the lowest share comes first")
+    if args.keep != ap.get_default("keep") and not args.rollouts:
+        fail("--keep: shares of what? name an evaluation with --rollouts")
+    if args.drop_contaminated and not args.decontaminate:
+        fail("--drop-contaminated: name the folder of benchmark files with --decontaminate")
     for flag, path in (("--decontaminate", args.decontaminate), ("--rollouts", args.rollouts)):
         if path and not Path(path).is_dir():
             fail(f"{flag} {path}: no such folder")

@@ -14,7 +14,6 @@ Reasoning pairs have one right answer (sums, products, the largest of three numb
 instruction that can be checked (how many fruits, which last word). Each response has one of three styles
 (plain, detailed, bold) that says nothing about its being right.
 """
-import argparse
 import json
 import random
 import re
@@ -28,7 +27,8 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from distill import Journal, distill
 from rmr1 import Answer, seed_of
-from rubrics import Pair, chat_messages, fail, judges_by_looks, lm_as_judge, parse, write_lines
+from files import Flags, claim, fail, number, write_lines
+from rubrics import Pair, chat_messages, judges_by_looks, lm_as_judge, parse
 
 SYSTEM = "Judge A and B."
 FRUITS = "apple pear plum fig lime melon peach grape mango cherry".split()
@@ -132,7 +132,8 @@ def oracle(pairs, seed, repair):
             (i, Answer(write(known[s]), "stop")) for i, (_, s, _) in enumerate(requests))
         return f"pass {number}", lambda: SimpleNamespace(answers=answers)
 
-    args = SimpleNamespace(system_prompt=None, samples=1, agree=0.0, seed=seed, temperature=1.0, price=(0, 0))
+    args = SimpleNamespace(system_prompt=None, samples=1, agree=0.0, seed=seed, temperature=1.0,
+                           max_tokens=None, price=(0, 0))
     with tempfile.TemporaryDirectory() as folder:
         journal = Journal(Path(folder) / "journal.jsonl")
         traces, failures, _ = distill(pairs, teacher(1, first), teacher(2, second), journal, args)
@@ -220,29 +221,27 @@ def show():
 
 
 def main():
-    ap = argparse.ArgumentParser(description=__doc__.split("\n")[1],
-                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    ap = Flags(__doc__)
     arg = ap.add_argument
     arg("--out", default="runs/demo/data",
         help="folder for sft.jsonl, rl.jsonl, val.jsonl, test.jsonl, model/")
     arg("--seed", type=int, default=0, help="seed of the training pairs and of the oracle")
     arg("--test-seed", type=int, default=20261121, help="seed of the test pairs")
-    arg("--sft", type=int, default=20000, help="pairs with oracle traces")
-    arg("--rl", type=int, default=4096, help="pairs without traces, for GRPO")
-    arg("--test", type=int, default=500, help="test pairs, and as many for validation")
-    arg("--repair", type=float, default=0.5, help="share of wrong first-pass traces that pass two repairs")
-    arg("--layers", type=int, default=4, help="layers of the tiny Qwen2")
-    arg("--hidden", type=int, default=96, help="its width, a multiple of 32")
+    arg("--sft", type=number(int, 1), default=20000, help="pairs with oracle traces")
+    arg("--rl", type=number(int, 1), default=4096, help="pairs without traces, for GRPO")
+    arg("--test", type=number(int, 1), default=500, help="test pairs, and as many for validation")
+    arg("--repair", type=number(float, 0, 1), default=0.5,
+        help="share of wrong first-pass traces that pass two repairs")
+    arg("--layers", type=number(int, 1), default=4, help="layers of the tiny Qwen2")
+    arg("--hidden", type=number(int, 32), default=96, help="its width, a multiple of 32")
     arg("--show", action="store_true", help="print three examples instead")
     args = ap.parse_args()
     if args.show:
         return show()
-    if not 0 <= args.repair <= 1:
-        fail(f"--repair {args.repair}: a share, from 0 to 1")
     if args.hidden % 32:
         fail(f"--hidden {args.hidden}: not a multiple of 32, the size of an attention head")
     out = Path(args.out)
-    (out / "model").mkdir(parents=True, exist_ok=True)
+    claim(out)
     # Held-out pairs: none shares its prompt (question and both responses) with training. The facts (36 sums,
     # 36 products) are shared by construction, so this is a test of judging, not of new arithmetic.
     taken, splits = set(), {}

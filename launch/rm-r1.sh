@@ -7,7 +7,8 @@
 #   NODES=2 NODE=0 FIRST=node0 launch/rm-r1.sh 14b grpo         the same line on every node, with its number
 #   sbatch --nodes 4 launch/rm-r1.sbatch 32b grpo               Slurm: finds all of it itself
 #
-# Anything behind the stage goes to the script: launch/rm-r1.sh 7b grpo --beta 0. GPUS: cards a node.
+# Anything behind the stage goes to the script: launch/rm-r1.sh 7b grpo --beta 0. GPUS: cards a node. With --dry-run at
+# the end it runs on any machine, in one process, and says what each of those cards would hold.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 SIZE=${1:?7b, 14b or 32b} STAGE=${2:?sft, grpo or reasoning}
@@ -29,6 +30,11 @@ case $STAGE in
     *) echo "error: $STAGE: the stages are sft, grpo and reasoning" >&2; exit 2 ;;
 esac
 
+# Segments that grow keep what the allocator holds beside the living tensors down by a quarter of the card.
+export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}
+if [ "${!#}" = --dry-run ]; then
+    exec ${PYTHON:-python} "${RUN[@]}" "$@" $((NODES * ${GPUS:-8}))
+fi
 # A checkpoint of 32B takes longer than the 30 seconds that torchrun leaves between SIGTERM and SIGKILL.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}
 exec ${PYTHON:-python} -m torch.distributed.run --nnodes "$NODES" --node_rank "${NODE:-0}" --nproc_per_node "${GPUS:-8}" \

@@ -15,6 +15,10 @@ SHARED = ROOT.parent / "shared"
 sys.path[:0] = [str(ROOT), str(ROOT / "data")]
 
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "check(part): what `make check` runs, on a card where there is one")
+
+
 def environment():
     """For a process of its own: without the process group that this one may be."""
     group = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -25,6 +29,9 @@ def environment():
 def run(*command, ranks=1, ok=True, timeout=300):
     """Run a script of the project as a person would, on one or several ranks.
     -> CompletedProcess, output as text"""
+    import torch
+    if torch.cuda.is_available() and torch.cuda.device_count() < ranks:
+        pytest.skip(f"{ranks} ranks want {ranks} cards; this machine has {torch.cuda.device_count()}")
     launch = [sys.executable] if ranks == 1 else [
         sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks)]
     done = subprocess.run([*launch, *map(str, command)], cwd=ROOT, capture_output=True, text=True,

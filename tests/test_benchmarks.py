@@ -186,6 +186,13 @@ def test_bad_rows_are_counted_never_fatal(tmp_path):
     assert left_out[0]["item"] == "rewardbench.jsonl:4"
 
 
+@pytest.mark.parametrize("row", [{"subset": ["hep-go"]}, {"subset": 3}, {"prompt": 3}, {"chosen": None}])
+def test_a_field_of_another_type_makes_a_bad_row(tmp_path, row):
+    write(tmp_path / "rewardbench.jsonl", [RB, {**RB, **row, "id": 2}])
+    pairs, left_out, _ = B.load("rewardbench", tmp_path)
+    assert len(pairs) == 1 and [x["reason"].split(":")[0] for x in left_out] == ["wrong schema"]
+
+
 @pytest.mark.parametrize("suffix", ["json", "jsonl", "parquet"])
 def test_local_files_in_three_formats(tmp_path, suffix):
     rows = [RB, {**RB, "id": 2}]
@@ -209,6 +216,73 @@ def test_files_find_their_benchmark():
                         ("rm_bench_math.jsonl", "rm-bench"), ("total_dataset.json", "rm-bench"),
                         ("JudgeBench/gpt.jsonl", "judgebench"), ("notes.json", None)):
         assert B.bench_of(Path(name)) == bench, name
+
+
+def test_linked_folders_are_followed_once(tmp_path):
+    """A benchmark in a linked folder is found by the link's name; a folder that leads back to itself or to
+    another that leads back, and a second link to the same file, change nothing."""
+    store, data = tmp_path / "store", tmp_path / "data"
+    for folder in (store / "x", data / "a", data / "b"):
+        folder.mkdir(parents=True)
+    write(store / "x/part.jsonl", [RB, {**RB, "id": 2}])
+    for link, target in (("RewardBench", store), ("a/to_b", data / "b"), ("b/to_a", data / "a"),
+                         ("a/up", data), ("self", data / "self"), ("RewardBench/back", store),
+                         ("reward-bench-too", store), ("rewardbench.jsonl", store / "x/part.jsonl"),
+                         ("rewardbench.json", tmp_path / "nowhere")):
+        (data / link).symlink_to(target)
+    files = B.files_of(data, "rewardbench")
+    assert [str(p.relative_to(data)) for p in files] == ["RewardBench/x/part.jsonl"]
+    pairs, left_out, _ = B.load("rewardbench", data)
+    assert len(pairs) == 2 and not left_out
+
+
+def test_a_file_that_is_none_of_the_benchmarks_is_one_entry(tmp_path):
+    """A clone has more than the data: results of others (RMB's eval/result), and outputs that repeat items
+    (JudgeBench's)."""
+    write(tmp_path / "rewardbench.jsonl", [{**RB, "id": i} for i in range(5)] + [{**RB, "id": 0}])
+    (tmp_path / "rewardbench_result.json").write_text(json.dumps([{"score": i} for i in range(9)]))
+    write(tmp_path / "rewardbench_two.jsonl", [{**RB, "id": i} for i in range(3, 7)])
+    (tmp_path / "rewardbench_cut.json").write_text(json.dumps([RB] * 9, indent=1)[:-9])
+    pairs, left_out, _ = B.load("rewardbench", tmp_path)
+    assert len(pairs) == 7
+    assert {x["item"]: x["reason"].split(":")[0] for x in left_out} == {
+        "rewardbench_cut.json:1": "wrong schema", "hep-go/0": "the same item a second time",
+        "rewardbench_result.json": "a file without a row of the benchmark",
+        "rewardbench_two.jsonl": "a file that repeats items of files before it"}
+    assert len(left_out) == 4 and len({x["item"] for x in left_out}) == 4
+
+
+@pytest.mark.skipif(not SHARED.exists(), reason="../shared is absent")
+def test_the_authors_clones(tmp_path):
+    """RM-Bench's files of one domain, whose rows do not name it, beside the file of all; JudgeBench's outputs
+    beside its data."""
+    sample = lambda name: [json.loads(x) for x in open(SHARED / f"data/{name}.jsonl")]
+    everything = sample("rm_bench.sample") + sample("rm_bench_math.fixture")
+    for folder in ("one/RM-Bench/data", "two/RM-Bench/data", "one/JudgeBench/data", "one/JudgeBench/outputs"):
+        (tmp_path / folder).mkdir(parents=True)
+    for domain in ("chat", "code", "math", "safety-refuse", "safety-response"):
+        rows = [{k: v for k, v in r.items() if k != "domain"} for r in everything
+                if r.get("domain", "math") == domain]
+        (tmp_path / f"one/RM-Bench/data/{domain}_filtered.json").write_text(json.dumps(rows))
+    (tmp_path / "two/RM-Bench/data/total_dataset.json").write_text(json.dumps(everything))
+    one, left_out, _ = B.load("rm-bench", tmp_path / "one")
+    two, _, _ = B.load("rm-bench", tmp_path / "two")
+    assert not left_out and {p.id: p for p in one} == {p.id: p for p in two} and len(one) == 201 * 9
+    assert {p.source for p in one} == set(B.RM_BENCH)
+    rows = sample("judgebench.sample")
+    write(tmp_path / "one/JudgeBench/data/all.jsonl", rows)
+    for judge in "xy":
+        write(tmp_path / f"one/JudgeBench/outputs/{judge}.jsonl", [{**r, "decision": judge} for r in rows])
+    pairs, left_out, _ = B.load("judgebench", tmp_path / "one")
+    assert len(pairs) == 200 and [x["item"] for x in left_out] == [
+        f"JudgeBench/outputs/{judge}.jsonl" for judge in "xy"]
+
+
+def test_odd_facts_of_pairs_do_not_stop_a_report():
+    """A finished run's folder may hold what `pair_of` no longer lets in."""
+    odd = [{"type": None, "styles": [None, 1]}, {"type": 3, "styles": ["x", "y"]}, {"type": "chat"}]
+    got = values(B.pair_file(items(*((str(i), "", {(0, 1): 1.0}, about) for i, about in enumerate(odd)))))
+    assert got["accuracy"] == got["type/chat"] == 1 and not any("style" in name for name in got)
 
 
 def test_a_limit_is_a_seeded_sample_of_every_subset(tmp_path):

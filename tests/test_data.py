@@ -17,6 +17,7 @@ from conftest import ROOT, SHARED, Replies, call, environment, metrics, run
 
 import distill as D
 import prepare as R
+import toy as T
 from rubrics import chat_messages, parse, read_pairs
 
 USER = lambda text: {"role": "user", "content": text}
@@ -172,7 +173,122 @@ def test_a_killed_preparation_leaves_nothing_under_a_final_name(tmp_path):
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert part.exists() and all(p.suffix == ".tmp" for p in (tmp_path / "out").iterdir())
+    assert part.exists() and all(
+        p.suffix == ".tmp" or p.name == ".lock" for p in (tmp_path / "out").iterdir())
+    prepare(tmp_path, "--source", write(data, make(9)))                  # and no lock that holds
+    assert len(read(tmp_path / "out/rejects.jsonl")) == 0 and not part.exists()
+
+
+def refused(done, *words):
+    """One sentence and exit code 2."""
+    assert done.returncode == 2 and done.stderr.count("error: ") == 1 and "Traceback" not in done.stderr
+    said = done.stderr[done.stderr.index("error: "):]
+    assert len(said.splitlines()) == 1 and all(w in said for w in words), said
+
+
+def wanted(script, data):
+    """The flags that a script cannot do without, but for --out."""
+    return {R: ("--source", data), T: (),
+            D: ("--data", data, "--teacher", "t", "--base-url", "http://0/v1")}[script]
+
+
+@pytest.mark.parametrize("name", ["distill.jsonl", "rl.jsonl", "card.md", "rl.jsonl.tmp", "linked.jsonl"])
+def test_a_source_is_never_overwritten(tmp_path, name):
+    (tmp_path / "out").mkdir()
+    source = write(tmp_path / "out" / name, make(9))
+    if name == "linked.jsonl":
+        (tmp_path / "out/rl.jsonl").symlink_to(source)
+    before = source.read_bytes()
+    refused(prepare(tmp_path, "--source", source, "--split", 0, ok=False), "--out", "its own source", name)
+    assert source.read_bytes() == before and not (tmp_path / "out/summary.txt").exists()
+
+
+@pytest.mark.parametrize("script", [R, D])
+@pytest.mark.parametrize("where", ["file", "file/below", "/proc/nobody/here"])
+def test_an_out_that_cannot_be_made_gets_one_sentence(tmp_path, script, where):
+    (tmp_path / "file").write_text("mine")
+    data = write(tmp_path / "mine.jsonl", [{"prompt": "q", "a": "x", "b": "y", "label": "A"}])
+    refused(call(script, *wanted(script, data), "--out", tmp_path / where, ok=False), "cannot be written")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["rl.jsonl", "card.md"])
+def test_a_full_disk_leaves_no_half_preparation(tmp_path, name):
+    (tmp_path / "out").mkdir()
+    (tmp_path / f"out/{name}.tmp").symlink_to("/dev/full")
+    (tmp_path / "out/rl.jsonl").write_text("of before")
+    data = write(tmp_path / "mine.jsonl", make(50))
+    refused(prepare(tmp_path, "--source", data, ok=False), "cannot be written", "No space left")
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {".lock", "rl.jsonl"}
+    assert (tmp_path / "out/rl.jsonl").read_text() == "of before"
+
+
+def test_a_refusal_leaves_no_half_files(tmp_path):
+    refused(prepare(tmp_path, "--source", write(tmp_path / "none.jsonl", [{"prompt": "q"}] * 2), ok=False),
+            "no pair is left")
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {".lock"}
+
+
+@pytest.mark.parametrize("script", [R, D])
+def test_a_folder_has_one_run_at_a_time(tmp_path, script):
+    import fcntl
+    (tmp_path / "out").mkdir()
+    data = write(tmp_path / "mine.jsonl", make(9))
+    with open(tmp_path / "out/.lock", "w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        refused(call(script, *wanted(script, data), "--out", tmp_path / "out", ok=False), "another run")
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {".lock"}
+
+
+def test_odd_fields_are_rows_left_out(tmp_path):
+    good = {"prompt": "q", "chosen": "good", "rejected": "bad"}
+    odd = [{"type": ["chat"]}, {"type": 3}, {"source": 3}, {"source": {"x": 1}}, {"id": [1]}]
+    more = [dict.fromkeys(("id", "type", "source")), {"id": 0}, {"full_chosen": "x", "full_rejected": None}]
+    data = write(tmp_path / "mine.jsonl", [
+        {**good, "prompt": f"q{i}", **x} for i, x in enumerate(odd + more)])
+    prepare(tmp_path, "--source", data, "--split", 0)
+    assert [r["reason"] for r in read(tmp_path / "out/rejects.jsonl")] == [
+        "type is not a text"] * 2 + ["source is not a text"] * 2 + ["id is not a text", "empty response"]
+    rows = read(tmp_path / "out/rl.jsonl")
+    assert len(rows) == 2 and rows[0]["source"] == "mine" and rows[1]["id"] == "0" and rows[0]["id"] != "None"
+
+
+@pytest.mark.parametrize("judgments, pairs, word", [
+    (None, [{"id": "a", "item": "a"}], "has ended"), ([], [{"id": "a", "item": "a"}], "has ended"),
+    ([{"id": "b", "verdict": "A", "label": "A"}], [{"id": "a", "item": "a"}], "not those of its pairs"),
+    ([{"id": "a", "verdict": "A", "label": "A"}], None, "not those of its pairs"),
+    ([["a", "A"]], [{"id": "a", "item": "a"}], "not those of its pairs")])
+def test_rollouts_of_no_finished_evaluation_get_one_sentence(tmp_path, judgments, pairs, word):
+    (tmp_path / "eval").mkdir()
+    for name, rows in (("judgments", judgments), ("pairs", pairs)):
+        if rows is not None:
+            write(tmp_path / f"eval/{name}.jsonl", rows)
+    data = write(tmp_path / "mine.jsonl", make(3))
+    refused(prepare(tmp_path, "--source", data, "--rollouts", tmp_path / "eval", ok=False), word)
+
+
+def test_rollouts_with_a_cut_last_line_count(tmp_path):
+    (tmp_path / "eval").mkdir()
+    write(tmp_path / "eval/pairs.jsonl", [{"id": "x/a", "item": "a"}])
+    write(tmp_path / "eval/judgments.jsonl", [{"id": "x/a", "verdict": v, "label": "A"} for v in "AB"])
+    with open(tmp_path / "eval/judgments.jsonl", "a") as f:
+        f.write('{"id": "x/a", "verd')
+    assert R.difficulty(tmp_path / "eval") == {"a": .5}
+
+
+@pytest.mark.parametrize("script, flags", [
+    (R, "--split nan"), (R, "--split 1.1"), (R, "--seed -1"), (R, "--max-prompt 0"), (R, "--keep -1 1"),
+    (R, "--keep .9 .1"), (R, "--keep .1 .9"), (R, "--drop-contaminated"),
+    (D, "--samples 0"), (D, "--agree nan"), (D, "--agree 2"), (D, "--max-trace 0"), (D, "--temperature -1"),
+    (D, "--temperature inf"), (D, "--max-tokens 0"), (D, "--max-len -5"), (D, "--at-once 0"),
+    (D, "--price nan 1"), (D, "--price 1 -1"), (D, "--seed 1.5"),
+    (T, "--sft 0"), (T, "--rl -1"), (T, "--test 0"), (T, "--layers 0"), (T, "--hidden 0"), (T, "--hidden 33"),
+    (T, "--repair nan"), (T, "--repair 1.5")])
+def test_a_number_that_cannot_be_gets_one_sentence(tmp_path, script, flags):
+    data = write(tmp_path / "mine.jsonl", [{"prompt": "q", "a": "x", "b": "y", "label": "A"}])
+    refused(call(script, *wanted(script, data), "--out", tmp_path / "out", *flags.split(), ok=False),
+            flags.split()[0])
+    assert not (tmp_path / "out").exists()
 
 
 # ---------------------------------------------------------------- distill
@@ -244,6 +360,26 @@ def pairs(tmp_path):
     return write(tmp_path / "pairs.jsonl", rows)
 
 
+@pytest.fixture
+def instant(monkeypatch):
+    """Teachers without a server, which answer at once what .say(name, messages) says; .asked: their names."""
+    from types import SimpleNamespace
+
+    from rmr1 import Answer
+    fake = SimpleNamespace(asked=[], say=lambda *_: Answer(GOOD.format(x="A"), "stop", 1, 1))
+
+    def teacher(name):
+        def answers(requests):
+            for at, (messages, *_) in enumerate(requests):
+                fake.asked.append(name)
+                yield at, fake.say(name, messages)
+        return SimpleNamespace(answers=answers)
+
+    monkeypatch.setattr(D, "Server", lambda url, model, *_, **__: teacher(model))
+    monkeypatch.setattr(D, "Local", lambda model, *_: teacher(model))
+    return fake
+
+
 def distilled(url, pairs, out, *more, **kw):
     return call(D, "--data", pairs, "--out", out, "--teacher", "weak", "--base-url", url,
                *more, **kw)
@@ -289,6 +425,61 @@ def test_nothing_is_paid_for_twice(teachers, pairs, tmp_path):
     Teacher.asked.clear()
     distilled(teachers, pairs, tmp_path / "cut", "--teacher2", "strong")
     assert not Teacher.asked
+
+
+@pytest.mark.parametrize("server, changes", [
+    (True, [{}, {"--teacher": "two"}, {"--temperature": .5}, {"--seed": 1}, {"--max-tokens": 200}]),
+    (False, [{}, {"--max-len": 64}, {"--dtype": "float32"}])])
+def test_an_answer_counts_for_what_it_was_asked(instant, pairs, tmp_path, server, changes):
+    """Whatever could change the answer asks anew. What was asked before is not, even if others were asked
+    between, and no answer leaves the journal, not that of an older version either."""
+    old = {"key": ["p0", 1, 0], "prompt": "0", "teacher": "one", "text": "", "finish": "stop", "tokens": 0,
+           "prompt_tokens": 0}
+    (tmp_path / "out").mkdir()
+    write(tmp_path / "out/journal.jsonl", [old, {**old, "key": ["p0", 1, 1]}])
+    where = ("--base-url", "http://0/v1") if server else ()
+    for n, change in enumerate(changes + changes):
+        instant.asked.clear()
+        flags = {"--teacher": "one", "--teacher2": "none", "--temperature": 1, "--seed": 0} | change
+        call(D, "--data", pairs, "--out", tmp_path / "out", *where, *sum(flags.items(), ()))
+        assert len(instant.asked) == (20 if n < len(changes) else 0), (n, change)
+    assert len(read(tmp_path / "out/journal.jsonl")) == 2 + 20 * len(changes)
+
+
+def test_a_refusal_that_may_pass_is_no_answer(instant, pairs, tmp_path):
+    """A teacher that refuses, in either pass: nothing of it is kept, its pairs are in neither file, and the
+    last line says why; the same command asks for them again."""
+    from rmr1 import Answer
+    for refuses, traces, calls in (
+            (("one", "two"), 0, 20), (("two",), 10, 20 + 10), ((), 20, 10), ((), 20, 0)):
+        instant.asked.clear()
+        instant.say = lambda name, _: (
+            Answer("", "refused by the server: no such parameter", failed=True) if name in refuses else
+            Answer(GOOD.format(x="AB"[name == "two"]), "stop", 1, 1))
+        done = call(D, "--data", pairs, "--out", tmp_path / "out", "--teacher", "one", "--teacher2", "two",
+                    "--base-url", "http://0/v1", ok=not refuses)
+        if refuses:
+            refused(done, f"{20 - traces} pairs got no answer", "no such parameter")
+        assert len(read(tmp_path / "out/sft.jsonl")) == traces and len(instant.asked) == calls
+        assert not read(tmp_path / "out/failed.jsonl")
+        assert len(read(tmp_path / "out/journal.jsonl")) == {0: 0, 10: 20, 20: 30}[traces]
+
+
+@pytest.mark.parametrize("name", ["journal.jsonl", "sft.jsonl"])
+def test_a_full_disk_ends_distilling_with_a_sentence(instant, pairs, tmp_path, name):
+    """What was answered before is kept. The sentence stands below the bar, not behind it."""
+    (tmp_path / f"{name}.tmp").symlink_to("/dev/full")
+    done = call(D, "--data", pairs, "--out", tmp_path, "--teacher", "one", "--teacher2", "none", ok=False)
+    refused(done, name, "No space left")
+    assert "\nerror: " in done.stderr
+    assert not list(tmp_path.glob("*.tmp")) and not (tmp_path / "sft.jsonl").exists()
+    assert name == "journal.jsonl" or len(read(tmp_path / "journal.jsonl")) == 20
+
+
+def test_progress_is_not_drawn_at_every_answer(capsys):
+    """A log of 28,000 lines came from a postfix that draws the bar anew each time."""
+    T.oracle([T.make_pair(0, "test", i) for i in range(400)], 0, 0.5)
+    assert 0 < capsys.readouterr().err.count("pass 1") < 100
 
 
 def test_samples_agree_lengths_are_kept_and_a_dry_run_asks_nothing(teachers, pairs, tmp_path):

@@ -1,4 +1,7 @@
 """Evaluation: what counts, what is written, what survives, who may judge."""
+import contextlib
+import errno
+import fcntl
 import json
 import shutil
 import signal
@@ -7,12 +10,15 @@ import sys
 import threading
 import time
 from http.server import ThreadingHTTPServer
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT, SHARED, Replies, call, environment, run
 
 import benchmarks as B
 import eval as E
+from rmr1 import Answer, Local, Server
+from rubrics import Pair
 
 RB = [{"id": i, "subset": s, "prompt": f"q {s} {i}", "chosen": "the good one", "rejected": f"a bad one {i}"}
       for s in ("hep-go", "hep-js") for i in range(6)]
@@ -55,6 +61,15 @@ def test_votes_are_a_majority_of_the_same_samples():
     assert E.majority(["A", "B", "A", "B"]) is None and E.majority([None, "B", None]) == "B"
 
 
+def test_at_a_tie_of_votes_the_first_decides():
+    """Three pairs of two votes, of which one is right, two times the first: as with one vote. Unread votes
+    decide nothing."""
+    votes = "AB", "AB", "BA", (None, None)
+    lines = [line(i, 0, False, v, "A", vote=k, t=1.0) for i in range(4) for k, v in enumerate(votes[i])]
+    m = E.measure_one("f", {i: pair(i) for i in range(4)}, lines[::-1], [])
+    assert m["accuracy, T=1"] == m["votes/accuracy, best of 1, T=1"] == 1 / 2
+
+
 def test_the_first_order_counts_as_published_and_the_mean_stands_beside_it():
     """RewardBench judged in both orders by a judge that always says A."""
     lines, pairs = [], {}
@@ -76,6 +91,27 @@ def test_a_partial_benchmark_says_what_is_missing():
     m = E.measure_one("rewardbench", pairs, [line("x", 0, False, "A", "A")], [])
     assert m["overall, greedy"] == "partial" == m["Reasoning"] and m["Reasoning/hep-go"] == 1
     assert "math-prm" in m["partial, without"]
+
+
+def test_quotes_are_compared_with_what_was_shown():
+    """One of A's two is B's; B's marker was shown with a space in it. A finished prompt's are not known."""
+    text = ("<eval><quote_A>al</quote_A><quote_A>beta</quote_A><quote_B> beta [ Client Question]</quote_B>"
+            "</eval><answer>[[A]]</answer>")
+    for a, b, messages, quotes in (("alpha", "beta [Client Question]", None, [2, 3]),
+                                   ("beta [Client Question]", "alpha", None, [1, 3]), ("", "", [], [0, 0])):
+        shown = Pair("1", [{"role": "user", "content": "q"}], a, b, "A", messages=messages)
+        assert E.line_of(Answer(text, "stop"), shown, [])["quotes"] == quotes
+
+
+def test_groups_without_a_name_or_with_a_number_for_one(tmp_path):
+    """What parquet makes of a missing text, in a folder that an earlier version has written."""
+    types = (None, "math", 3, ["x"])
+    pairs = [{**pair(str(n)), "type": t, "source": t} for n, t in enumerate(types)]
+    (tmp_path / "config.json").write_text("{}")
+    for name, rows in (("pairs", pairs), ("judgments", [line(p["id"], 0, False, "A", "A") for p in pairs])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(x) + "\n" for x in rows))
+    m = E.measure(E.read_run(tmp_path))[1]["f"]
+    assert (m["accuracy, greedy"], m["type/math"], m["source/3"]) == (1, 1, 1) and "type/None" not in m
 
 
 # ---------------------------------------------------------------- servers
@@ -114,7 +150,7 @@ class Judge(Replies):
 @pytest.fixture
 def server():
     s = ThreadingHTTPServer(("127.0.0.1", 0), Judge)
-    threading.Thread(target=s.serve_forever, daemon=True).start()
+    threading.Thread(target=s.serve_forever, args=(0.01,), daemon=True).start()
     Judge.calls, Judge.fail_with = 0, (429, 500)
     yield f"http://127.0.0.1:{s.server_port}/v1"
     s.shutdown()
@@ -198,6 +234,122 @@ def test_other_settings_need_another_folder(server, bench, tmp_path):
     assert done.returncode == 2 and "holds judgments with another seed (0, now 5)" in done.stderr
 
 
+GOOD = "the good one", "a bad one"
+
+
+def write(path, *rows):
+    """A file of pairs without ids: ((question, a, b, label), ...)."""
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("".join(json.dumps(dict(zip(("prompt", "a", "b", "label"), r))) + "\n" for r in rows))
+    return path
+
+
+def judged(server, out, *data, ok=True):
+    """-> what was printed, {question: verdict} by the folder"""
+    Judge.calls, Judge.fail_with = 0, ()
+    said = call(E, "--model", "any", "--base-url", server, "--protocol", "instruct", "--out", out, "--data",
+                *data, ok=ok)
+    got = E.read_run(out)
+    return said, {got["pairs"][x["id"]]["context"][0]["content"]: x["verdict"] for x in got["judgments"]}
+
+
+def test_what_has_changed_is_asked_again(server, tmp_path):
+    """Ids are line numbers here. A line is taken out, a label mended, then another file has the name; pairs
+    of other files stay, and so does what has not changed."""
+    one, two, three = ("1", *GOOD, "A"), ("2", *GOOD[::-1], "B"), ("3", *GOOD, "A")
+    out, other = tmp_path / "run", write(tmp_path / "other.jsonl", ("4", *GOOD, "A"))
+    judged(server, out, write(tmp_path / "e.jsonl", one, two, three), other)
+    said, verdicts = judged(server, out, write(tmp_path / "e.jsonl", two, three))
+    assert verdicts == {"2": "B", "3": "A", "4": "A"} and Judge.calls == 2
+    assert "3 judgments are of texts or labels that have changed or gone" in said.stdout
+    said, _ = judged(server, out, write(tmp_path / "e.jsonl", two, ("3", *GOOD, "B")))
+    assert Judge.calls == 1 and E.measure(E.read_run(out))[1]["e"]["accuracy, greedy"] == .5
+    _, verdicts = judged(server, out, write(tmp_path / "x/e.jsonl", ("5", *GOOD, "A")))
+    assert verdicts == {"5": "A", "4": "A"} and Judge.calls == 1
+    judged(server, out, tmp_path / "x/e.jsonl", other)
+    assert Judge.calls == 0
+
+
+def test_two_evaluations_do_not_share_a_folder(server, bench, tmp_path):
+    (tmp_path / "run").mkdir()
+    with open(tmp_path / "run/.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        done = ask(server, bench, tmp_path / "run", ok=False)
+    assert done.returncode == 2 and "another run is writing there" in done.stderr and Judge.calls == 0
+    assert [p.name for p in (tmp_path / "run").iterdir()] == [".lock"]
+
+
+def test_judgments_that_vanish_are_missed(server, bench, tmp_path, monkeypatch):
+    def answers(*a):
+        for n, x in enumerate(real(*a)):
+            yield x
+            if n == 3:
+                (tmp_path / "run/judgments.part0.jsonl").unlink()
+    real, Judge.fail_with = E.answers, ()
+    monkeypatch.setattr(E, "answers", answers)
+    done = ask(server, bench, tmp_path / "run", ok=False)
+    assert done.returncode == 2 and "error: 26 of 26 judgments: " in done.stderr
+
+
+def test_a_full_disk_keeps_what_is_there(server, bench, tmp_path, monkeypatch):
+    def answers(*a):
+        for n, x in enumerate(real(*a)):
+            yield x
+            if n == 3:
+                raise OSError(errno.ENOSPC, "No space left on device")
+    real, Judge.fail_with = E.answers, ()
+    monkeypatch.setattr(E, "answers", answers)
+    done = ask(server, bench, tmp_path / "run", "--at-once", 1, ok=False)
+    assert done.returncode == 2 and f"--out {tmp_path / 'run'}: No space left on device" in done.stderr
+    monkeypatch.setattr(E, "answers", real)
+    Judge.calls = 0
+    ask(server, bench, tmp_path / "run")
+    assert len(E.read_run(tmp_path / "run")["judgments"]) == 26 and Judge.calls <= 22 + 2    # two asked twice
+
+
+@pytest.mark.parametrize("out", ["file", "file/run", "/proc/run"])
+def test_a_folder_that_cannot_be_written(out, server, bench, tmp_path):
+    (tmp_path / "file").write_text("")
+    Judge.fail_with = ()
+    ask(server, bench, tmp_path / "good")
+    for done in (ask(server, bench, tmp_path / out, ok=False),
+                 call(E, "report", tmp_path / "good", "--out", tmp_path / out, ok=False)):
+        assert done.returncode == 2 and f"--out {tmp_path / out}: cannot be written" in done.stderr
+
+
+def test_a_file_with_a_benchmarks_name_is_a_file(server, tmp_path):
+    judged(server, tmp_path / "run", write(tmp_path / "rmb.jsonl", ("1", *GOOD, "A"), ("2", *GOOD, "B")))
+    (bench, m), = E.measure(E.read_run(tmp_path / "run"))[1].items()
+    assert bench == "rmb pairs" and m["accuracy, greedy"] == .5
+
+
+def test_reports_of_runs_under_way_and_of_the_same_name(server, bench, tmp_path):
+    Judge.fail_with = ()
+    for name in ("one", "two"):
+        ask(server, bench, tmp_path / name / "eval")
+    run = tmp_path / "one/eval"                                # as a kill leaves it: not gathered, a line cut
+    rows = (run / "judgments.jsonl").read_text().splitlines(keepends=True)
+    (run / "judgments.jsonl").unlink()
+    (run / "judgments.part0.jsonl").write_text("".join(rows[:9]) + rows[9][:30])
+    (tmp_path / "grpo").mkdir()
+    (tmp_path / "grpo/metrics.jsonl").write_text('{"step": 0, "accuracy": 0.5}\n{"step": 1, "acc')
+    out = call(E, "report", run, tmp_path / "two/eval", "--training", tmp_path / "grpo", "--out",
+               tmp_path / "page").stdout
+    assert out.splitlines()[0].split()[-2:] == ["one/eval", "two/eval"]
+    assert next(x for x in out.splitlines() if x.startswith("judgments")).split() == ["judgments", "9", "26"]
+    assert (run / "judgments.part0.jsonl").exists()            # its run may be alive, and gathers them itself
+    assert "one/eval" in call(E, "compare", run, tmp_path / "two/eval").stdout
+    (run / "judgments.part0.jsonl").write_text("")
+    for command in (("report", run), ("compare", tmp_path / "two/eval", run)):
+        done = call(E, *command, ok=False)
+        assert done.returncode == 2 and f"{run}: no judgments in it yet" in done.stderr
+
+
+def test_help_names_report_and_compare():
+    said = call(E, "--help").stdout
+    assert "eval.py report" in said and "eval.py compare" in said
+
+
 def test_runs_compare_and_report(server, bench, tmp_path):
     for name in ("one", "two"):
         ask(server, bench, tmp_path / name)
@@ -213,6 +365,176 @@ def test_runs_compare_and_report(server, bench, tmp_path):
     call(E, "report", tmp_path / "one", tmp_path / "two", "--out", tmp_path / "page")
     page = (tmp_path / "page/report.html").read_text()
     assert "/*DATA*/null" not in page and "RM-R1-Qwen-Instruct-32B" in page and page.count("</script>") == 1
+
+
+# ---------------------------------------------------------------- bad servers
+
+class Odd(Replies):
+    """A server that says `body`, or what it makes of a request."""
+    status, body, kind, asked = 200, b"", "application/json", []
+
+    def do_POST(self):
+        request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        Odd.asked.append(request)
+        status, body = Odd.body(self, request) if callable(Odd.body) else (Odd.status, Odd.body)
+        data = body if isinstance(body, bytes) else json.dumps(body).encode()
+        with contextlib.suppress(ConnectionError):           # who asked has gone
+            self.send_response(status)
+            self.send_header("Content-Type", Odd.kind)
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+
+@pytest.fixture
+def odd():
+    s = ThreadingHTTPServer(("127.0.0.1", 0), Odd)
+    threading.Thread(target=s.serve_forever, args=(0.01,), daemon=True).start()
+    Odd.asked.clear()
+    Odd.kind = "application/json"
+    yield f"http://127.0.0.1:{s.server_port}/v1"
+    s.shutdown()
+
+
+def reply(text, **more):
+    return {"id": "1", "object": "chat.completion", "created": 0, "model": "m", "choices": [
+        {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}]} | more
+
+
+def answers(url, *prompts, **kw):
+    """What `Server` makes of prompts, in their order."""
+    got = Server(url, "m", 9, retries=0, **kw).answers(
+        ([{"role": "user", "content": p}], n, 0.0) for n, p in enumerate(prompts))
+    return [a for _, a in sorted(got, key=lambda x: x[0])]
+
+
+@pytest.mark.parametrize("body", [
+    b"<html>Sign in</html>", 3, ["x"], None, "x", {}, {"choices": None}, {"choices": []}, {"choices": ["x"]},
+    {"choices": [{"text": "x"}]}, {"choices": [{"message": None}]}, b"data: {}\n\ndata: [DONE]\n\n", b"",
+    reply(None), reply([{"type": "text", "text": "x"}]), reply(7), b"{",
+    b"[" * 100_000, b"\xff"], ids=lambda x: str(x)[:40])
+@pytest.mark.parametrize("kind", ["application/json", "text/html"])
+def test_what_is_no_answer_is_asked_for_again(body, kind, odd):
+    Odd.body, Odd.kind = lambda *_: (200, body), kind
+    a, = answers(odd, "q")
+    assert a.failed and a.finish.startswith("no answer from the server: ") and a.text == ""
+
+
+@pytest.mark.parametrize("usage, tokens", [
+    (None, (0, 0)), ({}, (0, 0)), ({"prompt_tokens": 3}, (0, 3)), ({"completion_tokens": None}, (0, 0)),
+    ({"completion_tokens": "x", "prompt_tokens": 4}, (0, 4)), ([1], (0, 0))])
+def test_tokens_that_a_server_does_not_count_are_none(usage, tokens, odd):
+    Odd.body = lambda *_: (200, reply("x", usage=usage))
+    a, = answers(odd, "q")
+    assert not a.failed and (a.text, a.tokens, a.prompt_tokens) == ("x", *tokens)
+    Odd.body = lambda *_: (200, {"choices": [{"message": {"content": "x"}}], "usage": usage})
+    assert answers(odd, "q") == [a]                          # with nothing but what is needed
+
+
+def refusal(sentence):
+    return 400, {"error": {"message": sentence}}
+
+
+def test_a_server_that_refuses_everything_is_an_end(odd, tmp_path):
+    """Not thousands of wrong judgments: its sentence, and the folder is still free for other settings."""
+    Odd.body = lambda *_: refusal("'temperature' does not support 0; request 17")
+    data = write(tmp_path / "e.jsonl", *((f"{n}", *GOOD, "A") for n in range(100)))
+    common = ("--model", "m", "--base-url", odd, "--protocol", "instruct", "--data", data, "--out",
+              tmp_path / "run", "--at-once", 4)
+    done = call(E, *common, ok=False)
+    assert done.returncode == 2 and len(Odd.asked) < 20
+    assert "'temperature' does not support 0" in done.stderr and done.stderr.count("error: ") == 1
+    Odd.body = lambda *_: (200, reply("<answer>[[A]]</answer>"))
+    call(E, *common, "--max-tokens", 99)
+    assert len(E.read_run(tmp_path / "run")["judgments"]) == 100
+
+
+def test_refusals_are_final_where_the_prompt_is_too_long_only(odd):
+    """A filter refuses one of the first three prompts: the others go on, and it may be asked again."""
+    Odd.body = lambda _, request: (
+        refusal("filtered") if (text := request["messages"][0]["content"]) == "bad" else
+        refusal("This model's maximum context length is 9 tokens") if text == "long" else (200, reply(text)))
+    for p, failed in zip(("bad", "long", "fine"), (True, False, False)):
+        a, = answers(odd, p)
+        assert a.failed is failed and (a.text == p) is (p == "fine")
+    assert [a.failed for a in answers(odd, "bad", "long", "fine", "bad", "bad")] == [True, 0, 0, True, True]
+    assert [a.failed for a in answers(odd, "bad", "bad", "bad", "fine")] == [True] * 3 + [False]      # votes
+
+
+def test_a_prompt_that_leaves_less_room_than_the_limit_gets_what_there_is(odd):
+    Odd.body = lambda _, request: refusal(
+        "maximum context length is 12 tokens, you requested 18 (9 in the messages, 9 in the completion)"
+        ) if "max_tokens" in request else (200, reply("x"))
+    assert answers(odd, "q")[0].text == "x" and "max_completion_tokens" not in Odd.asked[-1]
+
+
+def test_the_field_that_newer_models_want(odd):
+    Odd.body = lambda _, request: refusal(
+        "Unsupported parameter: 'max_tokens' is not supported with this model. Use 'max_completion_tokens' "
+        "instead.") if "max_tokens" in request else (200, reply("x"))
+    assert [a.text for a in answers(odd, "q", "r", "s", "t", at_once=1)] == ["x"] * 4
+    assert len(Odd.asked) == 5 and Odd.asked[-1]["max_completion_tokens"] == 9
+
+
+@pytest.mark.parametrize("status, sentence", [(400, "context length exceeded"), (401, "no"), (400, "no")])
+def test_a_server_that_repeats_what_is_secret(status, sentence, odd, tmp_path, monkeypatch):
+    """In its error it names the key, or name and password of the URL, as they came and in the header."""
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
+    data = write(tmp_path / "e.jsonl", ("1", *GOOD, "A"), ("2", *GOOD, "A"), ("3", *GOOD, "A"))
+    seen = []
+    Odd.body = lambda h, _: seen.append(h.headers["Authorization"]) or (status, {"error": {
+        "message": f"{sentence}: {seen[-1]}, {more}"}})
+    for name, url, more in (("key", odd, ""), ("password", odd.replace("//", "//me:p4ss%21@"),
+                                               "sk-secret me:p4ss%21 p4ss!")):
+        done = call(E, "--model", "m", "--base-url", url, "--protocol", "instruct", "--data", data, "--out",
+                    tmp_path / name, ok=False)
+        call(E, "report", tmp_path / name, ok=False)
+        texts = [done.stdout, done.stderr, *(p.read_text() for p in (tmp_path / name).iterdir())]
+        assert any("***" in x for x in texts)
+        assert not [x for x in texts for s in ("secret", "p4ss", seen[-1].split()[1]) if s in x]
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:9/v1", "nonsense", "http://[", "http://x:y/v1",
+                                 "http://me:pass@127.0.0.1:9/v1"])
+def test_nobody_listens(url, tmp_path):
+    import rmr1
+    start = time.time()
+    done = call(rmr1, "judge", "--model", "m", "--protocol", "instruct", "--base-url", url,
+                "--question", "q", "--a", "x", "--b", "y", ok=False)
+    assert done.returncode == 2 and f"--base-url {url.replace('me:pass@', '')}: nobody answers" in done.stderr
+    assert time.time() - start < 5
+
+
+def test_a_server_that_hangs_is_not_waited_for_all_day(odd):
+    client = Server(odd, "m", 9).client
+    assert client.timeout.connect <= 10 and client.timeout.read * (client.max_retries + 1) <= 3600
+
+
+def test_ctrl_c_does_not_wait_for_a_server(odd):
+    came, over = threading.Event(), threading.Event()
+    Odd.body = lambda *_: (came.set(), over.wait(60)) and (200, reply("x"))
+    process = subprocess.Popen([sys.executable, "rmr1.py", "judge", "--model", "m", "--protocol", "instruct",
+                                "--base-url", odd, "--question", "q", "--a", "x", "--b", "y"], cwd=ROOT,
+                               env=environment(), stderr=subprocess.PIPE, text=True,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
+    try:
+        assert came.wait(60)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(5) == 130 and "Traceback" not in process.stderr.read()
+    finally:
+        over.set()
+        process.kill()
+
+
+def test_a_prompt_as_long_as_the_window(monkeypatch):
+    import rmr1
+    local = Local.__new__(Local)
+    local.window, local.max_tokens, local.tokenizer, local.stop = 4, 1, None, []
+    local.engine = SimpleNamespace(stream=lambda prompts, *a, **k: iter([*prompts][:0]))
+    monkeypatch.setattr(rmr1, "encode", lambda _, messages: messages)
+    said = [a.finish for _, a in local.answers(([0] * n, 0, 0.0) for n in (4, 5))]
+    assert said == ["prompt leaves no room for a judgment in the window of 4 tokens",
+                    "prompt longer than the window of 4 tokens"]
 
 
 # ---------------------------------------------------------------- local models

@@ -123,6 +123,28 @@ def test_a_judgment_without_a_reward_teaches_nothing_and_spoils_nothing():
         assert got[1:].tolist() == [[0.0] * 4] * 2
 
 
+def test_a_reward_that_fails_is_counted_and_costs_nothing_else(monkeypatch, capsys):
+    """Whatever it raises: a slip in somebody's own reward must not end a run of days."""
+    from rubrics import Pair
+    pairs = [(Pair(str(i), [{"role": "user", "content": "q"}], "a", "b", "A"), [1, 2]) for i in range(3)]
+    engine = SimpleNamespace(generate=lambda prompts, *_: [
+        SimpleNamespace(tokens=[3], logprobs=[-1.0], finished=True) for _ in prompts])
+    tokenizer = SimpleNamespace(decode=lambda ids: "<answer>[[A]]</answer>")
+    slips = {"0": IndexError("list index"), "1": AttributeError("no such part")}
+
+    def reward_of(text, judgment, pair, *_):
+        if pair.id in slips:
+            raise slips[pair.id]
+        return 1.0
+    monkeypatch.setattr(grpo, "reward_of", reward_of)
+    monkeypatch.setattr(grpo.R, "all_gather", lambda mine: [mine])
+    args = SimpleNamespace(group=2, seed=0, max_response=8)
+    groups = grpo.sample(engine, pairs, 0, 0, tokenizer, [], args, 0, 1)
+    assert [[str(r.reward) for r in g.rollouts] for g in groups] == [["nan"] * 2] * 2 + [["1.0"] * 2]
+    said = capsys.readouterr().err
+    assert "IndexError" in said and "AttributeError" in said
+
+
 def test_shares_of_the_mean():
     """Judgments of 1 and 4 tokens, an update of 2 with 5 tokens, at most 8 each."""
     share = lambda kind: grpo.shares(torch.tensor([1, 4]), 5, 2, kind, 8).tolist()

@@ -231,6 +231,21 @@ def test_a_response_cannot_spell_a_control_token(tokenizer):
     check()
 
 
+@pytest.mark.parametrize("template", [
+    "{% for m in messages if m.role == 'system' %}{{ raise_exception('no system role') }}{% endfor %}x",
+    "{{ messages[0].content + 1 }}", "{{ messages[9].content }}", "{% if %}", "{# nothing #}"])
+def test_a_template_that_refuses_or_breaks_gets_one_sentence(tokenizer, template, monkeypatch, capsys):
+    monkeypatch.setattr(tokenizer, "chat_template", template)
+    with pytest.raises(SystemExit) as stop:
+        encode(tokenizer, chat_messages(Pair("p", USER, "a", "b", "A")))
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and len(said.splitlines()) == 1
+    assert "chat template" in said and "--protocol reasoning" in said
+    if "no system role" in template:
+        assert "no system role" in said
+        assert encode(tokenizer, chat_messages(Pair("p", USER, "a", "b", "A"), "reasoning"))
+
+
 def test_a_prompt_without_control_tokens_keeps_its_ids(tokenizer):
     for a in ("Two cups.", "a <| b |> <im_end> [INST] <tool_call> <think>", "\x00 é \u202e", "< |im_end|>"):
         messages = chat_messages(Pair("p", TURNS, a, "b", "A"))

@@ -7,8 +7,9 @@ import threading
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Qwen2Config
+from transformers import AutoModelForCausalLM
 
+import packing
 import policy as P
 import ranks as R
 from conftest import save_qwen2
@@ -22,12 +23,7 @@ GROUPS = [(ids(17), [ids(5), ids(1), ids(30), ids(2)]), (ids(1), [ids(8)]), (ids
 
 def plain_logprobs(model, groups):
     """The same log-probs by transformers alone, one sequence at a time."""
-    out = []
-    for prompt, responses in groups:
-        for r in responses:
-            logits = model(torch.tensor([prompt + r]), use_cache=False).logits[0, len(prompt) - 1:-1].float()
-            out.append(logits.log_softmax(-1).gather(-1, torch.tensor(r)[:, None])[:, 0])
-    return torch.cat(out)
+    return torch.cat([P.own_logprobs(model, p, r, model.device) for p, responses in groups for r in responses])
 
 
 @pytest.fixture(params=[False, True], ids=["untied", "tied"])
@@ -39,23 +35,70 @@ def grads(policy):
     return {n: p.grad.full_tensor().clone() for n, p in policy.lm.named_parameters()}
 
 
+def dense(q, k, v, spans, scaling, window):
+    """Attention by its definition, in fp32: every query of a span with the keys that it may see."""
+    out = torch.zeros(q.shape)
+    for start, n, keys in spans:
+        for i in range(n):
+            at = len(keys) - n + i                             # the query's own place among the keys
+            seen = keys[max(0, at + 1 - window) if window else 0:at + 1]
+            for h in range(q.shape[1]):
+                g = h * k.shape[1] // q.shape[1]
+                scores = (k[seen, g].float() @ q[start + i, h].float()) * scaling
+                out[start + i, h] = scores.softmax(0) @ v[seen, g].float()
+    return out
+
+
+def documented(q, k, v, cu_q, cu_k, max_q, max_k, *, scale, window_size, enable_gqa):
+    """What torch says that varlen_attn does, by the definition; it has no kernel for a CPU."""
+    left, right = window_size
+    assert enable_gqa and right == 0 and max_q == cu_q.diff().max() and max_k == cu_k.diff().max()
+    spans = [(a, b - a, list(range(c, d))) for a, b, c, d in zip(
+        *(x[y].tolist() for x in (cu_q, cu_k) for y in (slice(None, -1), slice(1, None))))]
+    return dense(q, k, v, spans, scale, left + 1 if left >= 0 else None)
+
+
+@pytest.mark.check("attention kernels against a dense mask")
+@pytest.mark.parametrize("window", [None, 1, 7, 1000])
+@pytest.mark.parametrize("groups", [GROUPS, [(p, rs[:1]) for p, rs in GROUPS], [([3], [[4]])]],
+                         ids=["shared prompts", "one answer each", "two tokens"])
+@pytest.mark.parametrize("kernel, dtype, bound", [
+    ("bucketed", torch.float32, 1e-5), ("varlen", torch.bfloat16, 2e-2)])
+def test_attention_kernels(kernel, dtype, bound, groups, window, ranks, monkeypatch, record_property):
+    """Both forms of a plan, with windows smaller and larger than the rows, two query heads a key head."""
+    device = ranks[2]
+    if not R.CUDA:
+        monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", documented)
+    batch, = packing.pack(groups, 10**9, device)
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(len(batch.tokens), heads, 32, generator=g).to(dtype) for heads in (4, 2, 2))
+    out = getattr(packing, kernel)(*(x.to(device) for x in (q, k, v)), batch.plan, 0.2, window)
+    gap = (out.cpu().float() - dense(q, k, v, batch.plan.spans, 0.2, window)).abs().max().item()
+    record_property("largest difference", gap)
+    assert gap < bound and out.shape == q.shape
+    assert (batch.plan.varlen[0] is None) == all(len(rs) == 1 for _, rs in groups), "keys copied for nothing"
+
+
+@pytest.mark.check("log-probs and gradients against transformers")
 @pytest.mark.parametrize("budget", [1, 40, 64, 10**9])
-def test_packed_rows_equal_separate_sequences(model, ranks, budget):
+def test_packed_rows_equal_separate_sequences(model, ranks, budget, record_property):
     """Any budget, any lengths: log-probs and gradients are those of transformers on one sequence at
     a time, with weights that went through the sharded loader (so its rotary tables and tied head
     are right as well)."""
-    plain, folder = model
+    plain, folder = model[0].to(ranks[2]), model[1]
     policy = P.load(folder, ranks[2], torch.float32)
-    weight = torch.rand(sum(len(r) for _, rs in GROUPS for r in rs))
+    weight = torch.rand(sum(len(r) for _, rs in GROUPS for r in rs), device=ranks[2])
     expected = plain_logprobs(plain, GROUPS)
     (expected * weight).sum().backward()
-    micros, got, at = P.pack(GROUPS, budget, ranks[2]), [], 0
+    micros, got, at = packing.pack(GROUPS, budget, ranks[2]), [], 0
     for m in micros:
         logp = policy(m)
         (logp * weight[at:at + len(logp)]).sum().backward()
         got.append(logp.detach())
         at += len(logp)
-    assert (torch.cat(got) - expected).abs().max() < 1e-5
+    gap = (torch.cat(got) - expected).abs().max().item()
+    record_property("largest difference", gap)
+    assert gap < 1e-5
     mine, theirs = grads(policy), dict(plain.named_parameters())
     for name, g in mine.items():
         assert (g - theirs[name].grad).norm() <= 1e-5 * theirs[name].grad.norm() + 1e-7, name
@@ -63,20 +106,20 @@ def test_packed_rows_equal_separate_sequences(model, ranks, budget):
 
 def test_packing_keeps_the_budget_and_the_order(ranks):
     for budget in (30, 50, 64, 200):
-        micros = P.pack(GROUPS, budget, ranks[2])
+        micros = packing.pack(GROUPS, budget, ranks[2])
         longest = max(len(p) + len(r) for p, rs in GROUPS for r in rs)
         assert all(len(m.tokens) <= max(budget, longest) for m in micros)
         assert (torch.cat([m.targets for m in micros]).tolist()
                 == [t for _, rs in GROUPS for r in rs for t in r])
         rows = torch.cat([m.rows for m in micros])
         assert rows.bincount().tolist() == [len(r) for _, rs in GROUPS for r in rs]
-    assert len(P.pack(GROUPS, 10**9, ranks[2])[0].tokens) == sum(
+    assert len(packing.pack(GROUPS, 10**9, ranks[2])[0].tokens) == sum(
         len(p) + sum(map(len, rs)) for p, rs in GROUPS), "a prompt is there once"
 
 
 def test_temperature_divides_the_logits(model, ranks):
     policy = P.load(model[1], ranks[2], torch.float32)
-    batch, = P.pack([([5], [[7]])], 100, ranks[2])
+    batch, = packing.pack([([5], [[7]])], 100, ranks[2])
     logits = model[0](torch.tensor([[5]])).logits[0, 0]
     for t in (0.5, 1.0, 2.0):
         assert abs(policy(batch, t).item() - (logits / t).log_softmax(-1)[7].item()) < 1e-5
@@ -93,6 +136,15 @@ def test_saved_models_open_in_transformers(model, ranks, tmp_path):
     assert ("lm_head.weight" in index) == (not plain.config.tie_word_embeddings), (
         "a stray head would make vLLM untie the model")
     assert not list(tmp_path.glob("*.tmp"))
+    assert all(f.stat().st_mode & 0o044 == 0o044 for f in (tmp_path / "out").glob("*.safetensors")), "others serve it"
+
+
+def test_a_tied_pair_is_one_parameter(model, ranks):
+    """Also for FSDP, which would else give the head a gradient and shards of its own."""
+    policy = P.load(model[1], ranks[2], torch.float32)
+    tied = model[0].config.tie_word_embeddings
+    assert (policy.lm.lm_head.weight is policy.lm.model.embed_tokens.weight) == tied
+    assert len(list(policy.parameters())) == len(list(model[0].parameters()))
 
 
 def test_a_bf16_policy_keeps_fp32_weights(model, ranks):
@@ -100,7 +152,7 @@ def test_a_bf16_policy_keeps_fp32_weights(model, ranks):
     policy = P.load(model[1], ranks[2], torch.bfloat16)
     before = policy.lm.model.norm.weight.full_tensor().clone()
     optim = P.adamw(policy, 1e-5, (0.9, 0.95), 0)
-    batch, = P.pack(GROUPS, 10**9, ranks[2])
+    batch, = packing.pack(GROUPS, 10**9, ranks[2])
     policy(batch).sum().backward()
     P.optimizer_step(policy, optim, 1e-5, 1.0)
     after = policy.lm.model.norm.weight.full_tensor()
@@ -110,7 +162,7 @@ def test_a_bf16_policy_keeps_fp32_weights(model, ranks):
 
 def test_a_state_restores_weights_and_optimizer(model, ranks, tmp_path):
     def step(policy, optim):
-        policy(P.pack(GROUPS, 10**9, ranks[2])[0]).mean().neg().backward()
+        policy(packing.pack(GROUPS, 10**9, ranks[2])[0]).mean().neg().backward()
         return P.optimizer_step(policy, optim, 1e-2, 1.0)
 
     one = P.load(model[1], ranks[2], torch.float32)
@@ -168,7 +220,7 @@ def test_groups_are_dealt_evenly_by_cost(world):
     random = np.random.default_rng(0)
     groups = [([0] * int(random.integers(1, 900)), [[0] * int(n) for n in random.integers(1, 500, 7)])
               for _ in range(40)]
-    hands = P.deal(groups, world, 64)
+    hands = packing.deal(groups, world, 64)
     assert sorted(i for hand in hands for i in hand) == list(range(40)) and len(hands) == world
     def cost(i):                                       # tokens, and pairs of query and key by the definition
         prompt, responses = groups[i]
@@ -176,14 +228,14 @@ def test_groups_are_dealt_evenly_by_cost(world):
         return len(prompt) + sum(map(len, responses)) + pairs / (6 * 64)
     loads = [sum(cost(i) for i in hand) for hand in hands]
     assert max(loads) - min(loads) <= 1.01 * max(cost(i) for i in range(40))
-    assert P.deal([], 3, 64) == [[], [], []]
+    assert packing.deal([], 3, 64) == [[], [], []]
 
 
 def test_a_gradient_that_is_not_finite_changes_nothing(model, ranks):
     policy = P.load(model[1], ranks[2], torch.float32)
     optim = P.adamw(policy, 1e-2, (0.9, 0.95), 0.1)
     before = [w.clone() for _, w in policy.weights()]
-    (policy(P.pack(GROUPS, 10**9, ranks[2])[0]).sum() * float("nan")).backward()
+    (policy(packing.pack(GROUPS, 10**9, ranks[2])[0]).sum() * float("nan")).backward()
     assert P.optimizer_step(policy, optim, 1e-2, 1.0) != 0
     assert all(torch.equal(a, b) for a, (_, b) in zip(before, policy.weights()))
 
@@ -236,56 +288,15 @@ def test_a_tensor_that_is_missing_is_named(ranks, tmp_path, capsys):
     assert "lack 1 tensors, the first is model.layers.1.mlp.up_proj.weight" in capsys.readouterr().err
 
 
-def qwen(hidden, layers, heads, keys, inner):
-    return Qwen2Config(vocab_size=152064, hidden_size=hidden, num_hidden_layers=layers,
-                       num_attention_heads=heads, num_key_value_heads=keys, intermediate_size=inner,
-                       tie_word_embeddings=False)
-
-
-SEVEN, THIRTY_TWO = qwen(3584, 28, 28, 4, 18944), qwen(5120, 64, 40, 8, 27648)
-CARD = 80 * 10**9
-
-
-def test_memory_is_estimated_from_the_config(capsys):
-    """7.62 billion parameters: 16 bytes of each over 8 ranks are 14.2 GB, a reference in bf16 1.8; 4 + 8
-    bytes beside vLLM's half of the card while it samples."""
-    P.memory(SEVEN, torch.bfloat16, 16384, True, 8, CARD, True, False, 0.5, window=12288)
-    learn, sample = capsys.readouterr().out.splitlines()
-    assert "weights, gradients and Adam 14" in learn and "reference 1.8" in learn
-    assert "vLLM 37" in sample and "weights and Adam 11" in sample
-    half, = P.memory(SEVEN, torch.bfloat16, 8192, True, 8)
-    whole, = P.memory(SEVEN, torch.bfloat16, 16384, True, 8)
-    kept, = P.memory(SEVEN, torch.bfloat16, 8192, False, 8)
-    assert half < whole < kept
-
-
-@pytest.mark.parametrize("config, shard, tp, share, complaint", [
-    (THIRTY_TWO, 8, 4, 0.5, "learning would take more than the card's 74.5 GB: lower --micro-tokens 16384, "
-                            "give --offload, or use more than 8 ranks"),
-    (SEVEN, 8, 1, 0.9, "sampling would take more than the card's 74.5 GB: lower --engine-memory 0.9"),
-    (THIRTY_TWO, 32, 1, 0.5, "vLLM needs about 66 GB, more than --engine-memory 0.5 of the card: raise it, "
-                             "or spread an engine over more ranks than --tp 1"),
-    (THIRTY_TWO, 32, 4, 0.5, None), (SEVEN, 8, 1, 0.5, None)])
-def test_what_cannot_fit_is_refused_by_the_flag_to_change(config, shard, tp, share, complaint, capsys):
-    """The published runs fit: 7B on 8 cards, 32B on 32 with four ranks an engine."""
-    ask = lambda: P.memory(config, torch.bfloat16, 16384, True, shard, CARD, True, False, share, tp, 12288)
-    if complaint is None:
-        assert ask()
-        return
-    with pytest.raises(SystemExit):
-        ask()
-    assert complaint in capsys.readouterr().err
-
-
 @pytest.mark.parametrize("size", [1, 7, 2**26])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_log_probs_in_slices(size, dtype, monkeypatch):
+def test_log_probs_in_slices(size, dtype, ranks, monkeypatch):
     """Values and gradients are those of one log_softmax in float64, up to the rounding of the inputs' type,
     for any size of a slice."""
     monkeypatch.setattr(P, "LOGITS", size * 300)
     g = torch.Generator().manual_seed(0)
-    hidden, head, grad = (torch.randn(*shape, generator=g) for shape in ((41, 64), (300, 64), (41,)))
-    targets = torch.randint(300, (41,), generator=g)
+    hidden, head, grad = (torch.randn(*shape, generator=g).to(ranks[2]) for shape in ((41, 64), (300, 64), (41,)))
+    targets = torch.randint(300, (41,), generator=g).to(ranks[2])
     ours = [x.to(dtype).requires_grad_() for x in (hidden, head)]
     theirs = [x.detach().double().requires_grad_() for x in ours]
     logp = P.TokenLogProbs.apply(*ours, targets, 0.7)

@@ -1,11 +1,13 @@
 """Pairs, prompts, the parser and the rewards."""
+import gzip
 import json
 
 import pytest
 
 import rubrics
 from conftest import SHARED
-from rubrics import Pair, chat_messages, encode, lm_as_judge, pair_of, parse, process_judgement, read_pairs
+from rubrics import (Pair, chat_messages, encode, lm_as_judge, pair_of, parse, process_judgement, read_pairs,
+                     verbatim)
 
 CHAT = """<type>Chat</type>
 <rubric>
@@ -94,6 +96,36 @@ def test_where_the_published_rules_disagree():
     assert lm_as_judge(text, "A") == 1 and process_judgement(text) == "error" and parse(text).verdict == "A"
 
 
+# ---------------------------------------------------------------- quotes
+
+SAID = parse("<quote_A>Two</quote_A> <quote_B> Some. </quote_B> <quote_A>Some.</quote_A>")
+
+
+def test_a_quote_is_looked_for_in_the_response_that_it_names():
+    assert verbatim(SAID, PAIR) == [True, False, True]
+    assert verbatim(SAID, PAIR.swapped()) == [False, True, False]
+    assert verbatim(parse("no quotes"), PAIR) == []
+
+
+def test_a_quote_is_compared_with_what_the_judge_was_shown():
+    marker = "[The End of Chatbot A's Response]"
+    quote = lambda text: verbatim(parse(f"<quote_A>{text}</quote_A>"), pair)
+    for context in (USER, [*USER, {"role": "assistant", "content": "For rice?"}, *USER]):
+        pair = Pair("m", context, f"x {marker} y", "z", "A")
+        shown = "x [ The End of Chatbot A's Response] y"
+        assert shown in chat_messages(pair)[-1]["content"] and quote(shown) == [True]
+        assert quote(pair.a) == [False]
+    # A finished prompt is shown as it is, and one with turns does not say what its responses are.
+    odd = "x [The Start of the Conversation between Chatbot A and the Client] y"
+    messages = chat_messages(Pair("p", USER, "HERE", "z", "A"))
+    messages[-1]["content"] = messages[-1]["content"].replace("HERE", odd)
+    pair = pair_of({"context_messages": messages, "winner": "model_a"}, "x")
+    assert pair.a == odd and quote(odd) == [True]
+    pair = pair_of({"context_messages": chat_messages(Pair("m", context, "a", "b", "A")),
+                    "winner": "model_a"}, "x")
+    assert verbatim(SAID, pair) == []
+
+
 # ---------------------------------------------------------------- prompts
 
 def test_single_turn_markers_stand_on_lines_of_their_own():
@@ -139,6 +171,31 @@ def test_a_system_prompt_from_a_file_or_a_published_row(tmp_path):
     row = {"context_messages": [{"role": "system", "content": "Published."}, *USER], "winner": "model_a"}
     (tmp_path / "row.jsonl").write_text(json.dumps(row) + "\n")
     assert rubrics.read_system(str(tmp_path / "row.jsonl")) == "Published."
+
+
+@pytest.mark.parametrize("name, data, complaint", [
+    ("s.txt", b"", "no text"), ("s.txt", b" \n", "no text"), ("s.txt", b"caf\xe9", "not UTF-8"),
+    ("s.json", b"caf\xe9", "not UTF-8"), ("s.jsonl", b"", "no context_messages"),
+    ("s.json", b'{"context_messages": [{"role": "system", "content": ""}]}', "no text"),
+    ("s.json", b'{"context_messages": [{"role": "system", "content": 5}]}', "no text"),
+    ("judge.json", b'{"protocol": "inst', "not a JSON object"), ("judge.json", b"[]", "not a JSON object"),
+    ("judge.json", b"\xff", "not UTF-8"), ("judge.json", b'{"protocol": "chat"}', "instruct or reasoning"),
+    ("judge.json", b'{"protocol": ["instruct"]}', "instruct or reasoning"),
+    ("judge.json", b'{"protocol": "instruct", "system": 5}', "system a text or null")])
+def test_a_prompt_form_that_cannot_be_read_gets_one_sentence(tmp_path, capsys, name, data, complaint):
+    (tmp_path / name).write_bytes(data)
+    system = None if name == "judge.json" else str(tmp_path / name)
+    with pytest.raises(SystemExit) as stop:
+        rubrics.prompt_form(tmp_path, "m", None, system, default="instruct")
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and len(said.splitlines()) == 1
+    assert str(tmp_path / name) in said and complaint in said
+
+
+def test_a_judges_own_form_is_taken(tmp_path):
+    (tmp_path / "judge.json").write_text('{"protocol": "instruct", "system": "Judge."}')
+    assert rubrics.prompt_form(tmp_path, "m") == ("instruct", "Judge.")
+    assert rubrics.prompt_form(tmp_path, "m", "reasoning") == ("reasoning", None)
 
 
 # ---------------------------------------------------------------- reading
@@ -188,11 +245,23 @@ def test_chosen_and_rejected_are_dealt_evenly_and_never_by_order():
     ({"context": [{"role": "assistant", "content": "q"}], "a": "x", "b": "y", "label": "A"},
      "does not end with a user"),
     ({"context_messages": USER, "winner": "tie"}, "unknown winner 'tie'"),
+    ({"context_messages": USER, "winner": ["model_a"]}, "unknown winner"),
+    ({"context_messages": USER, "winner": {"model_a": 1}}, "unknown winner"),
+    ({"context_messages": USER, "winner": [], "ground_truth": "model_a"}, "trace is not a text"),
+    *(({"prompt": "q", "a": "x", "b": "y", "label": "A", key: value}, f"{key} is not a")
+      for key, values in {"id": ([1], {"n": 1}, 1.5), "type": (3, ["chat"], {}), "source": (0, [], {"x": 1}),
+                          "meta": ([1], "text", 7), "trace": (5, ["x"])}.items() for value in values),
+    ({"prompt": "q", "a": "x", "b": "y", "label": ["A"]}, "unknown label ['A']"),
+    ({"prompt": "q", "a": "x", "b": "y", "label": None}, "unknown label None"),
+    ({"prompt": "q", "chosen": "x", "rejected": "y", "type": 3}, "type is not a text"),
+    ("[" * 100_000, "not a JSON object"),
+    ('{"prompt": "caf\udce9", "a": "x", "b": "y", "label": "A"}', "not UTF-8 text"),
 ])
 def test_a_bad_line_is_named_counted_and_never_dropped_in_silence(row, complaint, tmp_path, capsys):
     path = tmp_path / "pairs.jsonl"
     good = json.dumps({"prompt": "q", "a": "x", "b": "y", "label": "B"})
-    path.write_text("\n".join([good, "", row if isinstance(row, str) else json.dumps(row), good]) + "\n")
+    path.write_text("\n".join([good, "", row if isinstance(row, str) else json.dumps(row), good]) + "\n",
+                    errors="surrogateescape")
     with pytest.raises(SystemExit) as stop:
         read_pairs(path)
     assert stop.value.code == 2
@@ -201,6 +270,65 @@ def test_a_bad_line_is_named_counted_and_never_dropped_in_silence(row, complaint
     assert len(read_pairs(path, skip_bad=True)) == 2
     said = capsys.readouterr().err
     assert f"{path}:3: " in said and "1 bad lines of 3" in said
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_what_is_null_is_absent(tmp_path, suffix):
+    """As parquet and pandas write a field that only some rows have."""
+    row = {"id": None, "prompt": "q", "context": None, "a": "x", "b": "y", "label": "A", "type": None,
+           "source": None, "meta": None, "trace": None, "chosen": None, "rejected": None,
+           "context_messages": None, "winner": None}
+    rows = [row, {**row, "type": "chat"},
+            {**row, "a": None, "b": None, "chosen": "x", "rejected": "y", "id": "7"}]
+    path = tmp_path / f"pairs.{suffix}"
+    if suffix == "parquet":
+        import pyarrow
+        import pyarrow.parquet
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    else:
+        path.write_text("\n".join(map(json.dumps, rows)))
+    one, two, three = read_pairs(path)
+    assert one == Pair("pairs-1", [{"role": "user", "content": "q"}], "x", "y", "A")
+    assert (two.id, two.type, three.id, three.meta, three.trace) == ("pairs-2", "chat", "7", {}, None)
+
+
+ROWS = [{"prompt": f"qu\u00e9 {i}", "a": "x", "b": "y", "label": "AB"[i % 2]} for i in range(3)]
+LINES = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in ROWS)
+
+
+@pytest.mark.parametrize("name, data", [
+    ("p.jsonl", b"\xef\xbb\xbf" + LINES.encode()),
+    ("p.jsonl", LINES.replace("\n", "\r\n").encode()),
+    ("p.jsonl", LINES.replace("\n", "\r").encode()),
+    ("p.json", LINES.encode()),
+    ("p.json", b"\xef\xbb\xbf" + json.dumps(ROWS).encode()),
+    ("p.json", json.dumps(ROWS, indent=1, ensure_ascii=False).encode())])
+def test_texts_of_every_make_are_read(tmp_path, name, data):
+    (tmp_path / name).write_bytes(data)
+    assert [p.context[0]["content"] for p in read_pairs(tmp_path / name)] == [r["prompt"] for r in ROWS]
+
+
+@pytest.mark.parametrize("name, data, complaint", [
+    ("p.jsonl", LINES.encode("utf-16"), "UTF-16"), ("p.json", json.dumps(ROWS).encode("utf-16"), "UTF-16"),
+    ("p.jsonl", gzip.compress(LINES.encode()), "compressed"), ("p.jsonl", b"PK\3\4 and so on", "compressed"),
+    ("p.jsonl", json.dumps(ROWS, indent=1).encode(), "name it .json"),
+    ("p.jsonl", json.dumps(ROWS).encode(), "name it .json"),
+    ("p.jsonl", json.dumps(ROWS[0], indent=1).encode(), "name it .json"),
+    ("p.json", json.dumps(ROWS, indent=1, ensure_ascii=False).encode("latin-1"), "not UTF-8 text"),
+    ("p.json", json.dumps(ROWS, indent=1).encode()[:-5], "not a JSON object"),
+    ("p.json", b"", "no pairs"), ("p.parquet", b"PAR1 and so on", "not a parquet file"),
+    ("p.jsonl", None, "is a folder"), ("some/data", None, "is a folder"), ("gone.jsonl", 0, "no such file")])
+def test_a_file_that_cannot_be_read_gets_one_sentence(tmp_path, monkeypatch, capsys, name, data, complaint):
+    monkeypatch.chdir(tmp_path)                        # some/data could be the name of a hub dataset
+    if data is None:
+        (tmp_path / name).mkdir(parents=True)
+    elif data != 0:
+        (tmp_path / name).write_bytes(data)
+    with pytest.raises(SystemExit) as stop:
+        read_pairs(name)
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and len(said.splitlines()) == 1 and name in said and complaint in said
+    assert "more bad lines" not in said
 
 
 def test_a_hub_dataset_is_read_by_its_name(monkeypatch):

@@ -141,17 +141,69 @@ GOOD = {"prompt": "q", "a": "x", "b": "y", "label": "A"}
     ("grpo.py", ("--data", "nowhere.jsonl"), "nowhere.jsonl: no such file"),
     ("grpo.py", ("--model", "runs/nowhere/model"), "no such folder"),
     ("grpo.py", ("--system-prompt", "nowhere.txt"), "nowhere.txt: no such file"),
-    ("sft.py", ("--batch", 4096), "--batch 4096: more than the 256 rows"),
+    ("sft.py", ("--batch", 4096, "--max-len", 160), "--batch 4096: more than the 256 rows"),
     ("eval.py", ("--data", "nowhere.jsonl"), "nowhere.jsonl: no such file"),
     ("eval.py", ("--bench", "rewardbench3"), "--bench rewardbench3: no such benchmark"),
     ("eval.py", ("--bench", "rmb", "--data-dir", "nowhere"), "--data-dir nowhere: no such folder"),
     ("eval.py", ("--bench", "rmb", "--data-dir", "tests"),
      "no file or folder in it has a name that begins with rmb"),
+    ("eval.py", ("--votes", 0), "--votes: 0 is not a whole number from 1"),
+    ("eval.py", ("--limit", 0), "--limit: 0 is not a whole number from 1"),
+    ("eval.py", ("--temperature", "nan"), "--temperature: nan is not a number from 0"),
+    ("eval.py", ("--temperature", 1, -1), "--temperature: -1 is not a number from 0"),
+    ("eval.py", ("--max-tokens", 0), "--max-tokens: 0 is not a whole number from 1"),
+    ("eval.py", ("--max-len", 1), "--max-len: 1 is not a whole number from 2"),
+    ("eval.py", ("--at-once", 0), "--at-once: 0 is not a whole number from 1"),
+    ("eval.py", ("--tp", 0), "--tp: 0 is not a whole number from 1"),
+    ("eval.py", ("--seed", -1), "--seed: -1 is not a whole number from 0"),
+    ("eval.py", ("--engine-memory", 1.5), "--engine-memory: 1.5 is not a number above 0 to 1"),
     ("eval.py", ("--votes", 3), "--votes 3: votes at temperature 0 are all the same"),
     ("eval.py", ("--scalar", "--both-orders"), "--scalar: a reward model has no votes, no order"),
 ])
 def test_bad_flags_get_one_sentence(script, more, complaint, toy, tmp_path):
     assert complaint in bad(toy, tmp_path, script, *more)
+
+
+@pytest.mark.parametrize("script, command, complaint", [
+    ("eval", ("report", "x", "--examples", -1), "--examples: -1 is not a whole number from 0"),
+    ("rmr1", ("judge", "--model", "x", "--line", 0), "--line: 0 is not a whole number from 1"),
+    ("rmr1", ("judge", "--model", "x", "--max-tokens", 0), "--max-tokens: 0 is not a whole number from 1")])
+def test_numbers_of_other_commands_have_ranges_too(script, command, complaint):
+    done = call(importlib.import_module(script), *command, ok=False)
+    assert done.returncode == 2 and f"error: {complaint}" in done.stderr
+
+
+def make(*words, ok=True):
+    """`make` with scripts that do nothing."""
+    clean = {k: v for k, v in environment().items() if not k.startswith("MAKE")}
+    done = subprocess.run(["make", *map(str, words), "PY=true", "READY="], cwd=ROOT, capture_output=True,
+                          text=True, env=clean)
+    assert not ok or done.returncode == 0, done.stderr
+    return done
+
+
+def test_a_demo_removes_its_own_folder_only(tmp_path):
+    """A folder that it did not make stays; its own is made anew; every seed and every oracle has one."""
+    mine, demo = tmp_path / "mine", tmp_path / "demo"
+    mine.mkdir()
+    (mine / "thesis.tex").write_text("x")
+    for target in ("demo", "controls"):
+        done = make(target, f"DEMO={mine}", ok=False)
+        assert done.returncode and "error: DEMO" in done.stderr and (mine / "thesis.tex").exists()
+    make("demo", f"DEMO={demo}")
+    (demo / "eval-sft").mkdir()
+    (demo / "control-sft").mkdir()
+    make("controls", f"DEMO={demo}")
+    assert not (demo / "control-sft").exists()
+    assert (demo / "eval-sft").exists()
+    make("demo", f"DEMO={demo}")
+    assert demo.exists() and not (demo / "eval-sft").exists()
+    for words, folder, seed in (((), "demo", 0), (("SEED=1",), "demo-seed1", 1),
+                                (("REPAIR=1",), "demo-repair1", 0), (("SEED=0", "REPAIR=.5"), "demo", 0),
+                                (("SEED=2", "REPAIR=1"), "demo-seed2-repair1", 2)):
+        for target in ("demo", "controls"):
+            said = make("-n", target, *words).stdout
+            assert f"runs/{folder}/eval-sft" in said and set(re.findall(r"--seed (\d)", said)) == {str(seed)}
 
 
 @pytest.mark.parametrize("row, complaint", [
@@ -166,7 +218,8 @@ def test_bad_lines_get_one_sentence(row, complaint, toy, tmp_path):
 
 
 def test_pairs_without_traces_cannot_be_fitted(toy, tmp_path):
-    assert "1 pairs have no trace to learn from" in bad(toy, tmp_path, "sft.py", data=json.dumps(GOOD) + "\n")
+    assert "1 pairs have no trace to learn from" in bad(toy, tmp_path, "sft.py", "--max-len", 160,
+                                                        data=json.dumps(GOOD) + "\n")
 
 
 def test_a_model_folder_without_weights(toy, tmp_path):
