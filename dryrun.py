@@ -36,9 +36,11 @@ KEPT, BESIDE = {True: 2.5, False: 4.0}, 3 * GB
 
 
 def ranks(args):
-    """How many ranks a dry run is for; None where it is none."""
+    """How many ranks a dry run is for; None where it is none. One process does it for all that are started."""
     if args.dry_run is None:
         return None
+    if int(os.environ.get("RANK", 0)):
+        raise SystemExit(0)
     return int(args.dry_run[0]) if args.dry_run else int(os.environ.get("WORLD_SIZE", 1))
 
 

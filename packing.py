@@ -229,4 +229,23 @@ def bucketed(q, k, v, plan, scaling, window):
     return torch.cat(outs).index_select(0, inverse).view_as(q)
 
 
+@torch.no_grad()
+def check_kernel(heads, keys, width, device):
+    """Does the kernel of CUDA do what SDPA does, at a model's heads, key heads and head width? A few rows with a
+    shared prompt and without, with a window and without, in bf16: milliseconds, and a guard against a kernel that
+    aligns its mask otherwise, or has no such width. -> largest difference"""
+    draw, gap = torch.Generator().manual_seed(0), 0.0
+    for groups in ([([0] * 7, [[0] * 5, [0] * 9]), ([0] * 3, [[0] * 6])], [([0] * 5, [[0] * 4])]):
+        batch, = pack(groups, 1000, device)
+        q, k, v = (torch.randn(len(batch.tokens), n, width, generator=draw).to(device, torch.bfloat16)
+                   for n in (heads, keys, keys))
+        for window in (None, 4):
+            two = (kernel(q, k, v, batch.plan, width ** -0.5, window).float() for kernel in (varlen, bucketed))
+            gap = max(gap, (next(two) - next(two)).abs().max().item())
+    if not gap < 2e-2:
+        fail(f"torch {torch.__version__}: its attention kernel for CUDA differs by {gap:.2g} from SDPA on rows with "
+             "a shared prompt; training here would be wrong")
+    return gap
+
+
 AttentionInterface.register("packed", packed_attention)

@@ -28,7 +28,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import ranks
 from files import fail
-from packing import pack
+from packing import check_kernel, pack
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -269,6 +269,10 @@ def check_family(config, device):
     if not gap < 1e-3:
         fail(f"--model: {config.model_type} computes something that packed training does not know: log-probs "
              f"differ by {gap:.2g} from transformers' own; see the table of families in docs/training.md")
+    if ranks.CUDA:
+        heads = config.num_attention_heads
+        check_kernel(heads, config.num_key_value_heads, getattr(config, "head_dim", None)
+                     or config.hidden_size // heads, device)
     return gap
 
 

@@ -79,6 +79,26 @@ def test_attention_kernels(kernel, dtype, bound, groups, window, ranks, monkeypa
     assert (batch.plan.varlen[0] is None) == all(len(rs) == 1 for _, rs in groups), "keys copied for nothing"
 
 
+@pytest.mark.check("attention kernels against a dense mask")
+def test_a_kernel_that_aligns_otherwise_is_noticed_at_the_start(ranks, monkeypatch, record_property, capsys):
+    """As documented it passes; with its mask aligned to the first key, or without its window, it does not."""
+    if not R.CUDA:
+        monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", documented)
+    record_property("kernel against SDPA, bf16", packing.check_kernel(8, 2, 64, ranks[2]))
+    right = torch.nn.attention.varlen.varlen_attn
+
+    def top_left(q, k, v, cu_q, cu_k, *lengths, window_size, **kw):
+        starts = [range(a, a + n) for a, n in zip(cu_k[:-1].tolist(), cu_q.diff().tolist())]
+        rows = torch.tensor([i for r in starts for i in r], device=k.device)
+        return right(q, k[rows], v[rows], cu_q, cu_q, lengths[0], lengths[0], window_size=window_size, **kw)
+
+    for wrong in (top_left, lambda *a, window_size, **kw: right(*a, window_size=(-1, 0), **kw)):
+        monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", wrong)
+        with pytest.raises(SystemExit):
+            packing.check_kernel(8, 2, 64, ranks[2])
+        assert "its attention kernel for CUDA differs" in capsys.readouterr().err
+
+
 @pytest.mark.check("log-probs and gradients against transformers")
 @pytest.mark.parametrize("budget", [1, 40, 64, 10**9])
 def test_packed_rows_equal_separate_sequences(model, ranks, budget, record_property):
