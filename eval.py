@@ -26,8 +26,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 import benchmarks as B
+from engine import check_tp, seed_of
 from files import Flags, claim, fail, fingerprint, number, read_lines, read_object, write_lines
-from rmr1 import Local, Scalar, Server, check_tp, seed_of, without_user
+from rmr1 import Local, Scalar, Server, without_user
 from rubrics import (PROTOCOLS, chat_messages, judges_by_looks, parse, process_judgement, prompt_form,
                      read_pairs, verbatim)
 

@@ -27,8 +27,8 @@ import dryrun
 import packing
 import policy as P
 import ranks as R
+from engine import Engine, check_tp, seed_of, text_of
 from files import Flags, fail, number
-from rmr1 import Engine, check_tp, seed_of, text_of
 from rubrics import (PROTOCOLS, Pair, chat_messages, encode, form_of, lm_as_judge, parse, prompt_form,
                      read_pairs, verdict_reward)
 

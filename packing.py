@@ -121,8 +121,7 @@ class Plan:
     """Who attends to whom in a micro-batch, in the form that a kernel wants, made when it is first asked for.
 
     spans  [(first query, number of queries n, [key, ...]), ...], covering the tokens in order. Causal from
-    the
-           end: the last query sees every key, the one before all but the last, and so on.
+           the end: the last query sees every key, the one before all but the last, and so on.
     """
 
     def __init__(self, spans, device):

@@ -13,7 +13,7 @@ import tempfile
 import common
 import ranks as R
 from files import Flags
-from rmr1 import Engine, seed_of
+from engine import Engine, seed_of
 
 
 def main():

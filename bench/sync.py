@@ -18,7 +18,7 @@ from common import ROOT
 import policy as P
 import ranks as R
 from files import Flags
-from rmr1 import Engine
+from engine import Engine
 
 # layers, width, vocabulary: with tied embeddings about 5, 100, 500 and 1,500 million parameters
 SIZES = {"5M": (6, 256, None), "100M": (12, 512, 152064), "500M": (24, 1024, 152064),

@@ -27,8 +27,9 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks import digest
-from rmr1 import Local, Server, seed_of
+from engine import seed_of
 from files import Flags, claim, fail, number, read_lines, write_lines
+from rmr1 import Local, Server
 from rubrics import chat_messages, encode, parse, read_pairs, read_system
 
 # What pass 2 adds to the user's message.

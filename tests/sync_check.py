@@ -15,7 +15,7 @@ import torch
 import packing
 import policy as P
 import ranks as R
-from rmr1 import Engine, seed_of
+from engine import Engine, seed_of
 
 folder, dtype, tp = sys.argv[1], P.DTYPES[sys.argv[2]], int(sys.argv[3])
 rank, world, device = R.start_ranks()

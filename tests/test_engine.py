@@ -6,7 +6,7 @@ import pytest
 from conftest import metrics, run, save_qwen2
 from transformers import Qwen2Config
 
-from rmr1 import check_tp
+from engine import check_tp
 
 
 @pytest.mark.check("weights reach the engine, after sleep and wake")
