@@ -13,7 +13,6 @@ has no items has no value: parts of a benchmark are never averaged as if they we
 Text and arithmetic only, no model.
 """
 import hashlib
-import json
 import math
 import re
 from collections import defaultdict
@@ -493,8 +492,3 @@ def bench_of(path):
         if fits := [b for b in BENCHES if start.startswith(plain(b))]:
             return max(fits, key=len)
     return None
-
-
-def digest(value):
-    """A short fingerprint of anything that JSON can write."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]

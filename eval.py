@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 import benchmarks as B
 from engine import check_tp, seed_of
-from files import Flags, claim, fail, fingerprint, number, read_lines, read_object, write_lines
+from files import Flags, claim, digest, fail, fingerprint, number, read_lines, read_object, write_lines
 from rmr1 import Local, Scalar, Server, without_user
 from rubrics import (PROTOCOLS, chat_messages, judges_by_looks, parse, process_judgement, prompt_form,
                      read_pairs, verbatim)
@@ -172,7 +172,7 @@ def line_of(a, shown, messages):
     quotes = verbatim(j, shown)
     return {"verdict": j.verdict, "reason": j.reason if a.finish in ("stop", "cut off") else a.finish,
             "official": process_judgement(a.text), "finish": a.finish, "tokens": a.tokens,
-            "prompt_tokens": a.prompt_tokens, "prompt": B.digest(messages), "type": j.type,
+            "prompt_tokens": a.prompt_tokens, "prompt": digest(messages), "type": j.type,
             "rubric": [[name, weight] for name, weight, _ in j.rubric], "quotes": [sum(quotes), len(quotes)],
             "text": a.text}
 
@@ -183,7 +183,7 @@ def scalar_answers(args, mine, chat):
     for at, (shown, *_) in enumerate(mine):
         for side, response in (("A", shown.a), ("B", shown.b)):
             conversation = [*shown.context, {"role": "assistant", "content": response}]
-            if (key := B.digest(conversation)) not in places:
+            if (key := digest(conversation)) not in places:
                 conversations.append(conversation)
             places[key].append((at, side))
     got, uses = defaultdict(dict), list(places.values())
@@ -197,7 +197,7 @@ def scalar_answers(args, mine, chat):
                 verdict = None if reason else "A" if a > b else "B"
                 yield at, {"verdict": verdict, "reason": reason, "official": verdict or "error",
                            "finish": reason or "stop", "tokens": 0, "prompt_tokens": 0,
-                           "prompt": B.digest(chat(*mine[at][:2])), "type": "", "rubric": [],
+                           "prompt": digest(chat(*mine[at][:2])), "type": "", "rubric": [],
                            "quotes": [0, 0], "scores": [a, b], "text": ""}
 
 
@@ -231,7 +231,7 @@ def open_run(out, config, asked, left_out, whole, chat, rank):
         if line["order"] and pair.messages is not None and not pair.a:      # cannot be swapped, as it is now
             return False
         shown = pair.swapped() if line["order"] else pair
-        return line["label"] == shown.label and line["prompt"] == B.digest(chat(shown, line["order"]))
+        return line["label"] == shown.label and line["prompt"] == digest(chat(shown, line["order"]))
 
     if rank == 0:
         write_lines(path, [json.dumps(config, indent=2)])

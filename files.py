@@ -198,6 +198,11 @@ def rows_of(source, split="train", revision=None):
         fail(f"{source}: no such file")
 
 
+def digest(value):
+    """A short fingerprint of anything that JSON can write."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
 def fingerprint(model, folder):
     """A short digest of a model's weights in its folder, from samples all over its files; of random weights
     (model names a config.json) from that file; None without a folder."""

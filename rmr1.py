@@ -9,6 +9,7 @@ The demo's judge knows the kinds of question that data/toy.py asks, in its few w
 """
 import base64
 import itertools
+import json
 import os
 import queue
 import re
@@ -21,7 +22,7 @@ from urllib.parse import unquote
 
 import rubrics
 from engine import Engine, text_of
-from files import Flags, fail, number
+from files import Flags, fail, number, read_lines, write_lines
 from rubrics import Pair, chat_messages, encode, parse, plain, prompt_form, read_pairs
 
 
@@ -239,6 +240,34 @@ class Scalar:
             with self.torch.no_grad():
                 rewards = self.model(input_ids=tokens, attention_mask=mask).logits[:, 0].float().tolist()
             yield from zip(batch, rewards)
+
+
+# ---------------------------------------------------------------- a journal
+
+class Journal:
+    """Every answer, one line of JSON, as it comes, found by `asked`: the digest of all that could change it. So it
+    is cache, resume and bill in one: what was killed, or asked before, is not asked again. Without a path it
+    lasts as long as the process. failed: why the last request without an answer got none."""
+
+    def __init__(self, path=None):
+        self.path, self.failed, self.answers, self.file = path, "", {}, None
+        if path:
+            self.answers = {row.get("asked", str(row.get("key"))): row for row in read_lines(path)}
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_lines(path, map(json.dumps, self.answers.values()))   # without a line that a kill cut short
+            self.file = open(path, "a")
+
+    def add(self, asked, answer, **about):
+        """about: what else the line says, for people to read."""
+        row = about | {"asked": asked, "text": answer.text, "finish": answer.finish, "tokens": answer.tokens,
+                       "prompt_tokens": answer.prompt_tokens}
+        self.answers[asked] = row
+        try:
+            if self.file:
+                self.file.write(json.dumps(row) + "\n")
+                self.file.flush()
+        except OSError as e:
+            fail(f"{self.path}: cannot be written ({e.strerror}); the answers in it are kept")
 
 
 # ---------------------------------------------------------------- the command line

@@ -26,10 +26,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from benchmarks import digest
 from engine import seed_of
-from files import Flags, claim, fail, number, read_lines, write_lines
-from rmr1 import Local, Server
+from files import Flags, claim, digest, fail, number, read_lines, write_lines
+from rmr1 import Journal, Local, Server
 from rubrics import chat_messages, encode, parse, read_pairs, read_system
 
 # What pass 2 adds to the user's message.
@@ -97,28 +96,6 @@ def hint(messages, label, judgment, reason):
 
 # ---------------------------------------------------------------- asking, with a journal
 
-class Journal:
-    """Every answer, one line, as it comes. key: (pair id, pass, sample), for people to read; asked: the
-    digest of all that could change the answer, by which it is found. failed: why a request got none."""
-
-    def __init__(self, path):
-        self.path, self.failed = path, ""
-        self.answers = {row.get("asked", str(row["key"])): row for row in read_lines(path)}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_lines(path, map(json.dumps, self.answers.values()))       # without a line that a kill cut short
-        self.file = open(path, "a")
-
-    def add(self, key, asked, teacher, answer):
-        row = {"key": list(key), "asked": asked, "teacher": teacher, "text": answer.text,
-               "finish": answer.finish, "tokens": answer.tokens, "prompt_tokens": answer.prompt_tokens}
-        self.answers[asked] = row
-        try:
-            self.file.write(json.dumps(row) + "\n")
-            self.file.flush()
-        except OSError as e:
-            fail(f"{self.path}: cannot be written ({e.strerror}); the answers in it are kept")
-
-
 def ask(teacher, wanted, journal, name, args, desc):
     """Answers for [(key, messages), ...], from the journal or else from the teacher. -> {key: row}; keys
     without an answer are missing. teacher() builds one, when there is something to ask."""
@@ -134,7 +111,7 @@ def ask(teacher, wanted, journal, name, args, desc):
         if answer.failed:
             journal.failed = answer.finish
         else:
-            journal.add(key, asked[key], name, answer)
+            journal.add(asked[key], answer, key=list(key), teacher=name)
             cost += price_of(answer.prompt_tokens, answer.tokens, args.price)
         bar.update()
         bar.set_postfix_str(f"${cost:.2f}" if any(args.price) else "", refresh=False)
