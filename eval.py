@@ -26,9 +26,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 import benchmarks as B
+from askers import Local, Scalar, Server, without_user
 from engine import check_tp, seed_of
 from files import Flags, claim, digest, fail, fingerprint, number, read_lines, read_object, write_lines
-from rmr1 import Local, Scalar, Server, without_user
 from rubrics import (PROTOCOLS, chat_messages, judges_by_looks, parse, process_judgement, prompt_form,
                      read_pairs, verbatim)
 
@@ -514,10 +514,10 @@ def page_data(runs, table, examples):
             picked += [k.pop() for k in lists if k]
         shown |= dict.fromkeys(picked[:examples])
     judgments, coolest = defaultdict(list), [min(x["temperature"] for x in run["judgments"]) for run in runs]
-    for number, run in enumerate(runs):
+    for place, run in enumerate(runs):
         for x in run["judgments"]:
-            if x["id"] in shown and x["vote"] == 0 and x["temperature"] == coolest[number]:
-                judgments[x["id"]].append({"run": number, **{k: x[k] for k in (
+            if x["id"] in shown and x["vote"] == 0 and x["temperature"] == coolest[place]:
+                judgments[x["id"]].append({"run": place, **{k: x[k] for k in (
                     "order", "swap", "temperature", "verdict", "reason", "label", "tokens", "text")},
                     "scores": x.get("scores")})
     pairs = {k: p for run in runs for k, p in run["pairs"].items() if k in shown}

@@ -1,5 +1,11 @@
 """
-The judge you use: who answers, and `judge` for one pair.
+The judge you use: compare two responses, rank several, reward a group; and the command line.
+
+    from rmr1 import Judge
+    judge = Judge("runs/demo/grpo/model", dtype="float32")             # or a hub id, or a server's URL
+    judge.compare("What is 6 * 7 ?", "Here: 42", "Here: 45").verdict   # "A"
+    judge.rank(prompt, responses, goal="best").order[0]                # the best one's place
+    GRPOTrainer(..., reward_funcs=judge.reward)                        # TRL; judge.areward is its async twin
 
     python rmr1.py judge --model runs/demo/grpo/model --data runs/demo/data/test.jsonl --line 3
     python rmr1.py judge --model runs/demo/grpo/model --question "What is 6 * 7 ?" \\
@@ -7,333 +13,400 @@ The judge you use: who answers, and `judge` for one pair.
 
 The demo's judge knows the kinds of question that data/toy.py asks, in its few words, and no others.
 """
-import base64
-import itertools
+import asyncio
+import contextlib
 import json
 import os
 import queue
-import re
+import shutil
 import sys
 import textwrap
 import threading
+import warnings
+from collections import Counter
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import unquote
 
+import ranking
 import rubrics
-from engine import Engine, text_of
-from files import Flags, fail, number, read_lines, write_lines
-from rubrics import Pair, chat_messages, encode, parse, plain, prompt_form, read_pairs
+from askers import Journal, Local, Server, without_user
+from engine import seed_of
+from files import Flags, digest, fail, fingerprint, json_object, number, rows_of
+from rubrics import Judgment, Pair, chat_messages, messages_of, parse, prompt_form, read_pairs, verbatim
 
-
-# ---------------------------------------------------------------- who answers
 
 @dataclass
-class Answer:
-    """What came back for one chat. finish: "stop"; "cut off" at the length limit; else why there is no text.
-    failed: worth asking again."""
-    text: str
-    finish: str
+class Vote:
+    """One judgment of two responses. first: the place of the one that was shown as A; verdict: "A" or "B" of what
+    was shown, None where there is none (judgment.reason says why)."""
+    first: int
+    second: int
+    verdict: str | None
+    judgment: Judgment
     tokens: int = 0
-    prompt_tokens: int = 0
-    failed: bool = False
 
 
-class Local:
-    """A model in this process, or one in every rank, by vLLM. `model/config.json` means random weights."""
+@dataclass
+class Comparison:
+    """What the votes on two responses say; `ranking.verdict` has the definitions.
 
-    def __init__(self, model, max_tokens, max_len=None, dtype="bfloat16", memory=0.9, seed=0, tp=1):
-        import policy
-        import ranks
-        self.folder = policy.resolve(model)
-        self.tokenizer, self.stop = policy.load_tokenizer(self.folder)
-        window = policy.config_of(self.folder).max_position_embeddings
-        self.window, self.max_tokens = min(max_len or window, window), max_tokens
-        random = model.endswith("config.json")
-        if not random:
-            policy.check_weights(model, self.folder)
-        *_, device = ranks.start_ranks()
-        self.engine = Engine(self.folder, self.window, dtype, "dummy" if random else "auto", memory, tp)
-        if random:                                 # the folder has no weights: bring them, as training does
-            dtype = policy.DTYPES[dtype]
-            self.engine.sync(policy.load(model, device, dtype, seed, trainable=False), dtype)
-
-    def answers(self, requests):
-        """requests: an iterable of (messages, seed, temperature). Yields (place, Answer) as they finish."""
-        asked, refused = {}, []
-
-        def prompts():
-            for place, (messages, seed, temperature) in enumerate(requests):
-                ids = encode(self.tokenizer, messages)
-                if len(ids) < self.window:
-                    asked[len(asked)] = place, ids
-                    yield ids, seed, temperature
-                else:
-                    why = ("prompt longer than" if len(ids) > self.window else
-                           "prompt leaves no room for a judgment in") + f" the window of {self.window} tokens"
-                    refused.append((place, Answer("", why, prompt_tokens=len(ids))))
-
-        for at, s in self.engine.stream(prompts(), self.max_tokens, self.stop, logprobs=False):
-            place, ids = asked[at]
-            asked[at] = None
-            yield place, Answer(text_of(self.tokenizer, ids, s), "stop" if s.finished else "cut off",
-                                len(s.tokens), len(ids))
-        yield from refused
+    verdict   "A", "B", "tie" or None, and then the reason; win: share of A in votes to come, low to high its 90 %
+              interval; consistent: do both orders say the same?
+    vote      the first that spoke for the verdict; votes: all of them
+    """
+    verdict: str | None
+    reason: str
+    win: float
+    low: float
+    high: float
+    consistent: bool | None
+    vote: Vote | None
+    votes: list
 
 
-# A server's words for a prompt that its window has no room for.
-TOO_LONG = re.compile(r"(?i)context.?(length|size|window)|"
-                      r"(prompt|input)\b.{0,40}(too long|too large|longer than|exceeds)")
-REFUSED = "refused by the server"
-USER = re.compile(r"(?<=//)([^/]*)@")      # name and password, which can stand before a URL's host
+@dataclass
+class Ranking:
+    """What comparisons of n responses say; `ranking.rewards` has the definitions. order: places, the best first.
+    reward (the expected win rate), stderr, low, high, best (the chance to be the best): a number for each, None
+    where nothing about a response could be read. votes: the judgments, `first` and `second` being places."""
+    order: list
+    reward: list
+    stderr: list
+    low: list
+    high: list
+    best: list
+    votes: list
 
 
-class Server:
-    """A model behind an OpenAI-compatible endpoint. The key comes from OPENAI_API_KEY; a server of one's own
-    needs none. `at_once` requests are under way together; limits and failures are tried again, later and
-    later. What a server says is passed on without key and password, which some repeat."""
+class Judge:
+    """A judge to compare, rank and reward with. Everything that can run together does, whoever asks for it.
 
-    def __init__(self, base_url, model, max_tokens, at_once=64, key=None, retries=5):
-        import httpx
-        import openai
-        self.openai, self.model, self.max_tokens, self.at_once = openai, model, max_tokens, at_once
-        self.url, self.limit = without_user(base_url), "max_tokens"
-        key = key or os.environ.get("OPENAI_API_KEY")
-        user, _, password = "".join(re.findall(USER, base_url)).partition(":")
-        basic = user and base64.b64encode(unquote(f"{user}:{password}").encode()).decode()
-        self.secrets = [x for x in (basic, key, password or user, unquote(password or user)) if x]
-        try:                               # nobody there: said at once, not after every request's last try
-            httpx.get(base_url, timeout=10)
-        except (httpx.ConnectError, httpx.ConnectTimeout, httpx.UnsupportedProtocol, httpx.InvalidURL,
-                ValueError) as e:
-            fail(f"--base-url {self.url}: nobody answers there ({self.said(e)})")
-        except httpx.HTTPError:            # somebody does, though not in the way of a web server
-            pass
-        self.client = openai.OpenAI(base_url=base_url, max_retries=retries, api_key=key or "none",
-                                    timeout=httpx.Timeout(600, connect=10))
+    model        a folder, a hub id, or the URL of an OpenAI-compatible server (`name`: what it calls the model,
+                 its first one unless given); or anything that answers as they do (`answers` in askers.py)
+    protocol     how it wants to be asked, where the model does not say so itself; system_prompt: a file
+    journal      a file that keeps every judgment: what is in it is not asked again
+    temperature  of the second and further votes in an order; the first is greedy
+    seed         numbers are functions of it and of the texts: other responses' places change nothing
+    more         max_len, dtype, memory, tp of a local model (see `askers.Local`); at_once of a server
 
-    def answers(self, requests):
-        """requests: an iterable of (messages, seed, temperature). Yields (place, Answer) as they finish.
+    compare, rank and reward may be called anywhere; acompare, arank and areward are the same to await.
+    """
 
-        A server that refuses the first three different prompts alike would refuse all, so that is an end.
-        The threads are daemons: whoever stops waits for none of them."""
-        asked, done, under_way, first = enumerate(requests), queue.SimpleQueue(), 0, {}
+    def __init__(self, model, protocol=None, system_prompt=None, name=None, journal=None, temperature=1.0, seed=0,
+                 max_tokens=8192, **more):
+        folder = None
+        if hasattr(model, "answers"):
+            self.asker, about = model, name
+        elif "://" in str(model):
+            self.asker = Server(model, name, max_tokens, **more)
+            self.asker.model = name or self.asker.client.models.list().data[0].id
+            about = [without_user(model), self.asker.model]
+        else:
+            self.asker = Local(str(model), max_tokens, **more)
+            folder, about = self.asker.folder, fingerprint(model, self.asker.folder)
+        self.form = prompt_form(folder, name or model, protocol, system_prompt)
+        self.about, self.temperature, self.seed = [about, max_tokens], temperature, seed
+        self.journal = Journal(Path(journal) if journal else None)
+        # A model here does one thing after another; a server's requests need not wait for other callers'.
+        self.lock = contextlib.nullcontext() if isinstance(self.asker, Server) else threading.Lock()
+        self.inbox, self.waiting, self.pool = queue.SimpleQueue(), {}, ThreadPoolExecutor(64)
 
-        def work(place, request):
+    # --- asking
+
+    def together(self, asked):
+        """Answers to [(messages, seed, temperature), ...], from the journal or else from the model. Of callers in
+        several threads whoever comes first asks for all who wait, in one call."""
+        mine = Future()
+        self.inbox.put((asked, mine))
+        with self.lock:
+            batch = []
+            with contextlib.suppress(queue.Empty):
+                while True:
+                    batch.append(self.inbox.get_nowait())
             try:
-                done.put((place, self.ask(*request)))
-            except BaseException as e:                 # is raised where the answers are awaited
-                done.put((place, e))
+                keyed = [[(digest([*self.about, *r]), r) for r in requests] for requests, _ in batch]
+                todo = {key: r for some in keyed for key, r in some if key not in self.journal.answers}
+                failed, places = {}, list(todo)
+                for at, answer in self.asker.answers(todo.values()) if todo else ():
+                    if answer.failed:
+                        failed[places[at]] = answer
+                    else:
+                        self.journal.add(places[at], answer)
+                for (_, future), some in zip(batch, keyed):
+                    future.set_result([failed.get(key) or self.journal.found(key) for key, _ in some])
+            except BaseException as e:                      # nobody may wait for ever
+                for _, future in batch:
+                    future.set_exception(e)
+        return mine.result()
 
-        while True:
-            for place, request in itertools.islice(asked, self.at_once - under_way):
-                if len(first) < 3 and request[0] not in [messages for messages, _ in first.values()]:
-                    first[place] = request[0], ""
-                threading.Thread(target=work, args=(place, request), daemon=True).start()
-                under_way += 1
-            if not under_way:
-                return
-            place, answer = done.get()
-            under_way -= 1
-            if isinstance(answer, self.openai.APIStatusError):
-                fail(f"{self.url}: {self.said(answer)} (the key is read from OPENAI_API_KEY, the model is "
-                     f"{self.model})")
-            if isinstance(answer, BaseException):
-                raise answer
-            if place in first and answer.failed and answer.finish.startswith(REFUSED):
-                first[place] = first[place][0], re.sub(r"\d+", "", answer.finish)
-                if len(first) == 3 and len({why for _, why in first.values()}) == 1:
-                    fail(f"{self.url}: {answer.finish} (so were the first three prompts)")
-            yield place, answer
+    async def gathered(self, asked):
+        """`together` for what several coroutines of one loop ask for at about the same time: they come here in one
+        turn of the loop, and the first of them waits for the others."""
+        loop = asyncio.get_running_loop()
+        waiting, mine = self.waiting.setdefault(loop, []), loop.create_future()
+        waiting.append((asked, mine))
+        if len(waiting) == 1:
+            await asyncio.sleep(0)
+            del self.waiting[loop]
+            try:
+                answers = iter(await loop.run_in_executor(
+                    self.pool, self.together, [r for requests, _ in waiting for r in requests]))
+                for requests, future in waiting:
+                    future.set_result([next(answers) for _ in requests])
+            except BaseException as e:
+                for _, future in waiting:
+                    future.set_exception(e)
+        return await mine
 
-    def ask(self, messages, seed, temperature, limit=None):
-        """One answer. A wrong key or model is raised: no other request would fare better. A refusal is final
-        where the prompt is longer than the window; one that leaves some room, though less than `max_tokens`,
-        is asked for again without a limit, and gets what room there is."""
-        limit = {self.limit: self.max_tokens} if limit is None else limit
-        try:
-            done = self.client.chat.completions.create(model=self.model, messages=messages, **limit,
-                                                       temperature=temperature, seed=seed % 2**31)
-        except (self.openai.AuthenticationError, self.openai.PermissionDeniedError,
-                self.openai.NotFoundError):
-            raise
-        except self.openai.BadRequestError as e:
-            long = bool(TOO_LONG.search(str(e)))
-            if limit and long:
-                return self.ask(messages, seed, temperature, {})
-            if "max_tokens" in limit and "max_completion_tokens" in str(e):       # OpenAI's o-series
-                self.limit = "max_completion_tokens"
-                return self.ask(messages, seed, temperature)
-            return Answer("", f"{REFUSED}: {self.said(e)}", failed=not long)
-        except (self.openai.OpenAIError, ValueError, RecursionError) as e:
-            return Answer("", f"no answer from the server: {self.said(e)}", failed=True)
-        return answer_of(done)
+    async def play(self, shown, game):
+        """A schedule of ranking.py, played. shown: (i, j) -> the `Pair` that shows response i as A and j as B.
+        All games that are under way in a loop ask in one call. -> what was played [(i, j, result), ...],
+        [Vote, ...]"""
+        before, votes = Counter(), []
 
-    def said(self, error):
-        text = str(error)
-        for secret in self.secrets:
-            text = text.replace(secret, "***")
-        return text[:300]
+        async def ask(places):
+            asked = []
+            for place in places:
+                messages, n = chat_messages(shown(*place), *self.form), before[place]
+                asked.append((messages, seed_of(self.seed, digest(messages), n), self.temperature if n else 0.0))
+                before[place] += 1
+            for place, a in zip(places, await self.gathered(asked)):
+                judgment = parse(a.text, a.finish == "stop")
+                if a.finish not in ("stop", "cut off"):
+                    judgment.reason = a.finish
+                votes.append(Vote(*place, judgment.verdict, judgment, a.tokens))
+            return [None if v.verdict is None else float(v.verdict == "A") for v in votes[-len(places):]]
+
+        return await ranking.play(game, ask), votes
+
+    # --- what is done with answers
+
+    async def acompare(self, prompt, a, b, budget=8):
+        """Which of two responses is better? prompt: a text or messages; a, b: texts, or messages that end in one.
+        One vote in each order, more only while neither is two ahead and the budget lasts. -> `Comparison`"""
+        pair = Pair("", messages_of(prompt), response_of(a), response_of(b), None)
+        if pair.a == pair.b:
+            return Comparison("tie", "the responses are equal", 0.5, 0.5, 0.5, None, None, [])
+        return await self.apair(pair, budget)
+
+    async def apair(self, pair, budget=8):
+        """`acompare` for a `Pair`, in its published prompt if it has one; where its responses cannot be told apart
+        in that, there is one vote, in the order that it has."""
+        played, votes = await self.play(lambda i, _: pair.swapped() if i else pair,
+                                        ranking.votes(budget if pair.a else 1))
+        says = ranking.verdict(played)
+        speaks = [v for v in votes if v.verdict and says["verdict"] == "AB"[(v.verdict == "B") != (v.first == 1)]]
+        reason = {"tie": "as many votes for each", None: votes[0].judgment.reason}.get(says["verdict"], "")
+        return Comparison(says["verdict"], reason, says["win"], says["low"], says["high"], says["consistent"],
+                          speaks[0] if speaks else None, votes)
+
+    async def arank(self, prompt, responses, goal="all", budget=None):
+        """How good are several responses beside each other? goal: "all" wants a reward for each, "best" the best
+        one. budget: judgments, four for each response unless given. Equal responses are judged once. -> `Ranking`"""
+        texts = [response_of(r) for r in responses]
+        keys = sorted(set(texts), key=lambda t: digest([self.seed, t]))     # no place in the list has a say
+        if len(texts) < 2:
+            raise ValueError(f"{len(texts)} responses: a ranking needs two or more")
+        numbers, votes, read = {}, [], set()
+        if len(keys) > 1:
+            context = messages_of(prompt)
+            played, votes = await self.play(
+                lambda i, j: Pair("", context, keys[i], keys[j], None),
+                ranking.schedule([f"{self.seed}/{t}" for t in keys], budget, goal))
+            numbers = ranking.rewards([f"{self.seed}/{t}" for t in keys], played)
+            read = {i for *pair, won in played if won is not None for i in pair}
+        place = {t: texts.index(t) for t in keys}
+        votes = [Vote(place[keys[v.first]], place[keys[v.second]], v.verdict, v.judgment, v.tokens) for v in votes]
+        alone = dict(reward=0.5, stderr=0.0, low=0.5, high=0.5, best=1.0)    # all are equal
+        out = {name: [float(numbers[name][i]) if i in read else None if numbers else alone[name]
+                      for i in map(keys.index, texts)] for name in alone}
+        order = sorted(range(len(texts)), key=lambda i: -(out["reward"][i] if out["reward"][i] is not None else -1))
+        return Ranking(order, *out.values(), votes)
+
+    async def areward(self, prompts, completions, **_):
+        """A reward for every completion: its expected win rate against the others to the same prompt, which stand in
+        a row, as trainers have them. None where nothing could be read, or where a completion is alone: TRL then
+        gives it no advantage. Goes into TRL's `reward_funcs`, and into verifiers' as a group reward."""
+        groups = []
+        for prompt, completion in zip(prompts, completions, strict=True):
+            if not groups or groups[-1][0] != prompt:
+                groups.append((prompt, []))
+            groups[-1][1].append(completion)
+        if any(len(some) == 1 for _, some in groups):
+            warnings.warn("a completion is the only one to its prompt, so there is nothing to compare it with; let "
+                          "per_device_train_batch_size x steps_per_generation be a multiple of num_generations")
+        ranked = await asyncio.gather(*(self.arank(prompt, some) for prompt, some in groups if len(some) > 1))
+        ranked = iter(ranked)
+        return [r for _, some in groups for r in (next(ranked).reward if len(some) > 1 else [None])]
+
+    def verl(self):
+        """A `compute_score` for verl, which shows a reward function one sample at a time: the share of votes that it
+        wins against `ground_truth`, for the prompt in `extra_info["question"]`."""
+        async def compute_score(data_source, solution_str, ground_truth, extra_info):
+            found = await self.acompare(extra_info["question"], solution_str, ground_truth)
+            return {"score": found.win if found.verdict else 0.5, "read": float(found.verdict is not None)}
+        return compute_score
+
+    def compare(self, prompt, a, b, budget=8):
+        return now(self.acompare(prompt, a, b, budget))
+
+    def compare_all(self, pairs, budget=8):
+        """`compare` for many (prompt, a, b), or `Pair`s, together. -> [Comparison, ...]"""
+        return now(all_of([self.apair(p, budget) if isinstance(p, Pair) else self.acompare(*p, budget)
+                           for p in pairs]))
+
+    def rank(self, prompt, responses, goal="all", budget=None):
+        return now(self.arank(prompt, responses, goal, budget))
+
+    def reward(self, prompts, completions, **more):
+        return now(self.areward(prompts, completions, **more))
 
 
-def without_user(url):
-    """A URL as it may be shown and kept."""
-    return USER.sub("", url)
+async def all_of(coroutines):
+    return await asyncio.gather(*coroutines)
 
 
-def answer_of(done):
-    """A server's reply as an `Answer`. Status 200 promises nothing: a proxy's page, a number, a stream or a
-    message of other parts than text is no answer."""
-    choices = getattr(done, "choices", None)
-    choice = choices[0] if isinstance(choices, list) and choices else None
-    said, usage = getattr(choice, "message", None), getattr(done, "usage", None)
-    text = getattr(said, "content", None)
-    if not isinstance(text, str):
-        why = "not a chat completion" if choice is None else "an empty message" if text is None else \
-            "a message that is not a text"
-        return Answer("", f"no answer from the server: {why}", failed=True)
-    thought = getattr(said, "reasoning_content", None) or getattr(said, "reasoning", None)
-    if isinstance(thought, str) and thought:
-        text = f"<think>\n{thought}\n</think>\n{text}"
-    tokens, prompt = (n if isinstance(n := getattr(usage, f"{kind}_tokens", 0), int) else 0
-                      for kind in ("completion", "prompt"))
-    finish = "cut off" if getattr(choice, "finish_reason", None) == "length" else "stop"
-    return Answer(text, finish, tokens, prompt)
+def now(coroutine):
+    """The result of a coroutine, from wherever it is wanted: also within a running loop, as in a notebook."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(coroutine)
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(asyncio.run, coroutine).result()
 
 
-class Scalar:
-    """A reward model that gives a number: a sequence classifier with one output from `transformers`."""
-
-    def __init__(self, model, dtype="bfloat16", batch_tokens=16384):
-        import torch
-        from transformers import AutoModelForSequenceClassification, AutoTokenizer
-        self.torch, self.batch_tokens = torch, batch_tokens
-        self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.tokenizer = AutoTokenizer.from_pretrained(model)
-        self.model = AutoModelForSequenceClassification.from_pretrained(
-            model, dtype=getattr(torch, dtype), use_safetensors=True).to(self.device).eval()
-        if self.model.config.num_labels != 1:
-            fail(f"--model {model}: a classifier with {self.model.config.num_labels} outputs; a reward model "
-                 "has one")
-        if self.tokenizer.chat_template is None:
-            fail(f"--model {model}: its tokenizer has no chat template")
-        if self.model.config.pad_token_id is None:
-            self.model.config.pad_token_id = self.tokenizer.pad_token_id or self.tokenizer.eos_token_id
-
-    def scores(self, conversations):
-        """Reward of each conversation (messages, the response last). Yields (place, score or None where it is
-        longer than the model's window), long ones first, in padded batches of like length."""
-        ids = [self.tokenizer.apply_chat_template(plain(self.tokenizer, c), tokenize=True, return_dict=False)
-               for c in conversations]
-        window = self.model.config.max_position_embeddings
-        order, pad = sorted(range(len(ids)), key=lambda i: -len(ids[i])), self.model.config.pad_token_id
-        while order:
-            long = len(ids[order[0]])
-            if long > window:
-                yield order.pop(0), None
-                continue
-            n = max(1, self.batch_tokens // long)
-            batch, order = order[:n], order[n:]
-            tensor = lambda rows: self.torch.tensor(rows, device=self.device)
-            tokens = tensor([ids[i] + [pad] * (long - len(ids[i])) for i in batch])
-            mask = tensor([[1] * len(ids[i]) + [0] * (long - len(ids[i])) for i in batch])
-            with self.torch.no_grad():
-                rewards = self.model(input_ids=tokens, attention_mask=mask).logits[:, 0].float().tolist()
-            yield from zip(batch, rewards)
-
-
-# ---------------------------------------------------------------- a journal
-
-class Journal:
-    """Every answer, one line of JSON, as it comes, found by `asked`: the digest of all that could change it. So it
-    is cache, resume and bill in one: what was killed, or asked before, is not asked again. Without a path it
-    lasts as long as the process. failed: why the last request without an answer got none."""
-
-    def __init__(self, path=None):
-        self.path, self.failed, self.answers, self.file = path, "", {}, None
-        if path:
-            self.answers = {row.get("asked", str(row.get("key"))): row for row in read_lines(path)}
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_lines(path, map(json.dumps, self.answers.values()))   # without a line that a kill cut short
-            self.file = open(path, "a")
-
-    def add(self, asked, answer, **about):
-        """about: what else the line says, for people to read."""
-        row = about | {"asked": asked, "text": answer.text, "finish": answer.finish, "tokens": answer.tokens,
-                       "prompt_tokens": answer.prompt_tokens}
-        self.answers[asked] = row
-        try:
-            if self.file:
-                self.file.write(json.dumps(row) + "\n")
-                self.file.flush()
-        except OSError as e:
-            fail(f"{self.path}: cannot be written ({e.strerror}); the answers in it are kept")
+def response_of(response):
+    """The text of a response; of messages, the last one's."""
+    text = response[-1].get("content") if isinstance(response, list) and response else response
+    if not isinstance(text, str) or not text.strip():
+        raise ValueError("a response is empty, or not a text")
+    return text
 
 
 # ---------------------------------------------------------------- the command line
 
-def show(pair, judgment):
-    """A judgment for a person to read: what was asked, the criteria with their weights, the
-    comparison, the verdict."""
-    wide = lambda text, indent="  ": "\n".join(
-        textwrap.fill(line, 100, initial_indent=indent, subsequent_indent=indent)
+def show(pair, found):
+    """A comparison for a person to read: what was asked, the criteria with their weights, the comparison, its quotes
+    held against the responses, the verdict and how sure it is. In colour on a terminal, unless NO_COLOR is set."""
+    colour, width = sys.stdout.isatty() and not os.environ.get("NO_COLOR"), shutil.get_terminal_size().columns
+    paint = lambda text, code: f"\033[{code}m{text}\033[0m" if colour and text else text
+    wide = lambda text: "\n".join(
+        textwrap.fill(line, min(100, width), initial_indent="  ", subsequent_indent="  ")
         for line in text.strip("\n").splitlines())
-    parts = [("question", "\n".join(f"{m['role']}: {m['content']}" for m in pair.context)),
-             ("response A", pair.a), ("response B", pair.b), ("task", judgment.type),
-             ("solution", judgment.solution),
-             ("rubric", "\n".join(f"{f'{w:g} %' if w is not None else '':>6}  {name}"
-                                  f"{': ' + text if text else ''}" for name, w, text in judgment.rubric)),
-             ("why these", judgment.justify), ("comparison", judgment.eval)]
-    for title, text in parts:
+    vote = found.vote or found.votes[0]
+    j, shown = vote.judgment, pair.swapped() if vote.first else pair
+    for title, text in (("question", "\n".join(f"{m['role']}: {m['content']}" for m in pair.context)),
+                        ("response A", shown.a), ("response B", shown.b), ("task", j.type), ("solution", j.solution)):
         if text.strip():
-            print(f"{title}\n{wide(text)}\n")
-    if not (judgment.solution or judgment.rubric or judgment.eval):
-        print(f"what it wrote\n{wide(judgment.text)}\n")
-    print(f"verdict: {judgment.verdict or f'none ({judgment.reason})'}"
+            print(f"{paint(title, 1)}\n{wide(text)}\n")
+    if j.rubric:
+        print(paint("rubric", 1))
+        for name, weight, text in j.rubric:
+            bar = "█" * round((weight or 0) / 5)
+            print(f"  {'' if weight is None else f'{weight:g} %':>6} {paint(f'{bar:<20}', 36)} {name}"
+                  + (f": {text}" if text else ""))
+        print()
+    for title, text in (("why these", j.justify), ("comparison", j.eval), (
+            "what it wrote", "" if j.solution or j.rubric or j.eval else j.text)):
+        if text.strip():
+            print(f"{paint(title, 1)}\n{wide(text)}\n")
+    quotes = [(side, q.strip()) for side in "AB" for q in j.quotes[side]]
+    for (side, quote), there in zip(quotes, verbatim(j, shown)):
+        print(paint(f"  {side}: {quote}", 32) if there else paint(f"  {side}: {quote}  (not in the response)", 31))
+    print(f"verdict: {found.verdict or f'none ({found.reason})'}, {found.win:.2f} of votes to come for A "
+          f"({found.low:.2f} to {found.high:.2f}), judgments: {len(found.votes)}"
+          + {True: ", the orders agree", False: ", the orders do not agree", None: ""}[found.consistent]
+          + (", shown here with A and B the other way round" if vote.first else "")
           + (f", people preferred {pair.label}" if pair.label else ""))
 
 
+def as_json(found):
+    """A `Comparison` as a program wants it."""
+    votes = [{"order": "BA" if v.first else "AB", "verdict": v.verdict, "reason": v.judgment.reason,
+              "tokens": v.tokens, "text": v.judgment.text} for v in found.votes]
+    return {k: getattr(found, k) for k in ("verdict", "reason", "win", "low", "high", "consistent")} | {
+        "votes": votes}
+
+
+def judge_of(args):
+    more = {"dtype": args.dtype} if not args.base_url else {}
+    return Judge(args.base_url or args.model, args.protocol, args.system_prompt, args.model, args.journal,
+                 args.temperature, args.seed, args.max_tokens, **more)
+
+
 def judge(args):
-    """`python rmr1.py judge`: one pair, greedily, printed."""
+    """`python rmr1.py judge`: a pair, or all of a file."""
     if args.data:
-        pairs = read_pairs(args.data)
-        if args.line > len(pairs):
+        pairs = read_pairs("/dev/stdin" if args.data == "-" else args.data)
+        if args.line and args.line > len(pairs):
             fail(f"--line {args.line}: {args.data} has {len(pairs)} pairs")
-        pair = pairs[args.line - 1]
+        pairs = pairs[args.line - 1:args.line] if args.line else pairs
     elif args.question and args.a and args.b:
-        pair = Pair("command line", [{"role": "user", "content": args.question}], args.a, args.b, "")
+        pairs = [Pair("command line", [{"role": "user", "content": args.question}], args.a, args.b, None)]
+        if args.a == args.b:
+            fail("--a and --b are equal")
     else:
-        fail("name a pair: --question, --a and --b, or --data with --line")
-    if args.base_url:
-        form = prompt_form(None, args.model, args.protocol, args.system_prompt)
-        judge = Server(args.base_url, args.model, args.max_tokens)
-    else:
-        judge = Local(args.model, args.max_tokens, dtype=args.dtype)
-        form = prompt_form(judge.folder, args.model, args.protocol, args.system_prompt)
-    (_, answer), = judge.answers([(chat_messages(pair, *form), 0, 0.0)])
-    if answer.finish not in ("stop", "cut off"):
-        fail(answer.finish)
-    show(pair, parse(answer.text, answer.finish == "stop"))
+        fail("name a pair: --question, --a and --b, or --data")
+    for pair, found in zip(pairs, judge_of(args).compare_all(pairs, args.budget)):
+        if all(v.verdict is None and not v.judgment.text for v in found.votes):
+            fail(found.reason)
+        print(json.dumps({"id": pair.id} | as_json(found))) if args.json else show(pair, found)
+
+
+def rank(args):
+    """`python rmr1.py rank`: every line's responses beside each other, a line of numbers for each."""
+    rows = []
+    for line, row in rows_of(args.data):
+        try:
+            row = json_object(row)
+            responses = [response_of(r) for r in row.get("responses") or ()]
+            if not 2 <= len(responses) <= args.most:
+                raise ValueError(f"{len(responses)} responses; 2 to {args.most} are ranked (--most), each line asks "
+                                 f"for up to {args.budget or 4 * len(responses)} judgments")
+            rows.append((row.get("id", line), messages_of(row.get("prompt")), responses))
+        except (ValueError, TypeError) as e:
+            fail(f"{args.data}:{line}: {e}")
+    if not rows:
+        fail(f"{args.data}: no lines in it")
+    judge = judge_of(args)
+    ranked = now(all_of([judge.arank(prompt, some, args.goal, args.budget) for _, prompt, some in rows]))
+    for (id, *_), r in zip(rows, ranked):
+        print(json.dumps({"id": id} | {k: getattr(r, k) for k in ("order", "reward", "stderr", "low", "high", "best")}
+                         | {"judgments": len(r.votes)}))
 
 
 def main():
     ap = Flags(__doc__)
-    commands = ap.add_subparsers(required=True, metavar="judge")
-    one = commands.add_parser("judge", help="judge one pair", description="Judge one pair.")
-    arg = one.add_argument
-    arg("--model", required=True, help="folder or hub id of a judge")
-    arg("--question", help="the client's question")
-    arg("--a", help="response A")
-    arg("--b", help="response B")
-    arg("--data", help="or: a file of pairs")
-    arg("--line", type=number(int, 1), default=1, help="which of its pairs, from 1")
-    arg("--protocol", choices=rubrics.PROTOCOLS,
-        help="prompt form; default: what the model was trained with (its judge.json)")
-    arg("--system-prompt", help="file with the system prompt, instead of the model's")
-    arg("--base-url", help="ask an OpenAI-compatible server; its key comes from OPENAI_API_KEY")
-    arg("--max-tokens", type=number(int, 1), default=8192, help="longest judgment in tokens")
-    arg("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the computation")
-    one.set_defaults(run=judge)
+    commands = ap.add_subparsers(required=True, metavar="judge | rank")
+    for name, run, data in (("judge", judge, "or: a file of pairs, or - for standard input"),
+                            ("rank", rank, 'a file of lines {"prompt": ..., "responses": [...]}')):
+        one = commands.add_parser(name, help=run.__doc__.split(": ")[1], description=run.__doc__)
+        arg = one.add_argument
+        arg("--model", required=True, help="folder or hub id of a judge, or a server's name for it")
+        if name == "judge":
+            arg("--question", help="the client's question")
+            arg("--a", help="response A")
+            arg("--b", help="response B")
+            arg("--line", type=number(int, 1), help="which of the file's pairs, from 1; default: all")
+            arg("--json", action="store_true", help="a line of JSON for each, for programs")
+        else:
+            arg("--goal", choices=("all", "best"), default="all", help="a reward for each, or the best one")
+            arg("--most", type=number(int, 2), default=32, help="responses of a line at most")
+        arg("--data", required=name == "rank", help=data)
+        arg("--budget", type=number(int, 1), default=8 if name == "judge" else None,
+            help="judgments of a pair (rank: of a line, four a response unless given) at most")
+        arg("--journal", help="file that keeps every judgment: started again, nothing is judged twice")
+        arg("--protocol", choices=rubrics.PROTOCOLS,
+            help="prompt form; default: what the model was trained with (its judge.json)")
+        arg("--system-prompt", help="file with the system prompt, instead of the model's")
+        arg("--base-url", help="ask an OpenAI-compatible server; its key comes from OPENAI_API_KEY")
+        arg("--temperature", type=number(float, 0), default=1.0, help="of the second vote in an order, and further")
+        arg("--seed", type=number(int, 0), default=0, help="of the votes")
+        arg("--max-tokens", type=number(int, 1), default=8192, help="longest judgment in tokens")
+        arg("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the computation")
+        one.set_defaults(run=run)
     args = ap.parse_args()
     args.run(args)
 

@@ -19,8 +19,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import benchmarks as B
 import eval as E
 from files import Flags, fail
+from askers import Local
 from engine import seed_of
-from rmr1 import Local
 from rubrics import chat_messages, encode, prompt_form, read_pairs
 
 

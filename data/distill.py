@@ -26,9 +26,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from askers import Journal, Local, Server
 from engine import seed_of
 from files import Flags, claim, digest, fail, number, read_lines, write_lines
-from rmr1 import Journal, Local, Server
 from rubrics import chat_messages, encode, parse, read_pairs, read_system
 
 # What pass 2 adds to the user's message.

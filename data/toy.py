@@ -26,8 +26,8 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from distill import Journal, distill
+from askers import Answer
 from engine import seed_of
-from rmr1 import Answer
 from files import Flags, claim, fail, number, write_lines
 from rubrics import Pair, chat_messages, judges_by_looks, lm_as_judge, parse
 

@@ -365,7 +365,7 @@ def instant(monkeypatch):
     """Teachers without a server, which answer at once what .say(name, messages) says; .asked: their names."""
     from types import SimpleNamespace
 
-    from rmr1 import Answer
+    from askers import Answer
     fake = SimpleNamespace(asked=[], say=lambda *_: Answer(GOOD.format(x="A"), "stop", 1, 1))
 
     def teacher(name):
@@ -449,7 +449,7 @@ def test_an_answer_counts_for_what_it_was_asked(instant, pairs, tmp_path, server
 def test_a_refusal_that_may_pass_is_no_answer(instant, pairs, tmp_path):
     """A teacher that refuses, in either pass: nothing of it is kept, its pairs are in neither file, and the
     last line says why; the same command asks for them again."""
-    from rmr1 import Answer
+    from askers import Answer
     for refuses, traces, calls in (
             (("one", "two"), 0, 20), (("two",), 10, 20 + 10), ((), 20, 10), ((), 20, 0)):
         instant.asked.clear()

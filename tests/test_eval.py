@@ -17,7 +17,7 @@ from conftest import ROOT, SHARED, Replies, call, environment, run
 
 import benchmarks as B
 import eval as E
-from rmr1 import Answer, Local, Server
+from askers import Answer, Local, Server
 from rubrics import Pair
 
 RB = [{"id": i, "subset": s, "prompt": f"q {s} {i}", "chosen": "the good one", "rejected": f"a bad one {i}"}
@@ -527,11 +527,11 @@ def test_ctrl_c_does_not_wait_for_a_server(odd):
 
 
 def test_a_prompt_as_long_as_the_window(monkeypatch):
-    import rmr1
+    import askers
     local = Local.__new__(Local)
     local.window, local.max_tokens, local.tokenizer, local.stop = 4, 1, None, []
     local.engine = SimpleNamespace(stream=lambda prompts, *a, **k: iter([*prompts][:0]))
-    monkeypatch.setattr(rmr1, "encode", lambda _, messages: messages)
+    monkeypatch.setattr(askers, "encode", lambda _, messages: messages)
     said = [a.finish for _, a in local.answers(([0] * n, 0, 0.0) for n in (4, 5))]
     assert said == ["prompt leaves no room for a judgment in the window of 4 tokens",
                     "prompt longer than the window of 4 tokens"]

@@ -197,7 +197,7 @@ def test_a_judge_whose_weights_lack_a_tensor_is_not_asked(lost, toy, tmp_path, c
     """vLLM takes a merged matrix for loaded once a part of it is, and would judge with what is in memory."""
     from safetensors.torch import load_file, save_file
 
-    from rmr1 import Local
+    from askers import Local
     save_qwen2(tmp_path / "m", False)
     for file in {*(toy / "model").iterdir()} - {toy / "model/config.json"}:
         shutil.copy(file, tmp_path / "m")

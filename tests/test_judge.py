@@ -1,0 +1,254 @@
+"""The judge people use, on a simulated model: verdicts, rankings, rewards, one journal, one call for all."""
+import asyncio
+import json
+import re
+import threading
+import warnings
+
+import pytest
+
+import rmr1
+from askers import Answer
+from conftest import call
+from rmr1 import Judge
+from rubrics import Pair
+
+SHOWN = re.compile(r"Chatbot (?:A|B)'s Response\]\n(.*)\n\[The End")
+
+
+class Model:
+    """Prefers the response that ends in the larger number, writes a judgment as it should be, and counts. says:
+    (A's number, B's number, seed) -> "A", "B" or another text."""
+
+    def __init__(self, says=lambda a, b, seed: "A" if a > b else "B"):
+        self.says, self.calls, self.asked = says, 0, []
+
+    def answers(self, requests):
+        self.calls += 1
+        for place, (messages, seed, temperature) in enumerate(requests):
+            a, b = (float(x.split()[-1]) for x in SHOWN.findall(messages[-1]["content"]))
+            self.asked.append((a, b, seed, temperature))
+            said = self.says(a, b, seed)
+            text = f"<type>Chat</type><rubric>Size 100%</rubric><eval>x</eval><answer>[[{said}]]</answer>" \
+                if said in "AB" else said
+            yield place, Answer(text, "stop", 7, 11)
+
+
+def judge(says=None, **more):
+    model = Model(says) if says else Model()
+    return Judge(model, protocol="instruct", **more), model
+
+
+def noisy(a, b, seed):
+    """Right with a chance that grows with the difference: a function of the request's seed."""
+    return "A" if (seed % 1000) / 1000 < 1 / (1 + 2.718 ** (b - a)) else "B"
+
+
+def test_a_comparison_and_its_mirror_say_the_same():
+    one, model = judge()
+    x, y = one.compare("q", "is 5", "is 3"), one.compare("q", "is 3", "is 5")
+    assert (x.verdict, y.verdict, x.consistent) == ("A", "B", True) and len(x.votes) == 2
+    assert (x.win, x.low, x.high) == pytest.approx((1 - y.win, 1 - y.high, 1 - y.low))
+    assert x.vote.judgment.rubric == [("Size", 100.0, "")] and model.asked[0][3] == 0.0
+    assert {(v.first, v.second): v.verdict for v in x.votes} == {(0, 1): "A", (1, 0): "B"}
+
+
+def test_votes_end_when_one_is_two_ahead_or_the_budget_is_spent():
+    """A judge that always takes the first is asked to the end, and settles nothing."""
+    first, model = judge(lambda a, b, seed: "A")
+    found = first.compare("q", "is 5", "is 3", budget=6)
+    assert (found.verdict, found.consistent, len(found.votes)) == ("tie", False, 6)
+    assert found.reason == "as many votes for each" and found.low < found.win == 0.5 < found.high
+    assert [t for *_, t in model.asked] == [0.0, 0.0] + [1.0] * 4, "the first of an order is greedy"
+    assert len({seed for *_, seed, _ in model.asked}) == 6
+
+
+def test_what_cannot_be_read_has_a_reason():
+    found = judge(lambda *_: "both are fine")[0].compare("q", "is 5", "is 3", budget=2)
+    assert (found.verdict, found.reason, found.vote) == (None, "no answer", None)
+    ranked = judge(lambda *_: "both are fine")[0].rank("q", ["is 1", "is 2", "is 3"])
+    assert ranked.reward == [None] * 3
+    assert judge(lambda *_: "?")[0].reward(["q"] * 2, ["is 1", "is 2"]) == [None, None]
+
+
+def test_equal_and_empty_responses():
+    one, model = judge()
+    found = one.compare("q", "is 5", "is 5")
+    assert (found.verdict, found.reason) == ("tie", "the responses are equal") and not model.asked
+    assert one.rank("q", ["is 5"] * 3).reward == [0.5] * 3 and not model.asked
+    for bad in ("", "  ", None, [], [{"role": "assistant", "content": None}]):
+        with pytest.raises(ValueError, match="a response is empty, or not a text"):
+            one.compare("q", "is 5", bad)
+    with pytest.raises(ValueError, match="1 responses: a ranking needs two or more"):
+        one.rank("q", ["is 5"])
+    with pytest.raises(ValueError, match="the context"):
+        one.compare("", "is 5", "is 3")
+
+
+@pytest.mark.parametrize("goal", ["all", "best"])
+def test_a_ranking_is_a_function_of_the_texts(goal):
+    """Permuting the responses permutes the numbers to the last bit, equal ones share theirs and are judged once,
+    and another seed is another draw."""
+    texts = [f"is {n}" for n in (4, 1, 3, 0, 2, 3)]
+    ranked = judge(noisy)[0].rank("q", texts, goal)
+    again, model = judge(noisy)
+    order = [3, 5, 0, 2, 4, 1]
+    turned = again.rank("q", [texts[i] for i in order], goal)
+    for name in ("reward", "stderr", "low", "high", "best"):
+        assert getattr(turned, name) == [getattr(ranked, name)[i] for i in order], name
+    assert ranked.reward[2] == ranked.reward[5] and len(model.asked) == len(ranked.votes)
+    assert all(a != b for a, b, *_ in model.asked), "equal responses are never compared"
+    assert judge(noisy, seed=1)[0].rank("q", texts, goal).reward != ranked.reward
+
+
+def test_a_ranking_finds_the_order_and_the_best():
+    texts = [f"is {n}" for n in (4, 1, 3, 0, 2)]
+    ranked = judge()[0].rank("q", texts)
+    assert ranked.order == [0, 2, 4, 1, 3] and ranked.best[0] > 0.7
+    assert all(low < r < high for low, r, high in zip(ranked.low, ranked.reward, ranked.high))
+    assert judge()[0].rank("q", texts, goal="best", budget=8).order[0] == 0
+    places = {(v.first, v.second) for v in ranked.votes}
+    assert places <= {(i, j) for i in range(5) for j in range(5) if i != j}
+    assert all((v.verdict == "A") == (texts[v.first] > texts[v.second]) for v in ranked.votes)
+
+
+def test_rewards_go_by_runs_of_equal_prompts():
+    """As TRL calls it: texts, or messages; extra columns; a prompt that comes again later is another group; one alone
+    gets None and a warning."""
+    one, model = judge()
+    chat = lambda role, text: [{"role": role, "content": text}]
+    prompts = ["p"] * 3 + ["q"] * 2 + ["p"]
+    completions = ["is 1", "is 2", "is 3", "is 9", "is 8", "is 7"]
+    with pytest.warns(UserWarning, match="multiple of num_generations"):
+        rewards = one.reward(prompts=prompts, completions=completions, completion_ids=[[0]] * 6, trainer_state=None)
+    assert rewards[0] < rewards[1] < rewards[2] and rewards[3] > rewards[4] and rewards[5] is None
+    assert model.calls == 1, "both groups in one call"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        as_chat = asyncio.run(one.areward([chat("user", p) for p in prompts[:5]],
+                                          [chat("assistant", c) for c in completions[:5]], answer=[1] * 5))
+    assert as_chat == rewards[:5] and model.calls == 1, "the same requests are in the journal"
+
+
+def test_verl_sees_one_sample_at_a_time():
+    score = judge()[0].verl()
+    ask = lambda solution: asyncio.run(score("data", solution, "is 5", {"question": "q"}))
+    assert ask("is 7")["score"] > 0.5 > ask("is 3")["score"] and ask("is 7")["read"] == 1.0
+
+
+def test_what_is_asked_together_is_one_call():
+    """Of one loop, and of several threads that wait for each other."""
+    one, model = judge()
+    found = one.compare_all([("q", f"is {n}", "is 50") for n in range(100)])
+    assert [c.verdict for c in found] == ["A" if n > 50 else "tie" if n == 50 else "B" for n in range(100)]
+    assert model.calls == 1
+    slow = threading.Event()
+    one, model = judge(lambda a, b, seed: (slow.wait(5), "A")[1])
+    threads = [threading.Thread(target=one.compare, args=("q", f"is {n}", "is 50", 2)) for n in range(8)]
+    for t in threads:
+        t.start()
+    while one.inbox.qsize() < 7:
+        pass
+    slow.set()
+    for t in threads:
+        t.join()
+    assert model.calls == 2 and len(model.asked) == 16
+
+
+def test_a_failure_reaches_everybody_who_waits():
+    class Broken:
+        def answers(self, requests):
+            list(requests)
+            raise ConnectionError("gone")
+            yield
+    with pytest.raises(ConnectionError, match="gone"):
+        Judge(Broken(), protocol="instruct").compare_all([("q", "is 1", "is 2"), ("q", "is 3", "is 4")])
+
+
+def test_a_journal_is_asked_before_the_model(tmp_path):
+    """Killed in a line and started again: the same numbers, and only what is missing is asked for. Another seed,
+    temperature or length asks anew; an answer that failed is no answer."""
+    path, texts = tmp_path / "journal.jsonl", [f"is {n}" for n in range(5)]
+    one, model = judge(noisy, journal=path)
+    ranked = one.rank("q", texts)
+    lines = path.read_text().splitlines()
+    assert len(lines) == len(model.asked) == len(ranked.votes) and json.loads(lines[0])["tokens"] == 7
+    path.write_text("\n".join(lines[:-1]) + "\n" + lines[-1][:20])
+    again, model = judge(noisy, journal=path)
+    assert again.rank("q", texts).reward == ranked.reward and len(model.asked) == 1
+    for other in ({"seed": 1}, {"max_tokens": 9}):
+        fresh, model = judge(noisy, journal=path, **other)
+        fresh.rank("q", texts)
+        assert len(model.asked) == len(lines)
+
+
+def test_in_a_running_loop_too():
+    async def notebook():
+        return judge()[0].compare("q", "is 5", "is 3").verdict
+    assert asyncio.run(notebook()) == "A"
+
+
+# ---------------------------------------------------------------- the command line
+
+@pytest.fixture
+def cli(monkeypatch):
+    """rmr1.py with the simulated model in place of the one that is named."""
+    monkeypatch.setattr(rmr1, "judge_of", lambda args: Judge(
+        Model(), protocol="instruct", journal=args.journal, seed=args.seed, temperature=args.temperature))
+    return lambda *args, ok=True: call(rmr1, *args, "--model", "m", ok=ok)
+
+
+def test_judge_for_programs_and_for_people(cli, tmp_path, monkeypatch):
+    """A line of JSON each, or a page without colour where no terminal is, no wider than it."""
+    data = tmp_path / "pairs.jsonl"
+    data.write_text("".join(json.dumps({"prompt": "q", "a": f"is {n}", "b": "is 5", "label": "A"}) + "\n"
+                            for n in (7, 3)))
+    rows = [json.loads(x) for x in cli("judge", "--data", data, "--json").stdout.splitlines()]
+    assert [r["verdict"] for r in rows] == ["A", "B"] and [v["order"] for v in rows[0]["votes"]] == ["AB", "BA"]
+    monkeypatch.setenv("COLUMNS", "60")
+    page = cli("judge", "--question", "word " * 60, "--a", "is 7", "--b", "is 5").stdout
+    assert "rubric\n   100 % ████████████████████ Size" in page and "\033" not in page
+    assert "verdict: A, 0.75 of votes to come for A (0.37 to 0.98), judgments: 2, the orders agree" in page
+    assert max(map(len, page.split("verdict: ")[0].splitlines())) <= 60
+
+
+def test_a_quote_that_is_not_in_its_response_is_flagged(capsys):
+    text = ("<type>Chat</type><rubric>Size 60%: big\nTone 40%</rubric><eval><quote_A>is 7</quote_A> and "
+            "<quote_B>is 9</quote_B></eval><answer>[[A]]</answer>")
+    class Quotes(Model):
+        def answers(self, requests):
+            return ((n, Answer(text, "stop", 1, 1)) for n, _ in enumerate(requests))
+    pair = Pair("1", [{"role": "user", "content": "q"}], "is 7", "is 5", None)
+    rmr1.show(pair, Judge(Quotes(), protocol="instruct").compare_all([pair], budget=1)[0])
+    out = capsys.readouterr().out
+    assert "A: is 7\n" in out and "B: is 9  (not in the response)" in out
+
+
+def test_rank_writes_a_line_for_each_and_asks_for_nothing_twice(cli, tmp_path):
+    data, journal = tmp_path / "rows.jsonl", tmp_path / "journal.jsonl"
+    data.write_text('{"id": "x", "prompt": "q", "responses": ["is 1", "is 3", "is 2"]}\n'
+                    '{"prompt": "q", "responses": ["is 5", "is 4"]}\n')
+    first = cli("rank", "--data", data, "--journal", journal).stdout
+    rows = [json.loads(x) for x in first.splitlines()]
+    assert [(r["id"], r["order"]) for r in rows] == [("x", [1, 2, 0]), (2, [0, 1])]
+    kept = journal.read_text()
+    assert cli("rank", "--data", data, "--journal", journal).stdout == first and journal.read_text() == kept
+
+
+@pytest.mark.parametrize("line, complaint", [
+    ('{"prompt": "q", "responses": ["x"]}', "rows.jsonl:1: 1 responses; 2 to 32 are ranked"),
+    (json.dumps({"prompt": "q", "responses": [f"is {n}" for n in range(100)]}),
+     "100 responses; 2 to 32 are ranked (--most), each line asks for up to 400 judgments"),
+    ('{"prompt": "q", "responses": ["x", ""]}', "a response is empty, or not a text"),
+    ('{"prompt": "q", "responses": 3}', "rows.jsonl:1: "), ('{"responses": ["x", "y"]}', "the context is missing"),
+    ("[1]", "one JSON value"), ("nonsense", "not a JSON object")])
+def test_bad_lines_get_one_sentence(line, complaint, cli, tmp_path):
+    (tmp_path / "rows.jsonl").write_text(line + "\n")
+    done = cli("rank", "--data", tmp_path / "rows.jsonl", ok=False)
+    assert done.returncode == 2 and complaint in done.stderr and done.stderr.count("error: ") == 1
+    assert not done.stdout
+
+
+def test_equal_responses_on_the_command_line(cli):
+    done = cli("judge", "--question", "q", "--a", "is 1", "--b", "is 1", ok=False)
+    assert done.returncode == 2 and "--a and --b are equal" in done.stderr
