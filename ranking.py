@@ -10,9 +10,8 @@ could be read. It returns what was **played**, [(i, j, result), ...], and that i
 
 **Keys** are a text for each response, all different; the responses will do. Lots are drawn by the keys'
 hashes, and sums run in their order: permuting responses permutes their numbers to the last bit.
-
-Numbers in docstrings are simulations of a judge that is right in 75 % of its calls, half of its noise being
-fixed errors of a pair, which no vote cures. tests/test_ranking.py has that judge.
+Numbers in docstrings are of the judge simulated in tests/test_ranking.py, right in 75 % of its calls, with
+half of its noise fixed errors of a pair, which no vote cures.
 """
 import hashlib
 import math
@@ -23,7 +22,7 @@ import numpy as np
 def by_lot(keys):
     """-> places in the list, in the order of the keys' hashes"""
     if len(set(keys)) < max(2, len(keys)):
-        raise ValueError(f"{len(keys)} keys, {len(set(keys))} different ones: give two or more, equal ones once")
+        raise ValueError(f"{len(keys)} keys, {len(set(keys))} different: give two or more, equal ones once")
     return sorted(range(len(keys)), key=lambda i: hashlib.sha256(repr(keys[i]).encode()).digest())
 
 
@@ -39,11 +38,12 @@ def tally(played, n):
     return wins
 
 
-def strengths(wins, prior=1.5):
+def strengths(wins, prior=3):
     """Bradley-Terry, P(i beats j) = sigmoid(s_i - s_j), by Newton steps. -> s (n,), covariance (n, n)
 
-    A Gaussian prior of that width: a response that wins everything stays finite, and one that met nobody is
-    no trouble. With 1.5 the bars of `rewards` cover; with 1 they are too narrow for good judges."""
+    A Gaussian prior of that width keeps a response that wins everything finite and one that met nobody at 0.
+    At 3 the 90 % bars of `rewards` cover .96, .95, .92 for judges right in 65, 75, 85 % (n = 8,
+    28 pairs), at 1.5 .83 for the last: a good judge's best responses win more than such a prior believes."""
     s, games = np.zeros(len(wins)), wins + wins.T
     for _ in range(50):
         p = 1 / (1 + np.exp(s[None] - s[:, None]))
@@ -57,10 +57,9 @@ def strengths(wins, prior=1.5):
 
 
 def draw(wins, n):
-    """n draws of strengths from their Laplace posterior, half of them mirrored: steadier means. The seed is
-    the wins. -> (n, len(wins))"""
+    """n draws of strengths from their Laplace posterior, half of them mirror images. -> (n, len(wins))"""
     s, cov = strengths(wins)
-    rng = np.random.default_rng(np.frombuffer(wins.tobytes(), np.uint32))
+    rng = np.random.default_rng(np.frombuffer(wins.tobytes(), np.uint32))       # the same wins, the same draws
     z = rng.standard_normal((n // 2, len(s))) @ np.linalg.cholesky(cov).T
     return s + np.concatenate([z, -z])
 
@@ -70,9 +69,9 @@ def rewards(keys, played, draws=4000):
 
     reward     expected win rate against the others, 0 to 1
     stderr     its standard error
-    low, high  its 90 % interval: it covers what endless votes on all pairs in both orders would give
-    best       chance to be the best of all, to this judge: its fixed errors leave no trace in the votes.
-               Where 65 % of its calls are right, the pick is the best less often (.46) than `best` says (.57)"""
+    low, high  its 90 % interval, about the rate that endless votes on all pairs in both orders would give
+    best       chance to be the best in such votes. Its fixed errors do not show in a judge's votes: at 65 %
+               the pick is the true best in .39, the best in such votes in .51, and `best` says .53"""
     order, n = by_lot(keys), len(keys)
     s = draw(tally(played, n)[np.ix_(order, order)], draws)
     rate = np.stack([(1 / (1 + np.exp(s - s[:, [i]]))).sum(1) - .5 for i in range(n)], 1) / (n - 1)
@@ -86,13 +85,12 @@ def rewards(keys, played, draws=4000):
 
 async def play(game, ask):
     """Plays a schedule. ask: async, takes a round and gives its results. -> what was played"""
-    results = None
-    while True:
-        try:
-            pairs = game.send(results)
-        except StopIteration as end:
-            return end.value
-        results = await ask(pairs)
+    try:
+        pairs = next(game)
+        while True:
+            pairs = game.send(await ask(pairs))
+    except StopIteration as end:
+        return end.value
 
 
 def asked(pairs):
@@ -106,8 +104,7 @@ def schedule(keys, budget=None, goal="all"):
 
     all: a reward for every response. best: only the best is wanted. Around two comparisons a response nothing
     beats a knockout (gain .77 of 1 at n = 8); elsewhere active pairs do better (.82 at three)."""
-    order, n = by_lot(keys), len(keys)
-    budget = 4 * n if budget is None else budget
+    order, n, budget = by_lot(keys), len(keys), 4 * len(keys) if budget is None else budget
     if budget < 1 or goal not in ("all", "best"):
         raise ValueError(f"a budget of {budget} for {goal!r}: give 1 or more, and the goal all or best")
     if goal == "all":
@@ -118,25 +115,21 @@ def schedule(keys, budget=None, goal="all"):
 def ring(order, budget):
     """One round: each meets the next on a ring, then the one after it, until all pairs have met; then the
     other orders. At any budget each is first as often as second, or once more or less.
-
-    A new pair is worth more than the other order of an old one. Correlation of reward and quality, n = 8: 16
-    pairs .71, 8 in both orders .66, all 28 pairs .81, in both orders .87."""
-    n = len(order)
-    steps = [(i, i + d) for d in range(1, n // 2 + 1) for i in range(n if 2 * d < n else d)]
-    pairs = [(order[i], order[j % n]) for i, j in steps]
-    return (yield from asked((pairs + [(j, i) for i, j in pairs])[:budget]))
+    Correlation of reward and quality at n = 8: 16 pairs .71, 8 in both orders .66, all 28 .81, in both .87."""
+    n, half = len(order), len(order) // 2
+    pairs = [(order[i], order[(i + d) % n]) for d in range(1, half + 1) for i in range(n if 2 * d < n else d)]
+    return (yield from asked((pairs + [(j, i) for i, j in pairs[::-1]])[:budget]))
 
 
 def knockout(order, budget):
     """Winners of a match go on. A match is both orders, and a third vote where these leave no winner and the
-    budget has one to spare: 2 (n - 1) to 3 (n - 1) in all. What is still level is settled by lot."""
+    budget has one to spare: 2 (n - 1) to 3 (n - 1) in all. What is level even then is settled by lot."""
     n, field, played = len(order), order, []
     while len(field) > 1:
         bye, field = field[:len(field) % 2], field[len(field) % 2:]     # goes to the end: spared once
         matches = list(zip(field[::2], field[1::2]))
         played += yield from asked([pair for i, j in matches for pair in ((i, j), (j, i))])
-        wins = tally(played, n)
-        spare = max(0, budget - len(played) - 2 * (len(bye) + len(matches) - 1))
+        wins, spare = tally(played, n), max(0, budget - len(played) - 2 * (len(bye) + len(matches) - 1))
         played += yield from asked([(i, j) for i, j in matches if wins[i, j] == wins[j, i]][:spare])
         wins = tally(played, n)
         field = [i if wins[i, j] >= wins[j, i] else j for i, j in matches] + bye
@@ -164,7 +157,7 @@ def active(order, budget):
     return played
 
 
-# ---------------------------------------------------------------- one pair: 0 is A, 1 is B
+# ---------------------------------------------------------------- one pair (0 is A, 1 is B), and labels
 
 def votes(budget=8, lead=2):
     """A schedule: one vote in each order, again while neither is `lead` ahead and the budget lasts. A pair
@@ -172,8 +165,7 @@ def votes(budget=8, lead=2):
     played, ahead = [], 0
     while len(played) < budget and abs(ahead) < lead:
         played += yield from asked([(0, 1), (1, 0)][:budget - len(played)])
-        (_, a), (b, _) = tally(played, 2)
-        ahead = a - b
+        ahead = np.diff(tally(played, 2).sum(1)).item()
     return played
 
 
@@ -183,13 +175,13 @@ def verdict(played):
     verdict     A, B, tie, or None where nothing could be read
     win         share of A in votes to come, (w + 1) / (n + 2) after w of n: the mean under a flat prior
     low, high   its 90 % interval, widened to whole votes where there were ties
-    share       of the votes, those for the verdict. Agreement is not accuracy: 8 of 8 votes are right in .94
-                of pairs, in .87 if most of the noise is fixed errors. `guarantee` asks people
+    share       of votes that are for the verdict. 8 of 8 are right in .94 of pairs, in .87 if most noise is
+                fixed errors: agreement is not accuracy, see `guarantee`
     consistent  do the two orders say the same? None where one could not be read"""
     (_, a), (b, _) = tally(played, 2)
     n = round(a + b)
     orders = [tally([x for x in played if x[0] == first], 2) for first in (0, 1)]
-    says = [np.sign(wins[0, 1] - wins[1, 0]) for wins in orders]
+    says = [np.sign(w[0, 1] - w[1, 0]) for w in orders]
     return {"verdict": "A" if a > b else "B" if b > a else "tie" if n else None, "votes": n,
             "win": (a + 1) / (n + 2), "low": beta(.05, math.floor(a) + 1, math.ceil(b) + 1),
             "high": beta(.95, math.ceil(a) + 1, math.floor(b) + 1), "share": max(a, b) / n if n else None,
@@ -213,16 +205,13 @@ def beta(q, a, b):
     return high
 
 
-# ---------------------------------------------------------------- people's labels
-
 def guarantee(labelled, target, delta=.1):
     """-> the lowest share of votes from which on people agree with `target` of the judge's verdicts, with
-    confidence 1 - delta; None where no share will do. labelled: [(share, do people agree?)] of some 400 pairs
-    drawn at random. Trust or Escalate, arXiv 2407.18370.
+    confidence 1 - delta, or None. labelled: [(share, do people agree?)] of some 400 pairs drawn at random.
 
     Each share, from unanimous downwards, is tested on all pairs at or above it until a Clopper-Pearson bound
-    fails. In a fixed sequence many tests need no correction, if the shares are few and known before, as those
-    of `votes`. A tie is no verdict."""
+    fails (Trust or Escalate, arXiv 2407.18370). Many tests in a fixed sequence need no correction, if shares
+    are few and known before, as those of `votes`. A tie is no verdict."""
     lowest, n, agree = None, 0, 0
     for share in sorted({s for s, _ in labelled if s > .5}, reverse=True):
         step = [ok for s, ok in labelled if s == share]
@@ -235,8 +224,7 @@ def guarantee(labelled, target, delta=.1):
 
 def select(keys, wins, count):
     """Which pairs people should label. wins: each pair's `win`. -> drawn, disputed: places, `count` in all
-
-    Disputed pairs are worth most: 20 % labelled make .876 right, at random .828. A tenth is drawn by lot, as
+    The disputed are worth most: 20 % labelled make .876 right, at random .828. A tenth is drawn by lot, since
     only a random sample says how often the judge is right."""
     order, tenth = by_lot(keys), -(-count // 10)
     return order[:tenth], sorted(order[tenth:], key=lambda i: abs(wins[i] - .5))[:count - tenth]
