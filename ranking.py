@@ -179,7 +179,7 @@ def verdict(played):
     share       of votes that are for the verdict. 8 of 8 are right in .94 of pairs, in .87 if most noise is
                 fixed errors: agreement is not accuracy, see `guarantee`
     consistent  do the two orders say the same? None where one could not be read"""
-    (_, a), (b, _) = tally(played, 2)
+    (_, a), (b, _) = tally(played, 2).tolist()
     n = round(a + b)
     orders = [tally([x for x in played if x[0] == first], 2) for first in (0, 1)]
     says = [np.sign(w[0, 1] - w[1, 0]) for w in orders]
