@@ -42,8 +42,8 @@ def strengths(wins, prior=3):
     """Bradley-Terry, P(i beats j) = sigmoid(s_i - s_j), by Newton steps. -> s (n,), covariance (n, n)
 
     A Gaussian prior of that width keeps a response that wins everything finite and one that met nobody at 0.
-    At 3 the 90 % bars of `rewards` cover .96, .95, .92 for judges right in 65, 75, 85 % (n = 8,
-    28 pairs), at 1.5 .83 for the last: a good judge's best responses win more than such a prior believes."""
+    At 3 the 90 % bars of `rewards` cover .96, .95, .92 for judges right in 65, 75, 85 % (n = 8, 28 pairs);
+    at 1.5 .83 for the last, whose best responses win more than such a prior believes."""
     s, games = np.zeros(len(wins)), wins + wins.T
     for _ in range(50):
         p = 1 / (1 + np.exp(s[None] - s[:, None]))
@@ -59,7 +59,7 @@ def strengths(wins, prior=3):
 def draw(wins, n):
     """n draws of strengths from their Laplace posterior, half of them mirror images. -> (n, len(wins))"""
     s, cov = strengths(wins)
-    rng = np.random.default_rng(np.frombuffer(wins.tobytes(), np.uint32))       # the same wins, the same draws
+    rng = np.random.default_rng(np.frombuffer(wins.tobytes(), np.uint32))      # same wins, same draws
     z = rng.standard_normal((n // 2, len(s))) @ np.linalg.cholesky(cov).T
     return s + np.concatenate([z, -z])
 
@@ -115,7 +115,7 @@ def schedule(keys, budget=None, goal="all"):
 def ring(order, budget):
     """One round: each meets the next on a ring, then the one after it, until all pairs have met; then the
     other orders. At any budget each is first as often as second, or once more or less.
-    Correlation of reward and quality at n = 8: 16 pairs .71, 8 in both orders .66, all 28 .81, in both .87."""
+    Correlation of reward and quality at n = 8: 16 pairs .71, 8 in both orders .66, all .81, in both .87."""
     n, half = len(order), len(order) // 2
     pairs = [(order[i], order[(i + d) % n]) for d in range(1, half + 1) for i in range(n if 2 * d < n else d)]
     return (yield from asked((pairs + [(j, i) for i, j in pairs[::-1]])[:budget]))
@@ -147,13 +147,14 @@ def active(order, budget):
         p, var = 1 / (1 + np.exp(s[None] - s[:, None])), np.diag(cov)
         best = np.bincount(draw(wins, 64).argmax(1), minlength=n) / 64
         worth = (var[None] + var[:, None] - 2 * cov) * p * (1 - p) * (best[None] + best[:, None])
-        # Of a pair's orders we ask the one not asked yet, else whose first was first less often.
-        key = 4 * n * had + (had.sum(1) - had.sum(0))[:, None]
-        free = (had == 0) & ((key < key.T) | (key == key.T) & ~np.tri(n, dtype=bool))
-        top = np.argsort(-np.where(free, worth, -1), axis=None, kind="stable")[:min(n // 2, free.sum())]
-        places = [divmod(int(k), n) for k in top[:budget - len(played)]]
-        had[tuple(zip(*places))] = 1
-        played += yield from asked([(order[i], order[j]) for i, j in places])
+        pairs, free = [], (had * had.T == 0) & ~np.tri(n, dtype=bool)
+        most = min(n // 2, free.sum(), budget - len(played))
+        for k in np.argsort(-np.where(free, worth, -1), axis=None, kind="stable")[:most].tolist():
+            both = (k // n, k % n), (k % n, k // n)         # first is who has not been, or was less often
+            i, j = min(both, key=lambda p: (had[p], had[p[0]].sum() - had[:, p[0]].sum()))
+            had[i, j] = 1
+            pairs.append((order[i], order[j]))
+        played += yield from asked(pairs)
     return played
 
 
@@ -178,7 +179,7 @@ def verdict(played):
     share       of votes that are for the verdict. 8 of 8 are right in .94 of pairs, in .87 if most noise is
                 fixed errors: agreement is not accuracy, see `guarantee`
     consistent  do the two orders say the same? None where one could not be read"""
-    (_, a), (b, _) = tally(played, 2)
+    (_, a), (b, _) = tally(played, 2).tolist()
     n = round(a + b)
     orders = [tally([x for x in played if x[0] == first], 2) for first in (0, 1)]
     says = [np.sign(w[0, 1] - w[1, 0]) for w in orders]
@@ -208,7 +209,6 @@ def beta(q, a, b):
 def guarantee(labelled, target, delta=.1):
     """-> the lowest share of votes from which on people agree with `target` of the judge's verdicts, with
     confidence 1 - delta, or None. labelled: [(share, do people agree?)] of some 400 pairs drawn at random.
-
     Each share, from unanimous downwards, is tested on all pairs at or above it until a Clopper-Pearson bound
     fails (Trust or Escalate, arXiv 2407.18370). Many tests in a fixed sequence need no correction, if shares
     are few and known before, as those of `votes`. A tie is no verdict."""
