@@ -226,8 +226,8 @@ class Judge:
 
     async def areward(self, prompts, completions, **_):
         """A reward for every completion: its expected win rate against the others to the same prompt, which stand in
-        a row, as trainers have them. None where nothing could be read, or where a completion is alone: TRL then
-        gives it no advantage. Goes into TRL's `reward_funcs`, and into verifiers' as a group reward."""
+        a row, as trainers have them. None where nothing could be read, or where a completion is empty or alone: TRL
+        then gives it no advantage. Goes into TRL's `reward_funcs`, and into verifiers' as a group reward."""
         groups = []
         for prompt, completion in zip(prompts, completions, strict=True):
             if not groups or groups[-1][0] != prompt:
@@ -236,9 +236,14 @@ class Judge:
         if any(len(some) == 1 for _, some in groups):
             warnings.warn("a completion is the only one to its prompt, so there is nothing to compare it with; let "
                           "per_device_train_batch_size x steps_per_generation be a multiple of num_generations")
-        ranked = await asyncio.gather(*(self.arank(prompt, some) for prompt, some in groups if len(some) > 1))
-        ranked = iter(ranked)
-        return [r for _, some in groups for r in (next(ranked).reward if len(some) > 1 else [None])]
+        return sum(await all_of([self.agroup(*group) for group in groups]), [])
+
+    async def agroup(self, prompt, completions):
+        """Rewards of the completions to one prompt."""
+        known = [i for i, c in enumerate(completions) if has_text(c)]
+        ranked = await self.arank(prompt, [completions[i] for i in known]) if len(known) > 1 else None
+        reward = dict(zip(known, ranked.reward)) if ranked else {}
+        return [reward.get(i) for i in range(len(completions))]
 
     def verl(self):
         """A `compute_score` for verl, which shows a reward function one sample at a time: the share of votes that it
@@ -277,12 +282,19 @@ def now(coroutine):
         return pool.submit(asyncio.run, coroutine).result()
 
 
+def text_in(response):
+    """What a response says; of messages, the last one."""
+    return response[-1].get("content") if isinstance(response, list) and response else response
+
+
+def has_text(response):
+    return isinstance(text := text_in(response), str) and bool(text.strip())
+
+
 def response_of(response):
-    """The text of a response; of messages, the last one's."""
-    text = response[-1].get("content") if isinstance(response, list) and response else response
-    if not isinstance(text, str) or not text.strip():
+    if not has_text(response):
         raise ValueError("a response is empty, or not a text")
-    return text
+    return text_in(response)
 
 
 # ---------------------------------------------------------------- the command line

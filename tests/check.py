@@ -90,7 +90,7 @@ def speed(name, cards):
             group=7, steps=3, reward="random", shard=ranks, **({} if cards else {"dtype": "float32"}))[1:]
     median = lambda k: statistics.median(s[k] for s in steps)
     return {"": f"GRPO step, {name}, prompt {prompt}, answer {answer}, {pairs} x 7, ranks: {ranks}",
-            "s/step": median("seconds"), "tokens/s": median("tokens_per_second"), "peak GB": median("peak_gb"),
+            "result": "pass", "s/step": median("seconds"), "tokens/s": median("tokens_per_second"), "peak GB": median("peak_gb"),
             "gap": median("gap_mean")} | {k: median(f"seconds_{k}") for k in ("sample", "score", "learn", "sync")}
 
 
@@ -101,14 +101,16 @@ def main():
     args = ap.parse_args()
     cards, began, parts = torch.cuda.device_count(), time.monotonic(), Parts()
     print(f"{torch.cuda.get_device_name() if cards else 'no card: the CPU path'}, cards: {cards}", flush=True)
-    pytest.main(["-q", "--tb=no", "-m", "check", "-p", "no:cacheprovider", str(ROOT / "tests")], plugins=[parts])
-    rows, bench = list(parts.rows()), []
+    bench = []                          # first, because tests leave things on the card until this process ends
     for name in (("1.5B", "7B") if cards else ("5M",)) if args.bench else ():
         print(f"timing {name}", flush=True)
         try:
             bench.append(speed(name, cards))
         except SystemExit as e:                    # common.run's: what a step that failed has said
             bench.append({"": f"GRPO step, {name}", "result": "FAIL", "figure": str(e.code)[-1500:]})
+            print(f"FAILED timing {name}\n{bench[-1]['figure']}", flush=True)
+    pytest.main(["-q", "--tb=no", "-m", "check", "-p", "no:cacheprovider", str(ROOT / "tests")], plugins=[parts])
+    rows = list(parts.rows())
     print()
     common.table(rows)
     if bench:

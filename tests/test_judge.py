@@ -130,6 +130,13 @@ def test_rewards_go_by_runs_of_equal_prompts():
     assert as_chat == rewards[:5] and model.calls == 1, "the same requests are in the journal"
 
 
+def test_an_empty_completion_ends_no_training():
+    one, _ = judge()
+    rewards = one.reward(["q"] * 4, ["is 1", "", "is 3", "  "])
+    assert rewards[0] < rewards[2] and rewards[1] is rewards[3] is None
+    assert one.reward(["q"] * 2, ["", "is 3"]) == [None, None]
+
+
 def test_verl_sees_one_sample_at_a_time():
     score = judge()[0].verl()
     ask = lambda solution: asyncio.run(score("data", solution, "is 5", {"question": "q"}))
