@@ -168,10 +168,14 @@ def files_under(folder, above=()):
 
 
 def rows_of(source, split="train", revision=None):
-    """(number, row) of a JSONL, JSON or parquet file, or of a split of a hub dataset. What is not JSON in a
+    """(number, row) of a JSONL, JSON or parquet file, of "-" (JSON lines on standard input, as they come), or of a
+    split of a hub dataset. What is not JSON in a
     text file is handed on as its text, what is not UTF-8 as its bytes (see `json_object`)."""
     path = Path(str(source))
-    if path.is_file() and path.suffix == ".parquet":
+    if str(source) == "-":
+        sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
+        yield from ((line, value_of(text)) for line, text in enumerate(sys.stdin, 1) if text.strip())
+    elif path.is_file() and path.suffix == ".parquet":
         import pyarrow.parquet
         try:
             file = pyarrow.parquet.ParquetFile(path)

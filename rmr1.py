@@ -10,6 +10,7 @@ The judge you use: compare two responses, rank several, reward a group; and the 
     python rmr1.py judge --model runs/demo/grpo/model --data runs/demo/data/test.jsonl --line 3
     python rmr1.py judge --model runs/demo/grpo/model --question "What is 6 * 7 ?" \\
         --a "Here: 42" --b "Here: 45"
+    python rmr1.py rank | reward | select --model MODEL --data lines.jsonl --journal journal.jsonl
 
 The demo's judge knows the kinds of question that data/toy.py asks, in its few words, and no others.
 """
@@ -18,6 +19,7 @@ import contextlib
 import json
 import os
 import queue
+import re
 import shutil
 import sys
 import textwrap
@@ -27,6 +29,8 @@ from collections import Counter
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+
+from tqdm import tqdm
 
 import ranking
 import rubrics
@@ -52,7 +56,7 @@ class Comparison:
     """What the votes on two responses say; `ranking.verdict` has the definitions.
 
     verdict   "A", "B", "tie" or None, and then the reason; win: share of A in votes to come, low to high its 90 %
-              interval; consistent: do both orders say the same?
+              interval; consistent: do both orders say the same? share: of the votes, those for the verdict
     vote      the first that spoke for the verdict; votes: all of them
     """
     verdict: str | None
@@ -61,6 +65,7 @@ class Comparison:
     low: float
     high: float
     consistent: bool | None
+    share: float | None
     vote: Vote | None
     votes: list
 
@@ -128,7 +133,8 @@ class Judge:
                 keyed = [[(digest([*self.about, *r]), r) for r in requests] for requests, _ in batch]
                 todo = {key: r for some in keyed for key, r in some if key not in self.journal.answers}
                 failed, places = {}, list(todo)
-                for at, answer in self.asker.answers(todo.values()) if todo else ():
+                answers = self.asker.answers(todo.values()) if todo else ()
+                for at, answer in tqdm(answers, "judge", len(todo), leave=False, disable=len(todo) < 100):
                     if answer.failed:
                         failed[places[at]] = answer
                     else:
@@ -187,7 +193,7 @@ class Judge:
         One vote in each order, more only while neither is two ahead and the budget lasts. -> `Comparison`"""
         pair = Pair("", messages_of(prompt), response_of(a), response_of(b), None)
         if pair.a == pair.b:
-            return Comparison("tie", "the responses are equal", 0.5, 0.5, 0.5, None, None, [])
+            return Comparison("tie", "the responses are equal", 0.5, 0.5, 0.5, None, None, None, [])
         return await self.apair(pair, budget)
 
     async def apair(self, pair, budget=8):
@@ -199,7 +205,7 @@ class Judge:
         speaks = [v for v in votes if v.verdict and says["verdict"] == "AB"[(v.verdict == "B") != (v.first == 1)]]
         reason = {"tie": "as many votes for each", None: votes[0].judgment.reason}.get(says["verdict"], "")
         return Comparison(says["verdict"], reason, says["win"], says["low"], says["high"], says["consistent"],
-                          speaks[0] if speaks else None, votes)
+                          says["share"], speaks[0] if speaks else None, votes)
 
     async def arank(self, prompt, responses, goal="all", budget=None):
         """How good are several responses beside each other? goal: "all" wants a reward for each, "best" the best
@@ -338,7 +344,7 @@ def as_json(found):
     """A `Comparison` as a program wants it."""
     votes = [{"order": "BA" if v.first else "AB", "verdict": v.verdict, "reason": v.judgment.reason,
               "tokens": v.tokens, "text": v.judgment.text} for v in found.votes]
-    return {k: getattr(found, k) for k in ("verdict", "reason", "win", "low", "high", "consistent")} | {
+    return {k: getattr(found, k) for k in ("verdict", "reason", "win", "low", "high", "consistent", "share")} | {
         "votes": votes}
 
 
@@ -349,9 +355,9 @@ def judge_of(args):
 
 
 def judge(args):
-    """`python rmr1.py judge`: a pair, or all of a file."""
+    """Judge a pair, or all of a file, in both orders: for a person to read, or a line of JSON each."""
     if args.data:
-        pairs = read_pairs("/dev/stdin" if args.data == "-" else args.data)
+        pairs = read_pairs(args.data)
         if args.line and args.line > len(pairs):
             fail(f"--line {args.line}: {args.data} has {len(pairs)} pairs")
         pairs = pairs[args.line - 1:args.line] if args.line else pairs
@@ -367,48 +373,112 @@ def judge(args):
         print(json.dumps({"id": pair.id} | as_json(found))) if args.json else show(pair, found)
 
 
-def rank(args):
-    """`python rmr1.py rank`: every line's responses beside each other, a line of numbers for each."""
-    rows = []
+def lines_of(args, read, rejects=None):
+    """read(row) of every line of --data, as they come. A line that cannot be read ends the command, or goes to the
+    file `rejects` with its reason."""
     for line, row in rows_of(args.data):
         try:
-            row = json_object(row)
-            responses = [response_of(r) for r in row.get("responses") or ()]
-            if not 2 <= len(responses) <= args.most:
-                raise ValueError(f"{len(responses)} responses; 2 to {args.most} are ranked (--most), each line asks "
-                                 f"for up to {args.budget or 4 * len(responses)} judgments")
-            rows.append((row.get("id", line), messages_of(row.get("prompt")), responses))
+            yield line, read(json_object(row))
         except (ValueError, TypeError) as e:
-            fail(f"{args.data}:{line}: {e}")
-    if not rows:
-        fail(f"{args.data}: no lines in it")
+            if rejects is None:
+                fail(f"{args.data}:{line}: {e}")
+            rejects.write(json.dumps({"line": line, "reason": str(e)}) + "\n")
+
+
+def rank(args):
+    """Rank the responses of every line beside each other: a line of numbers for each."""
+    def read(row):
+        responses = [response_of(r) for r in row.get("responses") or ()]
+        if not 2 <= len(responses) <= args.most:
+            raise ValueError(f"{len(responses)} responses; 2 to {args.most} are ranked (--most), each line asks for "
+                             f"up to {args.budget or 4 * len(responses)} judgments")
+        return row.get("id"), messages_of(row.get("prompt")), responses
+
+    rows = list(lines_of(args, read)) or fail(f"{args.data}: no lines in it")
     judge = judge_of(args)
-    ranked = now(all_of([judge.arank(prompt, some, args.goal, args.budget) for _, prompt, some in rows]))
-    for (id, *_), r in zip(rows, ranked):
-        print(json.dumps({"id": id} | {k: getattr(r, k) for k in ("order", "reward", "stderr", "low", "high", "best")}
-                         | {"judgments": len(r.votes)}))
+    ranked = now(all_of([judge.arank(prompt, some, args.goal, args.budget) for _, (_, prompt, some) in rows]))
+    for (line, (id, *_)), r in zip(rows, ranked):
+        print(json.dumps({"id": line if id is None else id} | {k: getattr(r, k) for k in (
+            "order", "reward", "stderr", "low", "high", "best")} | {"judgments": len(r.votes)}))
+
+
+def reward(args):
+    """Reward every line's completion beside the others to its prompt, which stand in a row: a line for each."""
+    judge, batch = judge_of(args), []
+
+    def flush():
+        rewards = judge.reward([p for _, (p, _) in batch], [c for _, (_, c) in batch])
+        for (line, _), r in zip(batch, rewards):
+            print(json.dumps({"line": line, "reward": r}), flush=True)
+
+    with open(args.rejects or os.devnull, "w") as rejects:
+        read = lambda row: (messages_of(row.get("prompt")), response_of(row.get("completion")))
+        for item in lines_of(args, read, rejects if args.rejects else None):
+            # Between two groups, and as many of them together as keep an engine busy.
+            if len(batch) >= args.at_once and batch[-1][1][0] != item[1][0]:
+                flush()
+                batch.clear()
+            batch.append(item)
+    if batch:
+        flush()
+
+
+def select(args):
+    """Select the pairs whose labels by people are worth most: those that the judge disputes, and a tenth by lot."""
+    def read(row):
+        context = messages_of(row.get("context", row.get("prompt")))
+        return row, Pair("", context, response_of(row.get("a")), response_of(row.get("b")), row.get("label"))
+
+    once = {}                                            # of pairs that differ in case and punctuation only, one
+    for _, (row, pair) in lines_of(args, read):
+        words = re.findall(r"\w+", json.dumps([pair.context, *sorted((pair.a, pair.b))]).lower())
+        if pair.a != pair.b:
+            once.setdefault(" ".join(words), (row, pair))
+    if not once:
+        fail(f"{args.data}: no pairs in it")
+    found = judge_of(args).compare_all([pair for _, pair in once.values()], args.budget)
+    rows, wins = [row for row, _ in once.values()], [f.win for f in found]
+    for why, places in zip(("drawn", "disputed"), ranking.select(list(once), wins, min(args.count, len(rows)))):
+        for i in places:
+            print(json.dumps(rows[i] | {"why": why, "win": wins[i], "verdict": found[i].verdict}))
+    known = [(f.share, f.verdict == pair.label) for f, (_, pair) in zip(found, once.values())
+             if pair.label in ("A", "B") and f.share is not None]
+    if known:
+        share = ranking.guarantee(known, args.target)
+        print(f"{len(known)} pairs have a label; with confidence .9, people agree with {args.target:g} of the verdicts "
+              + ("at no share of the votes" if share is None else
+                 f"for which at least {share:.2f} of the votes speak, {sum(s >= share for s, _ in known) / len(known):.0%}"
+                 " of these pairs"), file=sys.stderr)
 
 
 def main():
     ap = Flags(__doc__)
-    commands = ap.add_subparsers(required=True, metavar="judge | rank")
-    for name, run, data in (("judge", judge, "or: a file of pairs, or - for standard input"),
-                            ("rank", rank, 'a file of lines {"prompt": ..., "responses": [...]}')):
-        one = commands.add_parser(name, help=run.__doc__.split(": ")[1], description=run.__doc__)
+    commands = ap.add_subparsers(required=True, metavar="judge | rank | reward | select")
+    forms = {judge: 'pairs (or --question, --a, --b)', rank: '{"prompt": ..., "responses": [...]}',
+             reward: '{"prompt": ..., "completion": ...}', select: '{"prompt": ..., "a": ..., "b": ...}, "label" or not'}
+    for run, form in forms.items():
+        one = commands.add_parser(run.__name__, help=run.__doc__.split(":")[0], description=run.__doc__)
         arg = one.add_argument
         arg("--model", required=True, help="folder or hub id of a judge, or a server's name for it")
-        if name == "judge":
+        arg("--data", required=run is not judge, help=f"a file of lines, or - for standard input: {form}")
+        if run is judge:
             arg("--question", help="the client's question")
             arg("--a", help="response A")
             arg("--b", help="response B")
             arg("--line", type=number(int, 1), help="which of the file's pairs, from 1; default: all")
             arg("--json", action="store_true", help="a line of JSON for each, for programs")
-        else:
+        elif run is rank:
             arg("--goal", choices=("all", "best"), default="all", help="a reward for each, or the best one")
             arg("--most", type=number(int, 2), default=32, help="responses of a line at most")
-        arg("--data", required=name == "rank", help=data)
-        arg("--budget", type=number(int, 1), default=8 if name == "judge" else None,
-            help="judgments of a pair (rank: of a line, four a response unless given) at most")
+        elif run is reward:
+            arg("--rejects", help="file for lines that cannot be read, with reasons; default: they end the run")
+            arg("--at-once", type=number(int, 1), default=1024, help="completions judged together")
+        else:
+            arg("--count", type=number(int, 1), default=100, help="how many pairs to select")
+            arg("--target", type=number(float, 0.5, 1), default=0.9, help="agreement with people to be guaranteed")
+        if run is not reward:
+            arg("--budget", type=number(int, 1), default=None if run is rank else 8,
+                help="judgments of a pair (rank: of a line, four a response unless given) at most")
         arg("--journal", help="file that keeps every judgment: started again, nothing is judged twice")
         arg("--protocol", choices=rubrics.PROTOCOLS,
             help="prompt form; default: what the model was trained with (its judge.json)")

@@ -259,3 +259,50 @@ def test_bad_lines_get_one_sentence(line, complaint, cli, tmp_path):
 def test_equal_responses_on_the_command_line(cli):
     done = cli("judge", "--question", "q", "--a", "is 1", "--b", "is 1", ok=False)
     assert done.returncode == 2 and "--a and --b are equal" in done.stderr
+
+
+def test_rewards_of_lines_keep_their_order(cli, tmp_path):
+    """Groups are runs of one prompt; a bad line goes to the rejects and leaves the rest as it is, or ends the run;
+    killed and started again, nothing is judged twice, and other sizes of a batch change nothing."""
+    data, rejects, journal = (tmp_path / x for x in ("rows.jsonl", "rejects.jsonl", "journal.jsonl"))
+    rows = [{"prompt": p, "completion": f"is {n}"} for p, n in zip("ppppqqqr", (1, 4, 2, 3, 9, 8, 7, 5))]
+    lines = [*map(json.dumps, rows)]
+    data.write_text("\n".join([*lines[:2], '{"prompt": "p", "completion": " "}', *lines[2:], "nonsense"]) + "\n")
+    with pytest.warns(UserWarning, match="nothing to compare it with"):
+        first = cli("reward", "--data", data, "--rejects", rejects, "--journal", journal).stdout
+    got = {r["line"]: r["reward"] for r in map(json.loads, first.splitlines())}
+    assert list(got) == [1, 2, 4, 5, 6, 7, 8, 9] and got[9] is None
+    assert got[1] < got[4] < got[5] < got[2] and got[6] > got[7] > got[8]
+    assert [(r["line"], r["reason"]) for r in map(json.loads, rejects.read_text().splitlines())] == [
+        (3, "a response is empty, or not a text"), (10, "not a JSON object")]
+    kept = journal.read_text()
+    with pytest.warns(UserWarning):
+        again = cli("reward", "--data", data, "--rejects", rejects, "--journal", journal, "--at-once", 1).stdout
+    assert again == first and journal.read_text() == kept
+    done = cli("reward", "--data", data, ok=False)
+    assert done.returncode == 2 and "rows.jsonl:3: a response is empty" in done.stderr
+
+
+def test_standard_input_is_read_as_it_comes(cli, monkeypatch):
+    import io
+    lines = "".join(json.dumps({"prompt": "q", "completion": f"is {n}"}) + "\n" for n in (3, 1, 2)).encode()
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(lines)))
+    got = [json.loads(x)["reward"] for x in cli("reward", "--data", "-").stdout.splitlines()]
+    assert got[0] > got[2] > got[1]
+
+
+def test_pairs_worth_a_label(cli, tmp_path, monkeypatch):
+    """Those that the votes dispute come first, near-duplicates once, a tenth by lot; and what people may expect."""
+    monkeypatch.setattr(rmr1, "judge_of", lambda args: Judge(Model(noisy), protocol="instruct", temperature=1.0))
+    data = tmp_path / "pairs.jsonl"
+    pairs = [{"prompt": f"q{n}", "a": f"is {n / 100}", "b": "is 1", "label": "AB"[n < 100]} for n in range(0, 400, 2)
+             if n != 100]
+    pairs += [{"prompt": "Q0!", "a": "is 0.0", "b": "is 1"}, {"prompt": "q", "a": "x", "b": "x"}]
+    data.write_text("".join(json.dumps(p) + "\n" for p in pairs))
+    done = cli("select", "--data", data, "--count", 30, "--target", 0.8)
+    rows = [json.loads(x) for x in done.stdout.splitlines()]
+    assert [r["why"] for r in rows] == ["drawn"] * 3 + ["disputed"] * 27
+    disputed = [abs(r["win"] - 0.5) for r in rows[3:]]
+    assert disputed == sorted(disputed) and disputed[0] == 0 and len({r["prompt"].lower().strip("!") for r in rows}) == 30
+    assert "199 pairs have a label; with confidence .9, people agree with 0.8 of the verdicts for which at least" \
+        in done.stderr
