@@ -59,6 +59,9 @@ def start_ranks(minutes=None, pretend=None):
             port = s.getsockname()[1]
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1",
                           MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    if CUDA and (cards := torch.cuda.device_count()) < int(os.environ.get("LOCAL_WORLD_SIZE", 1)):
+        fail(f"{os.environ['LOCAL_WORLD_SIZE']} ranks on a machine with {cards} cards: one card a rank, so start "
+             f"--nproc_per_node {cards}")
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if CUDA else torch.device("cpu")
     if CUDA:
         torch.cuda.set_device(device)

@@ -168,6 +168,16 @@ def test_peak_gb_is_the_most_that_the_card_has_held_at_the_end_of_a_phase(ranks,
     assert metrics(tmp_path)[0]["peak_gb"] == 70
 
 
+def test_more_ranks_than_cards_get_one_sentence(monkeypatch, capsys):
+    monkeypatch.setattr(R, "CUDA", True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(SystemExit) as stop:
+        R.start_ranks()
+    assert stop.value.code == 2 and "8 ranks on a machine with 1 cards" in capsys.readouterr().err
+
+
 # ---------------------------------------------------------------- models on disk
 
 def spoil_config(**more):
