@@ -236,9 +236,9 @@ def fill(policy, buffers, device):
 def check_family(config, device):
     """Does packed training compute what `transformers` does? Log-probs of a few packed rows through `Policy`
     and of the same rows through the model's own forward pass, one at a time, in fp32: a model of this family
-    with random weights, a block of each kind and its own width, but few words and a window that the rows are
-    longer than. Every run begins with it, because a family that does something of its own (a window, a cap, a
-    bias in a place of its choice) would else be trained on wrong numbers without a word."""
+    with random weights, a block of each kind and its own width, but few words, a narrow MLP, and a window that
+    the rows are longer than. Every run begins with it, because a family that does something of its own (a
+    window, a cap, a bias in a place of its choice) would else be trained on wrong numbers without a word."""
     small, layers = copy.deepcopy(config), config.num_hidden_layers
     by_layer = {k: v for k, v in vars(small).items() if isinstance(v, list) and len(v) == layers}
     kinds = list(zip(*by_layer.values())) or [()] * layers
@@ -246,9 +246,9 @@ def check_family(config, device):
     for k, v in by_layer.items():
         setattr(small, k, [v[i] for i in first])
     small.num_hidden_layers, small.vocab_size, small.pad_token_id = len(first), 256, None
-    for k in ("sliding_window", "attention_chunk_size"):
-        if getattr(small, k, None):
-            setattr(small, k, 4)
+    for k, size in (("sliding_window", 4), ("attention_chunk_size", 4), ("intermediate_size", 64)):
+        if isinstance(getattr(small, k, None), int):
+            setattr(small, k, size)
     policy, buffers = build(small, torch.float32, device)
     fill(policy, buffers, device)
     noise = torch.Generator().manual_seed(0)
