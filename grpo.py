@@ -29,8 +29,8 @@ import policy as P
 import ranks as R
 from engine import Engine, check_tp, seed_of, text_of
 from files import Flags, fail, number
-from rubrics import (PROTOCOLS, Pair, chat_messages, encode, form_of, lm_as_judge, parse, prompt_form,
-                     read_pairs, verdict_reward)
+from rubrics import (Pair, chat_messages, encode, form_of, lm_as_judge, parse, prompt_form, read_pairs,
+                     verdict_reward)
 
 
 def arguments():
@@ -42,11 +42,6 @@ def arguments():
     arg("--val-data", help="held-out pairs, judged greedily every --val-every steps")
     arg("--val-every", type=number(int, 1), default=5, help="steps between held-out evaluations")
     arg("--out", default="runs/grpo", help="folder of this run")
-    arg("--protocol", choices=PROTOCOLS,
-        help="prompt form, for rows without published prompts; default: the model's (its judge.json), "
-             "else instruct")
-    arg("--system-prompt",
-        help="file with the system prompt, instead of the model's, the published row's or ours")
     arg("--max-prompt", type=number(int, 1), default=4096,
         help="longest prompt in tokens; longer ones are left out")
     arg("--max-response", type=number(int, 1), default=8192, help="longest judgment in tokens")
@@ -81,29 +76,15 @@ def arguments():
     arg("--both-orders", type=number(float, -math.inf), metavar="W",
         help="judge each pair in both orders (--pairs and --mini count both), W more where both are right")
     arg("--refill", type=number(int, 0), default=0, help="rounds of sampling again for groups that agree")
-    arg("--micro-tokens", type=number(int, 1), default=16384,
-        help="tokens a rank computes at once: lower it when memory runs out")
-    arg("--recompute", action=argparse.BooleanOptionalAction, default=True,
-        help="recompute activations in the backward pass")
     arg("--engine-memory", type=number(float, 0, 1, above=True), default=0.5,
         help="share of each card for vLLM while it samples")
     arg("--tp", type=number(int, 1), default=1,
         help="ranks that sample with one engine together (tensor parallel)")
     arg("--max-gap", type=number(float, 0), default=0.1,
         help="stop if engine and trainer log-probs differ by more on average")
-    arg("--shard", type=number(int, 1),
-        help="ranks that hold one copy of the weights, e.g. a node's; default: all")
     arg("--offload", action="store_true",
         help="reference and optimizer wait in host memory while they are not used")
-    arg("--dtype", choices=P.DTYPES, default="bfloat16", help="of the computation (weights are kept in fp32)")
-    arg("--max-bad", type=number(int, 1), default=5,
-        help="stop after so many updates in a row without finite gradient")
-    arg("--save-every", type=number(int, 0), default=10,
-        help="steps between checkpoints for resuming, 0 for none")
-    arg("--timeout", type=number(float, 0, above=True), default=60,
-        help="minutes that a phase may take before the run is ended")
-    arg("--seed", type=number(int, 0), default=1, help="of data order, samples and random weights")
-    arg("--skip-bad", action="store_true", help="report and leave out bad lines instead of stopping")
+    R.flags(ap, save_every=10, seed=1)
     arg("--dry-run", **dryrun.FLAG)
     args = ap.parse_args()
     if args.group < 2:

@@ -4,6 +4,7 @@ The life of a run: ranks that start, agree, stop and die together, its checkpoin
 Everything here works on one rank as on many. Functions that are collectives say so: all ranks call them, in
 the same order.
 """
+import argparse
 import atexit
 import errno
 import gc
@@ -31,7 +32,36 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
-from files import claim, fail, fingerprint, read_lines, write_lines
+from files import claim, fail, fingerprint, number, read_lines, write_lines
+from rubrics import PROTOCOLS
+
+
+# ---------------------------------------------------------------- flags
+
+def flags(ap, save_every, seed):
+    """The flags that a training run has, whatever it trains."""
+    arg = ap.add_argument_group("how it asks, and how it runs").add_argument
+    arg("--protocol", choices=PROTOCOLS,
+        help="prompt form, for rows without published prompts; default: the model's (its judge.json), "
+             "else instruct")
+    arg("--system-prompt",
+        help="file with the system prompt, instead of the model's, the published row's or ours")
+    arg("--micro-tokens", type=number(int, 1), default=16384,
+        help="tokens a rank computes at once: lower it when memory runs out")
+    arg("--recompute", action=argparse.BooleanOptionalAction, default=True,
+        help="recompute activations in the backward pass")
+    arg("--shard", type=number(int, 1),
+        help="ranks that hold one copy of the weights, e.g. a node's; default: all")
+    arg("--dtype", choices=("float32", "bfloat16"), default="bfloat16",
+        help="of the computation (weights are kept in fp32)")
+    arg("--max-bad", type=number(int, 1), default=5,
+        help="stop after so many updates in a row without a finite gradient")
+    arg("--save-every", type=number(int, 0), default=save_every,
+        help="steps between checkpoints for resuming, 0 for none")
+    arg("--timeout", type=number(float, 0, above=True), default=60,
+        help="minutes that a phase may take before the run is ended")
+    arg("--seed", type=number(int, 0), default=seed, help="of data order, samples and random weights")
+    arg("--skip-bad", action="store_true", help="report and leave out bad lines instead of stopping")
 
 
 # ---------------------------------------------------------------- ranks
@@ -128,8 +158,8 @@ def catch_signals():
             print0("\nCtrl-C: ends after this step with a checkpoint; once more ends now", file=sys.stderr)
             signal.signal(number, signal.default_int_handler)
 
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-        signal.signal(number, note)
+    for caught in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        signal.signal(caught, note)
 
 
 def asked_to_stop():

@@ -8,7 +8,6 @@ Stage 1: fit oracle judgments (paper section 3.2, eq. 6).
 Reads pairs with a trace, writes OUT/model (Hugging Face safetensors), OUT/metrics.jsonl and, for resuming,
 OUT/state. Killed and started again with the same command, it continues from its last checkpoint.
 """
-import argparse
 import math
 
 import torch
@@ -19,7 +18,7 @@ import packing
 import policy as P
 import ranks as R
 from files import Flags, fail, number
-from rubrics import PROTOCOLS, chat_messages, encode, form_of, prompt_form, read_pairs
+from rubrics import chat_messages, encode, form_of, prompt_form, read_pairs
 
 
 def arguments():
@@ -29,11 +28,6 @@ def arguments():
         help="folder, hub id, or FOLDER/config.json for random weights")
     arg("--data", default="gaotang/RM-R1-Distill-SFT", help="pairs with traces: JSONL file or hub dataset")
     arg("--out", default="runs/sft", help="folder of this run")
-    arg("--protocol", choices=PROTOCOLS,
-        help="prompt form, for rows without published prompts; default: the model's (its judge.json), "
-             "else instruct")
-    arg("--system-prompt",
-        help="file with the system prompt, instead of the model's, the published row's or ours")
     arg("--max-len", type=number(int, 1), default=12288,
         help="longest prompt + trace in tokens; longer rows are left out")
     arg("--batch", type=number(int, 1), default=128, help="rows in an optimizer step, over all ranks")
@@ -45,21 +39,7 @@ def arguments():
     arg("--betas", type=number(float, 0, 0.99999), nargs=2, default=(0.9, 0.95), help="AdamW betas")
     arg("--weight-decay", type=number(float, 0), default=0.0, help="AdamW weight decay")
     arg("--grad-clip", type=number(float, 0, above=True), default=1.0, help="largest gradient norm")
-    arg("--micro-tokens", type=number(int, 1), default=16384,
-        help="tokens a rank computes at once: lower it when memory runs out")
-    arg("--recompute", action=argparse.BooleanOptionalAction, default=True,
-        help="recompute activations in the backward pass")
-    arg("--shard", type=number(int, 1),
-        help="ranks that hold one copy of the weights, e.g. a node's; default: all")
-    arg("--dtype", choices=P.DTYPES, default="bfloat16", help="of the computation (weights are kept in fp32)")
-    arg("--max-bad", type=number(int, 1), default=5,
-        help="stop after so many steps in a row without a finite gradient")
-    arg("--save-every", type=number(int, 0), default=50,
-        help="steps between checkpoints for resuming, 0 for none")
-    arg("--timeout", type=number(float, 0, above=True), default=60,
-        help="minutes that a phase may take before the run is ended")
-    arg("--seed", type=number(int, 0), default=42, help="of the data order and of random weights")
-    arg("--skip-bad", action="store_true", help="report and leave out bad lines instead of stopping")
+    R.flags(ap, save_every=50, seed=42)
     arg("--dry-run", **dryrun.FLAG)
     return ap.parse_args()
 
