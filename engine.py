@@ -31,6 +31,12 @@ def check_tp(tp, world, config=None):
         fail(f"--tp {tp} does not divide the model's {config.num_attention_heads} attention heads")
 
 
+def check_version(version):
+    """vLLM's against those that this code was read against; older ones fail in the middle of a first step."""
+    if not (0, 32) <= tuple(map(int, version.split(".")[:2])) < (0, 34):
+        fail(f"vllm {version}: 0.32 and 0.33 are known to work; pip install -r requirements.txt")
+
+
 class Engine:
     """vLLM, driven by token ids.
 
@@ -53,8 +59,7 @@ class Engine:
         import torch
         warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")  # names torch deprecates
         import vllm
-        if not (0, 32) <= tuple(map(int, vllm.__version__.split(".")[:2])) < (0, 34):
-            fail(f"vllm {vllm.__version__}: 0.32 and 0.33 are known to work; pip install -r requirements.txt")
+        check_version(vllm.__version__)
         self.torch, self.vllm, self.max_len, self.cuda = torch, vllm, max_len, torch.cuda.is_available()
         # As many as vLLM captures graphs for: a card's cache has room. Two cores gain nothing from more.
         self.at_once = 512 if self.cuda else 256

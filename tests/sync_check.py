@@ -48,7 +48,7 @@ def perturb(seed):
                                      src_data_rank=None)
 
 
-out = {}
+out = {"head": str(engine.llm.llm_engine.model_config.head_dtype)}
 engine.sync(policy, dtype)
 out["first"] = gap()
 for n in range(3):

@@ -6,7 +6,7 @@ import pytest
 from conftest import metrics, run, save_qwen2
 from transformers import Qwen2Config
 
-from engine import check_tp
+from engine import check_tp, check_version
 
 
 @pytest.mark.check("weights reach the engine, after sleep and wake")
@@ -33,6 +33,15 @@ def test_engine_and_trainer_agree_after_every_sync(tied, ranks, tp, tmp_path, re
     assert "kept its prefix cache" in out["stuck cache"]
 
 
+def test_versions_that_would_fail_later_are_refused(capsys):
+    for version in ("0.32.0", "0.33.1rc1"):
+        check_version(version)
+    for version in ("0.23.0", "0.31.0", "0.34.0", "1.0"):
+        with pytest.raises(SystemExit):
+            check_version(version)
+        assert f"vllm {version}: 0.32 and 0.33 are known to work" in capsys.readouterr().err
+
+
 def test_tp_must_divide_ranks_and_heads(capsys):
     """vLLM would refuse heads that do not divide with a page of validation, after the weights are loaded."""
     check_tp(2, 4, Qwen2Config(num_attention_heads=2))
@@ -49,6 +58,7 @@ def test_in_bf16_they_agree_within_rounding(tmp_path, record_property):
     save_qwen2(tmp_path / "m", True, std=0.05)
     out = json.loads(run("tests/sync_check.py", tmp_path / "m", "bfloat16", 1).stdout.splitlines()[-1])
     synced = ("first", "after update 0", "after update 1", "after update 2", "repaired")
+    assert out["head"] == "torch.float32", "logits rounded to bf16 would be most of a gap on a card"
     record_property("mean difference of log-probs", max(out[k][0] for k in synced))
     for name in synced:
         assert out[name][0] < 0.02, (name, out)

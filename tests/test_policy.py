@@ -159,6 +159,26 @@ def test_saved_models_open_in_transformers(model, ranks, tmp_path):
     assert all(f.stat().st_mode & 0o044 == 0o044 for f in (tmp_path / "out").glob("*.safetensors")), "others serve it"
 
 
+def test_fp32_goes_through_sdpa_on_a_card_too(ranks, monkeypatch):
+    """Its kernel has half precision only: the type of the queries decides, so that one batch serves both."""
+    monkeypatch.setattr(R, "CUDA", True)
+    batch, = packing.pack(GROUPS, 10**9, torch.device("cpu"))
+    seen = []
+    for name in ("varlen", "bucketed"):
+        monkeypatch.setattr(packing, name, lambda q, *_, name=name: seen.append((name, q.dtype)) or q)
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.zeros(1, 2, len(batch.tokens), 8, dtype=dtype)
+        packing.packed_attention(None, x, x, x, None, plan=batch.plan)
+    assert seen == [("bucketed", torch.float32), ("varlen", torch.bfloat16)]
+
+
+def test_an_optimizer_moves_without_its_counters():
+    """Elsewhere AdamW would ask the device for every one of them at every step."""
+    state = {0: {"step": torch.tensor(3.0), "exp_avg": torch.ones(2)}}
+    P.move(torch.device("meta"), type("Optimizer", (), {"state": state})())
+    assert state[0]["exp_avg"].is_meta and not state[0]["step"].is_meta
+
+
 def test_a_tied_pair_is_one_parameter(model, ranks):
     """Also for FSDP, which would else give the head a gradient and shards of its own."""
     policy = P.load(model[1], ranks[2], torch.float32)

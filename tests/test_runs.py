@@ -168,6 +168,13 @@ def test_peak_gb_is_the_most_that_the_card_has_held_at_the_end_of_a_phase(ranks,
     assert metrics(tmp_path)[0]["peak_gb"] == 70
 
 
+def test_an_old_torch_gets_one_sentence(monkeypatch, capsys):
+    monkeypatch.setattr(torch, "__version__", "2.11.0+cu128")
+    with pytest.raises(SystemExit):
+        R.start_ranks()
+    assert "torch 2.11.0+cu128: 2.13 or newer is needed" in capsys.readouterr().err
+
+
 def test_more_ranks_than_cards_get_one_sentence(monkeypatch, capsys):
     monkeypatch.setattr(R, "CUDA", True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
