@@ -91,7 +91,7 @@ class Judge:
                  its first one unless given); or anything that answers as they do (`answers` in askers.py)
     protocol     how it wants to be asked, where the model does not say so itself; system_prompt: a file
     journal      a file that keeps every judgment: what is in it is not asked again
-    temperature  of the second and further votes in an order; the first is greedy
+    temperature  of the second and further votes in an order; the first is greedy, unless greedy=False
     seed         numbers are functions of it and of the texts: other responses' places change nothing
     more         max_len, dtype, memory, tp of a local model (see `askers.Local`); at_once of a server
 
@@ -99,7 +99,7 @@ class Judge:
     """
 
     def __init__(self, model, protocol=None, system_prompt=None, name=None, journal=None, temperature=1.0, seed=0,
-                 max_tokens=8192, **more):
+                 max_tokens=8192, greedy=True, **more):
         folder = None
         if hasattr(model, "answers"):
             self.asker, about = model, name
@@ -111,7 +111,7 @@ class Judge:
             self.asker = Local(str(model), max_tokens, **more)
             folder, about = self.asker.folder, fingerprint(model, self.asker.folder)
         self.form = prompt_form(folder, name or model, protocol, system_prompt)
-        self.about, self.temperature, self.seed = [about, max_tokens], temperature, seed
+        self.about, self.temperature, self.seed, self.greedy = [about, max_tokens], temperature, seed, greedy
         self.journal = Journal(Path(journal) if journal else None)
         # A model here does one thing after another; a server's requests need not wait for other callers'.
         self.lock = contextlib.nullcontext() if isinstance(self.asker, Server) else threading.Lock()
@@ -175,7 +175,8 @@ class Judge:
             asked = []
             for place in places:
                 messages, n = chat_messages(shown(*place), *self.form), before[place]
-                asked.append((messages, seed_of(self.seed, digest(messages), n), self.temperature if n else 0.0))
+                heat = 0.0 if self.greedy and not n else self.temperature
+                asked.append((messages, seed_of(self.seed, digest(messages), n), heat))
                 before[place] += 1
             for place, a in zip(places, await self.gathered(asked)):
                 judgment = parse(a.text, a.finish == "stop")
@@ -394,8 +395,7 @@ def rank(args):
                              f"up to {args.budget or 4 * len(responses)} judgments")
         return row.get("id"), messages_of(row.get("prompt")), responses
 
-    rows = list(lines_of(args, read)) or fail(f"{args.data}: no lines in it")
-    judge = judge_of(args)
+    rows, judge = list(lines_of(args, read)) or fail(f"{args.data}: no lines in it"), judge_of(args)
     ranked = now(all_of([judge.arank(prompt, some, args.goal, args.budget) for _, (_, prompt, some) in rows]))
     for (line, (id, *_)), r in zip(rows, ranked):
         print(json.dumps({"id": line if id is None else id} | {k: getattr(r, k) for k in (

@@ -61,6 +61,9 @@ def test_votes_end_when_one_is_two_ahead_or_the_budget_is_spent():
     assert found.reason == "as many votes for each" and found.low < found.win == 0.5 < found.high
     assert [t for *_, t in model.asked] == [0.0, 0.0] + [1.0] * 4, "the first of an order is greedy"
     assert len({seed for *_, seed, _ in model.asked}) == 6
+    sampled, model = judge(greedy=False)
+    sampled.compare("q", "is 5", "is 3")
+    assert [t for *_, t in model.asked] == [1.0, 1.0]
 
 
 def test_what_cannot_be_read_has_a_reason():
