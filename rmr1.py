@@ -102,7 +102,7 @@ class Judge:
                  max_tokens=8192, greedy=True, **more):
         folder = None
         if hasattr(model, "answers"):
-            self.asker, about = model, name
+            self.asker, about = model, [getattr(model, "url", None), name]
         elif "://" in str(model):
             self.asker = Server(model, name, max_tokens, **more)
             self.asker.model = name or self.asker.client.models.list().data[0].id
@@ -350,9 +350,9 @@ def as_json(found):
 
 
 def judge_of(args):
-    more = {"dtype": args.dtype} if not args.base_url else {}
-    return Judge(args.base_url or args.model, args.protocol, args.system_prompt, args.model, args.journal,
-                 args.temperature, args.seed, args.max_tokens, **more)
+    model = Server(args.base_url, args.model, args.max_tokens) if args.base_url else args.model
+    return Judge(model, args.protocol, args.system_prompt, args.model, args.journal, args.temperature, args.seed,
+                 args.max_tokens, **({} if args.base_url else {"dtype": args.dtype}))
 
 
 def judge(args):
@@ -497,4 +497,4 @@ if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt:
-        sys.exit(130)
+        os._exit(130)               # threads that wait for a server are not waited for
