@@ -1,0 +1,148 @@
+"""
+What a reward model is for: a tiny responder learns from the judge's rewards, in TRL's GRPOTrainer.
+
+The demo's judge answers from vLLM's own server (the project's environment), the responder learns in TRL's:
+
+    OMP_NUM_THREADS=1 VLLM_CPU_KVCACHE_SPACE=1 .venv/bin/python -m vllm.entrypoints.openai.api_server \\
+        --model runs/demo/grpo/model --port 8011 --dtype float32 --max-model-len 256 --enforce-eager \\
+        --no-enable-chunked-prefill &
+    python -m venv trl && trl/bin/pip install torch==2.13.0 trl datasets openai httpx
+    PYTHONPATH=. trl/bin/python bench/rl_with_judge.py --url http://127.0.0.1:8011/v1
+
+First the judge is asked about pairs whose better response is known. Then a random Qwen2 is fitted to sums
+and products, wrong more often than right, openers by lot, and learns on from each reward: the judge's (a
+group's win rates), and `longest`, the number of characters. Neither sees a right answer. A line each says the
+share of right answers to 500 questions. There are 72 in all, which fitting meets; GRPO asks two thirds of
+them, the others are held out. The pull towards the fitted model (--beta) is needed: the judge falls for some
+far-off numbers (42 for 2 * 5), and with .02 the share of all ended at .14 after 200 steps.
+"""
+import itertools
+import json
+import random
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoConfig, AutoModelForCausalLM, set_seed
+from trl import GRPOConfig, GRPOTrainer
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "data"))
+import toy
+from files import Flags, number
+from rmr1 import Judge
+from rubrics import prompt_form
+
+LONG = 8                    # tokens of an answer; right ones have three: opener, number, end
+
+
+def pairs(seed, n, apart=()):
+    """n pairs of sums and products. apart: questions that are none of theirs."""
+    some = (toy.make_pair(seed, "rl_with_judge", i) for i in itertools.count())
+    some = (p for p in some if p.meta["kind"] in ("add", "mul") and question(p) not in apart)
+    return list(itertools.islice(some, n))
+
+
+def question(pair):
+    return pair.context[0]["content"]
+
+
+def fit(model, tokenizer, some, args):
+    """Supervised: the right response of a pair in `--right` of all cases, else the wrong one."""
+    rng = random.Random(args.seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
+    for step in range(args.fit_steps):
+        rows, labels = [], []
+        for pair in some[64 * step:64 * step + 64]:
+            better, worse = (pair.a, pair.b) if pair.label == "A" else (pair.b, pair.a)
+            ask = tokenizer.apply_chat_template(pair.context, add_generation_prompt=True, return_dict=False)
+            text = tokenizer.encode(better if rng.random() < args.right else worse) + [tokenizer.eos_token_id]
+            rows.append(torch.tensor(ask + text))
+            labels.append(torch.tensor([-100] * len(ask) + text))
+        ids, labels = pad_sequence(rows, True), pad_sequence(labels, True, -100)
+        model(input_ids=ids, labels=labels).loss.backward()      # padding stands last: no mask is needed
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@torch.no_grad()
+def shares(model, tokenizer, some, held, sample):
+    """What share of the pairs' questions a model answers right; characters of an answer."""
+    torch.manual_seed(0)
+    rows = tokenizer.apply_chat_template([p.context for p in some], add_generation_prompt=True, padding=True,
+                                         return_dict=True, return_tensors="pt")
+    ids = model.generate(**rows, max_new_tokens=LONG, do_sample=sample, **({"top_k": 0} if sample else {}))
+    texts = tokenizer.batch_decode(ids[:, rows["input_ids"].shape[1]:], skip_special_tokens=True)
+    answers = [p.meta["key"].split()[-1] for p in some]
+    right = [text in [f"{o} {answer}" for o in toy.OPENERS] for text, answer in zip(texts, answers)]
+    return split(some, right, held) | {"characters": round(sum(map(len, texts)) / len(texts), 1)}
+
+
+def split(some, right, held):
+    """Share of right ones among the pairs whose questions GRPO asks, and among the held-out ones."""
+    return {name: round(sum(x) / len(x), 3) for name, out in (("asked", False), ("held", True))
+            if (x := [ok for p, ok in zip(some, right) if (question(p) in held) == out])}
+
+
+def learn(folder, tokenizer, reward, some, args):
+    """GRPO. A step's completions, all groups whole, are one call of the reward function."""
+    config = GRPOConfig(
+        output_dir=f"{folder}-rl", use_cpu=True, bf16=False, report_to="none", save_strategy="no",
+        disable_tqdm=True, logging_steps=10, seed=args.seed, max_steps=args.steps, learning_rate=args.lr,
+        lr_scheduler_type="constant", beta=args.beta, temperature=1.0, max_completion_length=LONG,
+        num_generations=args.group, per_device_train_batch_size=args.prompts * args.group,
+        steps_per_generation=1, gradient_checkpointing=False, model_init_kwargs={"dtype": "float32"})
+    trainer = GRPOTrainer(model=folder, args=config, processing_class=tokenizer, reward_funcs=reward,
+                          train_dataset=Dataset.from_dict({"prompt": [p.context for p in some]}))
+    trainer.train()
+    return trainer.model
+
+
+def main(args, out):
+    longest = lambda completions, **_: [float(len(c[-1]["content"])) for c in completions]
+    protocol, text = prompt_form(args.judge, args.judge)
+    Path(out, "system.txt").write_text(text)
+    judge = Judge(args.url, protocol, f"{out}/system.txt", max_tokens=56)
+    test = pairs("test", 500)
+    held = random.Random(0).sample(sorted({question(p) for p in test}), 24)
+    agrees = [f.verdict == p.label for p, f in zip(test, judge.compare_all(test, budget=2))]
+    print("judge", json.dumps(split(test, agrees, held)), flush=True)
+    folder = f"{out}/responder"
+    tokenizer = toy.write_model(folder, layers=2, hidden=96)
+    tokenizer.padding_side = "left"
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=torch.float32)
+    fit(model, tokenizer, pairs(f"{args.seed}/fit", 64 * args.fit_steps), args)
+    model.save_pretrained(folder)
+    some = pairs(f"{args.seed}/rl", args.prompts * args.steps, held)
+    for name, reward in (("fitted", None), ("judge", judge.reward), ("longest", longest)):
+        start, had = time.time(), len(judge.journal.answers)
+        if reward:
+            model = learn(folder, tokenizer, reward, some, args)
+        print(name, json.dumps({"seconds": round(time.time() - start),
+                                "judgments": len(judge.journal.answers) - had,
+                                "sampled": shares(model, tokenizer, test, held, sample=True),
+                                "greedy": shares(model, tokenizer, test, held, sample=False)}), flush=True)
+
+
+if __name__ == "__main__":
+    ap = Flags(__doc__)
+    arg = ap.add_argument
+    arg("--url", required=True, help="the judge's server")
+    arg("--judge", default="runs/demo/grpo/model", help="its folder, for judge.json: how to ask it")
+    arg("--right", type=number(float, 0, 1), default=0.4, help="share of right answers to fit to")
+    arg("--fit-steps", type=number(int, 1), default=600, help="supervised updates, 64 answers each")
+    arg("--steps", type=number(int, 1), default=160, help="of GRPO")
+    arg("--prompts", type=number(int, 1), default=16, help="questions of a step")
+    arg("--group", type=number(int, 2), default=4, help="answers to each")
+    arg("--lr", type=number(float, 0), default=4e-4, help="GRPO's learning rate")
+    arg("--beta", type=number(float, 0), default=0.25, help="pull towards the fitted model")
+    arg("--seed", type=number(int, 0), default=0, help="of all but the 500 questions")
+    args = ap.parse_args()
+    torch.set_num_threads(1)                    # the other core is the judge's
+    set_seed(args.seed)
+    with tempfile.TemporaryDirectory() as out:
+        main(args, out)
