@@ -201,9 +201,8 @@ def judge(args, lives, peaks, parameters, config, window, shard):
              + ("" if args.recompute else ", leave out --no-recompute")
              + ("" if tight else ", set PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True") + more)
     if grpo:
-        heads = config.num_key_value_heads * (getattr(config, "head_dim", None)
-                                              or config.hidden_size // config.num_attention_heads)
-        cache = window * 2 * P.DTYPES[args.dtype].itemsize * heads * config.num_hidden_layers
+        keys = config.num_key_value_heads * P.head_width(config) * config.num_hidden_layers
+        cache = window * 2 * P.DTYPES[args.dtype].itemsize * keys
         needs = (weights + cache) / args.tp + 2 * GB
         if needs > share:
             fail(f"vLLM needs about {needs / GB:.0f} GB, more than --engine-memory {args.engine_memory:g} of the "

@@ -269,11 +269,13 @@ def check_family(config, device):
     if not gap < 1e-3:
         fail(f"--model: {config.model_type} computes something that packed training does not know: log-probs "
              f"differ by {gap:.2g} from transformers' own; see the table of families in docs/training.md")
-    if ranks.CUDA:
-        heads = config.num_attention_heads
-        check_kernel(heads, config.num_key_value_heads, getattr(config, "head_dim", None)
-                     or config.hidden_size // heads, device)
+    if device.type == "cuda":                # not in a dry run, which has no device even where there are cards
+        check_kernel(config.num_attention_heads, config.num_key_value_heads, head_width(config), device)
     return gap
+
+
+def head_width(config):
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def own_logprobs(lm, prompt, response, device):

@@ -45,6 +45,12 @@ def test_a_family_that_computes_something_else_is_refused(name, capsys):
     assert stop.value.code == 2 and said in err and err.count("error: ") == 1
 
 
+def test_a_dry_run_checks_the_family_on_a_machine_with_cards(ranks, monkeypatch):
+    """It has no device of its own, so the kernel of CUDA is not asked for what it cannot do."""
+    monkeypatch.setattr("ranks.CUDA", True)
+    assert P.check_family(config_of(*FAMILIES["Qwen3"]), CPU) < 1e-4
+
+
 def forgets_the_window(monkeypatch):
     bucketed = packing.bucketed
     monkeypatch.setattr(packing, "bucketed", lambda q, k, v, plan, scaling, window: bucketed(
