@@ -154,6 +154,10 @@ def resolve(model, weights=True):
         fail(f"--model {model}: no such folder, and the hub could not give it ({type(e).__name__})")
 
 
+def first_line(error):
+    return (str(error) or repr(error)).splitlines()[0][:150]
+
+
 def load_tokenizer(folder):
     """The tokenizer of a model folder, and the ids that end its turn. -> tokenizer, [ids]"""
     try:
@@ -162,7 +166,7 @@ def load_tokenizer(folder):
         more = json.loads(path.read_text()).get("eos_token_id") or [] if path.exists() else []
         whole = tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)).strip() == text
     except Exception as e:                  # a folder's files can be broken in as many ways as they have parsers
-        fail(f"--model {folder}: no usable tokenizer in it ({(str(e) or repr(e)).splitlines()[0][:150]})")
+        fail(f"--model {folder}: no usable tokenizer in it ({first_line(e)})")
     if tokenizer.chat_template is None or tokenizer.eos_token_id is None:
         fail(f"--model {folder}: its tokenizer lacks a chat template or an end-of-turn token")
     if not whole:                           # without its tokenizer.json it has no vocabulary, and says nothing
@@ -175,7 +179,7 @@ def config_of(folder):
     try:
         return AutoConfig.from_pretrained(folder)
     except Exception as e:                  # as above
-        fail(f"--model {folder}: its config.json cannot be read ({(str(e) or repr(e)).splitlines()[0][:150]})")
+        fail(f"--model {folder}: its config.json cannot be read ({first_line(e)})")
 
 
 def window_of(config):
@@ -343,7 +347,7 @@ def check_weights(model, folder, wanted=None):
     try:
         stored = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
     except Exception as e:                              # safetensors, or an index, that is cut short
-        fail(f"--model {model}: its weights cannot be read ({(str(e) or repr(e)).splitlines()[0][:150]})")
+        fail(f"--model {model}: its weights cannot be read ({first_line(e)})")
     if wanted is None:
         try:
             with on_meta():
