@@ -93,7 +93,8 @@ class Engine:
     def stream(self, requests, max_tokens, stop=(), logprobs=True):
         """Sample for an iterable of (prompt ids, seed, temperature), 0 being greedy. Yields (place, Sample)
         in the order in which they finish. The iterable is read a little ahead of the sampling, so that
-        whoever makes the prompts works while the card does.
+        whoever makes the prompts works while the card does; a None in it says that there is nothing more for now,
+        and takes a place.
 
         Texts are a function of (weights, prompt, seed): not of the other requests, the rank or what was
         sampled before. On a card that holds for the draws, but not for the last bits of the logits, which
@@ -110,7 +111,10 @@ class Engine:
                 more = itertools.islice(requests, 2 * self.at_once - len(waiting))
                 # Flat log-probs are a few lists a sample; the default is two objects a token, which takes
                 # 2.5 times the memory and 3.6 times the time.
-                for place, (prompt, seed, temperature) in more:
+                for place, request in more:
+                    if request is None:
+                        break
+                    prompt, seed, temperature = request
                     if len(prompt) >= self.max_len:
                         raise ValueError(f"a prompt of {len(prompt)} tokens leaves no room in a window of "
                                          f"{self.max_len}")

@@ -403,7 +403,7 @@ def reply(text, **more):
 
 def answers(url, *prompts, **kw):
     """What `Server` makes of prompts, in their order."""
-    got = Server(url, "m", 9, retries=0, **kw).answers(
+    got = Server(url, "m", 9, patience=0, **kw).answers(
         ([{"role": "user", "content": p}], n, 0.0) for n, p in enumerate(prompts))
     return [a for _, a in sorted(got, key=lambda x: x[0])]
 
@@ -506,8 +506,8 @@ def test_nobody_listens(url, tmp_path):
 
 
 def test_a_server_that_hangs_is_not_waited_for_all_day(odd):
-    client = Server(odd, "m", 9).client
-    assert client.timeout.connect <= 10 and client.timeout.read * (client.max_retries + 1) <= 3600
+    limits = Server(odd, "m", 9).session.timeout
+    assert limits.sock_connect <= 10 and limits.sock_read <= 3600
 
 
 def test_ctrl_c_does_not_wait_for_a_server(odd):

@@ -1,5 +1,7 @@
 """TRL's GRPOTrainer takes `Judge.reward`, and its async twin, as they are. Skipped where TRL is not installed; in an
 environment of its own (see bench/trl_peer.py): PYTHONPATH=. python -m pytest tests/test_trl.py"""
+from concurrent.futures import Future
+
 import pytest
 
 pytest.importorskip("trl")
@@ -18,12 +20,14 @@ class Longest:
     def __init__(self):
         self.asked = 0
 
-    def answers(self, requests):
-        for place, (messages, *_) in enumerate(requests):
+    def submit(self, requests):
+        futures = [Future() for _ in requests]
+        for future, (messages, *_) in zip(futures, requests):
             self.asked += 1
             a, b = (x.split("\n[The End")[0] for x in messages[-1]["content"].split("Response]\n")[1:4:2])
-            yield place, Answer(f"<type>Chat</type><rubric>x 100%</rubric><eval>x</eval>"
-                                f"<answer>[[{'A' if len(a) > len(b) else 'B'}]]</answer>", "stop", 1, 1)
+            future.set_result(Answer(f"<type>Chat</type><rubric>x 100%</rubric><eval>x</eval>"
+                                     f"<answer>[[{'A' if len(a) > len(b) else 'B'}]]</answer>", "stop", 1, 1))
+        return futures
 
 
 @pytest.mark.parametrize("way", ["reward", "areward"])
