@@ -328,14 +328,13 @@ async def streamed(lines, told):
     """A reply that comes in parts, as if it had come at once. told(text): what there is of it so far."""
     ids, text, thought, finish = [], "", "", None
     async for line in lines:
-        part = json.loads(line[5:]) if line.startswith(b"data: {") else {}
-        for c in part.get("choices") or ():
+        for c in json.loads(line[5:]).get("choices") or () if line.startswith(b"data: {") else ():
             delta = c.get("delta") or {}
             text += c.get("text") or delta.get("content") or ""
             thought += delta.get("reasoning_content") or delta.get("reasoning") or ""
             ids += c.get("token_ids") or ()
             finish = c.get("finish_reason") or finish
-        told(with_thought(thought, text))
+            told(with_thought(thought, text))
     if finish is None:
         raise EOFError("the answer broke off")
     message = {"content": text, "reasoning_content": thought}

@@ -16,6 +16,7 @@ The demo's judge knows the kinds of question that data/toy.py asks, in its few w
 """
 import asyncio
 import functools
+import itertools
 import json
 import os
 import re
@@ -235,22 +236,24 @@ class Judge:
         """A reward for every completion: its expected win rate against the others to the same prompt, which stand in
         a row, as trainers have them. None where nothing could be read, or where a completion is empty or alone: TRL
         then gives it no advantage. Goes into TRL's `reward_funcs`, and into verifiers' as a group reward."""
-        groups = []
-        for prompt, completion in zip(prompts, completions, strict=True):
-            if not groups or groups[-1][0] != prompt:
-                groups.append((prompt, []))
-            groups[-1][1].append(completion)
+        groups = self.groups(prompts, completions)
         if any(len(some) == 1 for _, some in groups):
             warnings.warn("a completion is the only one to its prompt, so there is nothing to compare it with; let "
                           "per_device_train_batch_size x steps_per_generation be a multiple of num_generations")
-        return sum(await all_of([self.agroup(*group) for group in groups]), [])
+        return [r for some in await all_of([self.agroup(*group) for group in groups]) for r, _ in some]
+
+    @staticmethod
+    def groups(prompts, completions):
+        """-> [(prompt, [completion, ...]), ...]: runs of equal prompts"""
+        runs = itertools.groupby(zip(prompts, completions, strict=True), key=lambda both: both[0])
+        return [(prompt, [completion for _, completion in run]) for prompt, run in runs]
 
     async def agroup(self, prompt, completions):
-        """Rewards of the completions to one prompt."""
+        """-> [(reward, stderr), ...] of the completions to one prompt"""
         known = [i for i, c in enumerate(completions) if has_text(c)]
         ranked = await self.arank(prompt, [completions[i] for i in known]) if len(known) > 1 else None
-        reward = dict(zip(known, ranked.reward)) if ranked else {}
-        return [reward.get(i) for i in range(len(completions))]
+        found = dict(zip(known, zip(ranked.reward, ranked.stderr))) if ranked else {}
+        return [found.get(i, (None, None)) for i in range(len(completions))]
 
     def verl(self):
         """A `compute_score` for verl, which shows a reward function one sample at a time: the share of votes that it
@@ -341,12 +344,27 @@ def show(pair, found):
           + (f", people preferred {pair.label}" if pair.label else ""))
 
 
-def as_json(found):
-    """A `Comparison` as a program wants it."""
-    votes = [{"order": "BA" if v.first else "AB", "verdict": v.verdict, "reason": v.judgment.reason,
-              "tokens": v.tokens, "text": v.judgment.text} for v in found.votes]
+def judgment_as_json(j, pair, first):
+    """A judgment for a program, in the words of `pair`: a and b are its responses, first of them was shown as A."""
+    shown = pair.swapped() if first else pair
+    quotes = [("ab"[(side == "B") != first], quote.strip()) for side in "AB" for quote in j.quotes[side]]
+    return {"type": j.type, "rubric": [dict(zip(("name", "weight", "text"), item)) for item in j.rubric],
+            "justify": j.justify, "solution": j.solution, "eval": j.eval,
+            "quotes": [{"of": of, "text": quote, "found": found}
+                       for (of, quote), found in zip(quotes, verbatim(j, shown))]}
+
+
+def vote_as_json(v, pair):
+    """A `Vote`; its verdict is in the words of what was shown, prefers in those of `pair`."""
+    prefers = v.verdict and "ab"[(v.verdict == "B") != v.first]
+    return {"order": "BA" if v.first else "AB", "verdict": v.verdict, "prefers": prefers, "reason": v.judgment.reason,
+            "tokens": v.tokens, "text": v.judgment.text, "judgment": judgment_as_json(v.judgment, pair, v.first)}
+
+
+def as_json(found, pair):
+    """A `Comparison`."""
     return {k: getattr(found, k) for k in ("verdict", "reason", "win", "low", "high", "consistent", "share")} | {
-        "votes": votes}
+        "votes": [vote_as_json(v, pair) for v in found.votes]}
 
 
 def judge_of(args, what, least=None):
@@ -377,7 +395,7 @@ def judge(args):
     for pair, found in zip(pairs, judge.compare_all(pairs, args.budget)):
         if all(v.verdict is None and not v.judgment.text for v in found.votes):
             fail(found.reason)
-        print(json.dumps({"id": pair.id} | as_json(found))) if args.json else show(pair, found)
+        print(json.dumps({"id": pair.id} | as_json(found, pair))) if args.json else show(pair, found)
 
 
 def lines_of(args, read, rejects=None):

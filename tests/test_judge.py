@@ -16,7 +16,7 @@ from conftest import Replies, call
 from rmr1 import Judge
 from rubrics import Pair
 
-SHOWN = re.compile(r"Chatbot (?:A|B)'s Response\]\n(.*)\n\[The End")
+SHOWN = re.compile(r"(?:Response\]\n|Chatbot [AB]: )(.*)\n\[The End")
 
 
 def done(f, *args):

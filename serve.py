@@ -1,0 +1,727 @@
+"""
+The judge over HTTP: a thin gateway in front of vLLM's own server, and a page to watch it think.
+
+    python serve.py --model runs/demo/grpo/model --dtype float32          # http://127.0.0.1:8080
+    python serve.py --model gaotang/RM-R1-Qwen2.5-Instruct-7B --journal runs/serve/7b.jsonl -- --data-parallel-size 8
+    python serve.py --model MODEL --upstream http://node0:8000/v1         # a vLLM that runs already, or a balancer
+
+    curl 127.0.0.1:8080/compare --json '{"prompt": "What is 6 * 7 ?", "a": "Here: 42", "b": "Here: 45"}'
+
+/compare, /rank, /reward; /rerank, /v1/rerank, /v2/rerank as Cohere, Jina and LiteLLM ask; /get_reward as OpenRLHF does.
+A trainer that sends one sample at a time says how large its groups are: samples wait for their **cohort**, and each
+is told its own reward (see `Cohorts`). RMR1_API_KEY guards everything but /health. docs/judge.md has the formats.
+"""
+import asyncio
+import base64
+import ctypes
+import hashlib
+import hmac
+import ipaddress
+import json
+import os
+import re
+import secrets
+import signal
+import socket
+import sys
+import time
+from collections import Counter
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+from urllib.parse import urlsplit
+
+import aiohttp
+import prometheus_client as prom
+import uvicorn
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from pydantic import BaseModel, Field
+from starlette.exceptions import HTTPException
+
+import policy
+import rubrics
+from askers import Refused
+from engine import on_cpu
+from files import Flags, claim, digest, fail, number
+from rmr1 import Judge, as_json, judgment_as_json, response_of, vote_as_json
+from rubrics import Pair, messages_of, parse
+
+PAGE = Path(__file__).with_name("assets") / "judge.html"
+CLOSING, LOADING = "the server is shutting down; ask again", "the judge is not ready yet; /health says when"
+
+
+def say(text):
+    print(time.strftime("%H:%M:%S"), text, file=sys.stderr, flush=True)
+
+
+def error(status, message, param=None):
+    """What a caller is told when it goes wrong, in vLLM's form."""
+    kind = {400: "BadRequestError", 401: "Unauthorized", 404: "NotFoundError"}.get(status, "Error")
+    return {"error": {"message": message, "type": kind, "param": param, "code": status}}
+
+
+# ---------------------------------------------------------------- vLLM, started and kept running
+
+class Upstream:
+    """vLLM's own server for a model, or one that runs already. ready: does it answer? One of ours that ends is started
+    again, while what waited for it is asked again (`askers.Server`)."""
+
+    def __init__(self, args, more):
+        self.url, self.key, self.ready, self.command, self.process = args.upstream, None, False, None, None
+        if self.url:
+            return
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            port = s.getsockname()[1]
+        self.url, self.key = f"http://127.0.0.1:{port}/v1", secrets.token_hex(16)
+        # As `Engine` has it, so that a seed gives the same text. The wheel for CPUs has no `vllm serve`.
+        more = ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", "judge", "--dtype", args.dtype,
+                "--max-model-len", str(args.max_len), "--hf-overrides", '{"head_dtype": "float32"}',
+                "--disable-log-stats", "--disable-uvicorn-access-log", *more]
+        import torch
+        if torch.cuda.is_available():
+            start = ["-m", "vllm.entrypoints.cli.main", "serve", args.folder]
+        else:
+            start = ["-m", "vllm.entrypoints.openai.api_server", "--model", args.folder]
+            for name, value in on_cpu(args.max_len).items():
+                name = name.replace("_", "-")
+                start += [f"--{name}" if value else f"--no-{name}"] if isinstance(value, bool) else [
+                    f"--{name}", str(value)]
+        self.command = [sys.executable, *map(str, start), *more]
+
+    async def keep(self):
+        """Keep it running. RuntimeError if it ends without having been ready."""
+        env = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_CPU_KVCACHE_SPACE": "1", **os.environ}
+        while True:
+            if self.command:
+                self.process = await asyncio.create_subprocess_exec(
+                    *self.command, env=env | {"VLLM_API_KEY": self.key}, stdout=sys.stderr, start_new_session=True,
+                    preexec_fn=lambda: ctypes.CDLL(None).prctl(1, signal.SIGTERM))     # PR_SET_PDEATHSIG
+            if not await self.watch():
+                raise RuntimeError("vLLM ended before it was ready; its own words stand above")
+            say(f"vLLM has ended ({self.process.returncode}); it is started again, what waits is asked again")
+
+    async def watch(self):
+        """Until it ends. -> was it ready at any time?"""
+        was_ready = False
+        async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(10), trust_env=True) as session:
+            while self.process is None or self.process.returncode is None:
+                try:
+                    async with session.get(self.url + "/models") as r:
+                        self.ready = r.status < 500
+                except (aiohttp.ClientError, asyncio.TimeoutError, OSError):
+                    self.ready = False
+                was_ready |= self.ready
+                await asyncio.sleep(0.2)
+        self.ready = False
+        return was_ready
+
+    async def end(self):
+        if self.process and self.process.returncode is None:
+            self.process.terminate()
+            with suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self.process.wait(), 10)
+            with suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+
+
+# ---------------------------------------------------------------- one sample at a time
+
+@dataclass(eq=False)
+class Rollout:
+    """A sample that waits for the others. callers: requests that wait for its reward; told: one got it."""
+    id: str | None
+    text: str
+    callers: int = 0
+    told: bool = False
+    reward: asyncio.Future = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+
+
+@dataclass(eq=False)
+class Cohort:
+    prompt: object
+    size: int
+    rollouts: list = field(default_factory=list)
+    timer: asyncio.TimerHandle | None = None
+
+
+class Cohorts:
+    """Groups of samples to one prompt, for trainers that send each by itself.
+
+    A sample joins the open cohort of its prompt, size and name, and is judged with it once `size` are there, or
+    `timeout` seconds after the last one came: who is there then gets judged, and one alone gets None. Who leaves is
+    still a member, so the others lose nothing. A retry finds its place: with an id by id and text, without one by its
+    text, if nobody waits there and nobody was told; for ten minutes after the judgment too. Rewards do not depend
+    on the order in which samples came. All of a cohort must come to one gateway."""
+
+    def __init__(self, judge, timeout, most=65536):
+        self.judge, self.timeout, self.most = judge, timeout, most
+        self.cohorts, self.tasks, self.ends, self.waiting = {}, set(), Counter(), 0
+
+    async def reward(self, prompt, text, size, id=None, name=""):
+        """-> reward, stderr of a sample, once its cohort has been judged"""
+        rollout = self.place(prompt, text, size, id, name)
+        rollout.callers += 1
+        self.waiting += 1
+        try:
+            reward = await asyncio.shield(rollout.reward)
+            rollout.told = True
+            return reward
+        finally:
+            rollout.callers -= 1
+            self.waiting -= 1
+
+    def place(self, prompt, text, size, id, name):
+        key = digest([prompt, size, name])
+        cohorts = self.cohorts.setdefault(key, [])
+        for rollout in (r for c in cohorts for r in c.rollouts):
+            if (rollout.id, rollout.text) == (id, text) and (id or not (rollout.callers or rollout.told)):
+                return rollout
+        if self.waiting >= self.most:
+            raise HTTPException(429, f"{self.waiting} samples wait for their groups already")
+        if not cohorts or cohorts[-1].timer is None:
+            cohorts.append(Cohort(prompt, size))
+        cohort, rollout = cohorts[-1], Rollout(id, text)
+        cohort.rollouts.append(rollout)
+        if cohort.timer:
+            cohort.timer.cancel()
+        cohort.timer = asyncio.get_running_loop().call_later(self.timeout, self.start, key, cohort)
+        if len(cohort.rollouts) == size:
+            self.start(key, cohort)
+        return rollout
+
+    def start(self, key, cohort):
+        cohort.timer.cancel()
+        cohort.timer = None                                 # nobody joins any more
+        self.ends["whole" if len(cohort.rollouts) == cohort.size else "timeout"] += 1
+        task = asyncio.get_running_loop().create_task(self.judge_together(key, cohort))
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
+
+    async def judge_together(self, key, cohort):
+        try:
+            rewards = await self.judge.agroup(cohort.prompt, [r.text for r in cohort.rollouts])
+            for rollout, reward in zip(cohort.rollouts, rewards, strict=True):
+                rollout.reward.set_result(reward)
+        except (Exception, SystemExit) as e:
+            self.fail(cohort, e)
+        asyncio.get_running_loop().call_later(600, self.forget, key, cohort)
+
+    def fail(self, cohort, why):
+        for rollout in cohort.rollouts:
+            rollout.reward.set_exception(why)
+            rollout.reward.exception()                      # asked for, whether or not anybody waits
+
+    def forget(self, key, cohort):
+        self.cohorts[key].remove(cohort)
+        if not self.cohorts[key]:
+            del self.cohorts[key]
+
+    def close(self):
+        """Nobody waits for samples that cannot come any more."""
+        for cohort in [c for some in self.cohorts.values() for c in some if c.timer]:
+            cohort.timer.cancel()
+            cohort.timer = None
+            self.fail(cohort, HTTPException(503, CLOSING))
+
+
+# ---------------------------------------------------------------- who may ask, and how much
+
+def hash_of(key):
+    return hashlib.sha256(key.encode()).digest()
+
+
+class Guard:
+    """Stands before every request: whose page it comes from, the key, the kind and size of its body."""
+
+    def __init__(self, app, gate):
+        self.app, self.gate = app, gate
+
+    async def __call__(self, scope, receive, send):
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        headers = {k.decode("latin-1"): v.decode("latin-1") for k, v in scope["headers"]}
+        start, status, length = time.monotonic(), 0, 0
+
+        async def limited():
+            nonlocal length
+            message = await receive()
+            length += len(message.get("body", b""))
+            if length > self.gate.most_bytes:
+                raise HTTPException(413, self.too_long())
+            return message
+
+        async def noted(message):
+            nonlocal status
+            status = message.get("status", status)
+            await send(message)
+
+        app, refusal = self.app, self.refusal(scope, headers)
+        if refusal:
+            status, why = refusal
+            app = JSONResponse(error(status, why), status, {"WWW-Authenticate": "Basic"} if status == 401 else None)
+        try:
+            await app(scope, limited, noted)
+        finally:
+            self.gate.count(scope, status, time.monotonic() - start)
+
+    def too_long(self):
+        return f"a request may have {self.gate.most_bytes:,} bytes"
+
+    def refusal(self, scope, headers):
+        """-> (status, why), or None"""
+        if scope["path"] == "/health":
+            return None
+        host = headers.get("host", "")
+        if "origin" in headers and headers["origin"].partition("://")[2] != host:
+            return 403, "asked from a page of another origin"
+        if self.gate.key:
+            kind, _, given = headers.get("authorization", "").partition(" ")
+            if kind.lower() == "basic":
+                with suppress(ValueError):
+                    given = base64.b64decode(given).decode().partition(":")[2]
+            if not hmac.compare_digest(hash_of(given), hash_of(self.gate.key)):
+                return 401, "the key (RMR1_API_KEY of the server) is missing or wrong"
+        elif not is_local(host, self.gate.host):            # a name that another's DNS has pointed here
+            return 403, f"host {host[:100]!r}: without a key, an address, localhost or --host is answered"
+        if scope["method"] == "POST":
+            if headers.get("content-type", "").split(";")[0].strip().lower() != "application/json":
+                return 415, "the body must be application/json"
+            if headers.get("content-length", "0").isdigit() and int(headers.get("content-length", 0)) > self.gate.most_bytes:
+                return 413, self.too_long()
+
+
+def is_local(host, ours):
+    with suppress(ValueError):
+        name = urlsplit(f"//{host}").hostname or ""
+        if name in ("localhost", ours):
+            return True
+        return bool(ipaddress.ip_address(name))
+    return False
+
+
+# ---------------------------------------------------------------- what is asked
+
+Text = Annotated[str, Field(max_length=4_000_000)]
+
+
+class Message(BaseModel):
+    role: str
+    content: Text
+
+
+Prompt = Text | list[Message]
+
+
+class ToCompare(BaseModel):
+    prompt: Prompt
+    a: Text
+    b: Text
+    budget: int = Field(8, ge=1, le=64)
+    stream: bool = False
+
+
+class ToRank(BaseModel):
+    prompt: Prompt
+    responses: list[Text] = Field(min_length=2)
+    goal: Literal["all", "best"] = "all"
+    budget: int | None = Field(None, ge=1, le=4096)
+
+
+class ToReward(BaseModel):
+    """prompts and completions; or a sample: prompt and completion, and either its group's size (with an id that makes
+    retries harmless, and the name of a cohort) or a reference to be compared with."""
+    prompts: list[Prompt] | None = Field(None, max_length=4096)
+    completions: list[Text] | None = Field(None, max_length=4096)
+    prompt: Prompt | None = None
+    completion: Text | None = None
+    group: int | None = Field(None, ge=2)
+    rollout: str | None = Field(None, max_length=1000)
+    cohort: str = Field("", max_length=1000)
+    reference: Text | None = None
+
+
+class ToRerank(BaseModel):
+    query: Text
+    documents: list[Text | dict[str, Text]] = Field(min_length=1)
+    model: str | None = None
+    top_n: int | None = Field(None, ge=1)
+    return_documents: bool = True
+
+
+class ToGetReward(BaseModel):
+    query: list[Text] = Field(min_length=1, max_length=4096)
+    prompts: list[Text]
+    labels: list | None = None
+
+
+def context_of(prompt):
+    """A prompt as `messages_of` has it; one that OpenRLHF has put into a chat template, taken apart again."""
+    if isinstance(prompt, list):
+        return messages_of([m.model_dump() for m in prompt])
+    turns = TURN.findall(prompt)
+    return messages_of([{"role": role, "content": text} for role, text in turns] if turns else prompt)
+
+
+# ChatML and Llama 3; and the tokens that end a response.
+TURN = re.compile(r"(?:<\|im_start\|>|<\|start_header_id\|>)(\w+)(?:<\|end_header_id\|>)?\n+(.*?)"
+                  r"(?:<\|im_end\|>|<\|eot_id\|>)", re.S)
+ENDS = re.compile(r"(\s*(<\|\w+\|>|</s>|<｜end▁of▁sentence｜>))+\s*$")
+CLOSED = re.compile(r"</(type|rubric|solution|eval|quote_A|quote_B|answer)>")
+
+
+def usage(votes):
+    return {"judgments": len(votes), "cached": sum(v.cached for v in votes),
+            "prompt_tokens": sum(v.prompt_tokens for v in votes), "completion_tokens": sum(v.tokens for v in votes)}
+
+
+# ---------------------------------------------------------------- the gateway
+
+class Gate:
+    """What the routes share. judge is None until it is ready; over ends when time to close is up."""
+
+    def __init__(self, judge=None, key=None, host="127.0.0.1", most=32, most_bytes=8 << 20, group=None,
+                 group_timeout=120.0):
+        self.judge, self.upstream, self.cohorts = judge, None, None
+        self.key, self.host, self.most, self.most_bytes = key, host, most, most_bytes
+        self.group, self.group_timeout, self.closing, self.over = group, group_timeout, False, asyncio.Event()
+        self.metrics = prom.CollectorRegistry()
+        meter = lambda kind, name, about, *labels: kind(f"rmr1_{name}", about, labels, registry=self.metrics)
+        self.requests = meter(prom.Counter, "requests", "answered requests", "path", "status")
+        self.seconds = meter(prom.Histogram, "request_seconds", "time to an answer", "path")
+        self.judgments = meter(prom.Counter, "judgments", "judgments, by where they came from", "source")
+        self.tokens = meter(prom.Counter, "tokens", "tokens of judgments that were asked for", "kind")
+        meter(prom.Gauge, "waiting_samples", "samples that wait for their group").set_function(
+            lambda: self.cohorts.waiting if self.cohorts else 0)
+
+    def ready(self):
+        return bool(self.judge and not self.closing and (self.upstream is None or self.upstream.ready))
+
+    def count(self, scope, status, seconds):
+        path = getattr(scope.get("route"), "path", "other")      # paths that there are: labels must be few
+        self.requests.labels(path, status).inc()
+        self.seconds.labels(path).observe(seconds)
+        if status >= 500 and path != "/health":
+            say(f"{scope['method']} {path}: {status}")
+
+    def note(self, votes):
+        """Count votes. Where none has a text, the caller is told why instead of an answer that says nothing."""
+        if votes and not any(v.judgment.text for v in votes):
+            why = votes[0].judgment.reason
+            raise HTTPException(400 if why.startswith("prompt") else 502, why)
+        u = usage(votes)
+        self.judgments.labels("journal").inc(u["cached"])
+        self.judgments.labels("model").inc(u["judgments"] - u["cached"])
+        for kind in ("prompt", "completion"):
+            self.tokens.labels(kind).inc(sum(getattr(v, {"prompt": "prompt_tokens", "completion": "tokens"}[kind])
+                                             for v in votes if not v.cached))
+
+    async def result(self, request, work):
+        """What `work` comes to, unless who asked for it leaves, or the time to close is up."""
+        async def left():
+            while (await request.receive())["type"] != "http.disconnect":
+                pass
+        tasks = [asyncio.ensure_future(x) for x in (work, left(), self.over.wait())]
+        try:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            if not tasks[0].done():
+                raise HTTPException(503, CLOSING)
+            return tasks[0].result()
+        finally:
+            for task in tasks:
+                task.cancel()
+
+    def close(self, grace):
+        """No new samples or questions; what is under way has `grace` seconds."""
+        if not self.closing:
+            say(f"closing; what is under way has {grace:g} s")
+            self.closing = True
+            asyncio.get_running_loop().call_later(grace, self.over.set)
+            if self.cohorts:
+                self.cohorts.close()
+
+
+def app_of(gate):
+    """The routes. Their answers are documented in docs/judge.md."""
+    app = FastAPI(title="rmr1", docs_url=None, redoc_url=None)
+    app.add_middleware(Guard, gate=gate)
+    page = PAGE.read_text()
+    hashes = {tag: " ".join(f"'sha256-{base64.b64encode(hash_of(text)).decode()}'" for text in
+                            re.findall(rf"<{tag}>(.*?)</{tag}>", page, re.S)) for tag in ("script", "style")}
+    policy = (f"default-src 'none'; connect-src 'self'; script-src {hashes['script']}; style-src {hashes['style']}; "
+              "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
+
+    def judge():
+        if gate.judge is None or gate.closing:
+            raise HTTPException(503, CLOSING if gate.closing else LOADING)
+        gate.cohorts = gate.cohorts or Cohorts(gate.judge, gate.group_timeout)
+        return gate.judge
+
+    def limit(n, budget=None):
+        if n > gate.most:
+            raise HTTPException(413, f"{n} responses: {gate.most} of one prompt are compared at most; these would ask "
+                                     f"for up to {budget or 4 * n} judgments")
+
+    @app.exception_handler(HTTPException)
+    async def told(_, e):
+        return JSONResponse(error(e.status_code, str(e.detail)), e.status_code, e.headers)
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(_, e):
+        first = e.errors()[0]
+        param = ".".join(map(str, first["loc"][1:]))
+        return JSONResponse(error(400, f"{param or 'body'}: {first['msg']}"[:1000], param), 400)
+
+    @app.exception_handler(ValueError)
+    async def refused(_, e):
+        return JSONResponse(error(400, str(e)[:1000]), 400)
+
+    @app.exception_handler(Refused)
+    async def upstream(_, e):
+        return JSONResponse(error(502, str(e)), 502)
+
+    @app.get("/")
+    async def index():
+        return Response(page, media_type="text/html", headers={"Content-Security-Policy": policy})
+
+    @app.get("/health")
+    async def health():
+        return Response(status_code=200 if gate.ready() else 503)
+
+    @app.get("/metrics")
+    async def metrics():
+        return Response(prom.generate_latest(gate.metrics), media_type=prom.CONTENT_TYPE_LATEST)
+
+    @app.post("/compare")
+    async def compare(body: ToCompare, request: Request):
+        pair = Pair("", context_of(body.prompt), response_of(body.a), response_of(body.b), None)
+        ask = lambda heard=None: judge().acompare(pair.context, pair.a, pair.b, body.budget, heard)
+        if body.stream:
+            judge()
+            return StreamingResponse(streamed(gate, ask, pair), media_type="text/event-stream",
+                                     headers={"Cache-Control": "no-store"})
+        found = await gate.result(request, ask())
+        gate.note(found.votes)
+        return as_json(found, pair) | {"usage": usage(found.votes)}
+
+    @app.post("/rank")
+    async def rank(body: ToRank, request: Request):
+        limit(len(body.responses), body.budget)
+        ranked = await gate.result(request, judge().arank(context_of(body.prompt), body.responses, body.goal,
+                                                          body.budget))
+        gate.note(ranked.votes)
+        return {"ranking": ranked.order} | {k: getattr(ranked, k) for k in (
+            "reward", "stderr", "low", "high", "best")} | {"usage": usage(ranked.votes), "comparisons": [
+                {"first": v.first, "second": v.second, "verdict": v.verdict, "reason": v.judgment.reason}
+                for v in ranked.votes]}
+
+    @app.post("/reward")
+    async def reward(body: ToReward, request: Request):
+        one = body.prompt is not None and body.completion is not None
+        if one and body.reference is not None:
+            found = await gate.result(request, judge().acompare(
+                context_of(body.prompt), body.completion, body.reference))
+            gate.note(found.votes)
+            return {"reward": found.win if found.verdict else None, "usage": usage(found.votes)}
+        if one and body.group:
+            r, stderr = (await samples(request, [(body.prompt, body.completion)], body.group, body.rollout,
+                                       body.cohort))[0]
+            return {"reward": r, "stderr": stderr}
+        if body.prompts is None or body.completions is None or len(body.prompts) != len(body.completions):
+            raise ValueError("give prompts and completions, as many of each; or prompt and completion, and either "
+                             "group, how many samples the prompt has, or reference, what to compare with")
+        rewards = await groups(request, body.prompts, body.completions)
+        return {"rewards": [r for r, _ in rewards], "stderr": [e for _, e in rewards]}
+
+    async def groups(request, prompts, completions):
+        """Rewards of whole groups, which stand in a row."""
+        runs = judge().groups([context_of(p) for p in prompts], completions)
+        for _, some in runs:
+            limit(len(some))
+        found = await gate.result(request, asyncio.gather(*[judge().agroup(*run) for run in runs]))
+        return sum(found, [])
+
+    async def samples(request, some, size, id=None, name=""):
+        """Rewards of samples that wait for the rest of their groups."""
+        limit(size)
+        judge()
+        return await gate.result(request, asyncio.gather(*[
+            gate.cohorts.reward(context_of(p), c, size, id, name) for p, c in some]))
+
+    @app.post("/get_reward")
+    async def get_reward(body: ToGetReward, request: Request, group: int | None = None, cohort: str = ""):
+        if len(body.prompts) != len(body.query) or any(not q.startswith(p) for q, p in zip(body.query, body.prompts)):
+            raise ValueError("each query must be its prompt and the response after it")
+        responses = [ENDS.sub("", q[len(p):]) for q, p in zip(body.query, body.prompts)]
+        size = group or gate.group
+        if size is None and len(body.query) == 1:
+            raise ValueError("one sample: say how many samples a prompt has, by ?group=8 in the URL or --group 8")
+        if size is not None and size < 2:
+            raise ValueError(f"group={size}: a group has two samples or more")
+        some = await (samples(request, list(zip(body.prompts, responses)), size, None, cohort)
+                      if size else groups(request, body.prompts, responses))
+        rewards, stderr = ([x[i] for x in some] for i in (0, 1))
+        known = any(r is not None for r in rewards)            # without one: as if the call had failed
+        return {"rewards": rewards if known else None, "scores": rewards if known else None,
+                "extra_logs": {"stderr": stderr} if known else {}}
+
+    @app.post("/rerank")
+    @app.post("/v1/rerank")
+    @app.post("/v2/rerank")
+    async def rerank(body: ToRerank, request: Request):
+        texts = [d if isinstance(d, str) else d.get("text", "") for d in body.documents]
+        limit(len(texts))
+        known, scores, votes = [i for i, t in enumerate(texts) if t.strip()], [0.0] * len(texts), []
+        if len(known) == 1:
+            scores[known[0]] = 0.5
+        elif known:
+            ranked = await gate.result(request, judge().arank(context_of(body.query), [texts[i] for i in known]))
+            votes = ranked.votes
+            for i, r in zip(known, ranked.reward):
+                scores[i] = 0.0 if r is None else r
+            gate.note(votes)
+        order = sorted(range(len(texts)), key=lambda i: -scores[i])[:body.top_n]
+        used = usage(votes)
+        silent = len(texts) - len(known) + (sum(r is None for r in ranked.reward) if votes else 0)
+        return {"id": f"rerank-{digest([body.query, texts])[:24]}", "model": body.model or "rm-r1", "results": [
+            {"index": i, "relevance_score": scores[i]} | ({"document": {"text": texts[i]}} if body.return_documents
+                                                          else {}) for i in order],
+                "usage": {"prompt_tokens": used["prompt_tokens"],
+                          "total_tokens": used["prompt_tokens"] + used["completion_tokens"]},
+                "meta": {"api_version": {"version": "2"}, "billed_units": {"search_units": 1}}
+                | ({"warnings": [f"{silent} documents are empty or could not be judged: score 0"]} if silent else {})}
+
+    return app
+
+
+async def streamed(gate, ask, pair):
+    """A comparison as server-sent events, while it is written."""
+    queue, loop, before, orders = asyncio.Queue(), asyncio.get_running_loop(), {}, ("AB", "BA")
+    heard = lambda *what: loop.call_soon_threadsafe(queue.put_nowait, what)
+    event = lambda name, **data: f"event: {name}\ndata: {json.dumps(data)}\n\n"
+    task = asyncio.ensure_future(ask(heard))
+    task.add_done_callback(lambda _: queue.put_nowait(None))
+    over = asyncio.ensure_future(gate.over.wait())
+    over.add_done_callback(lambda _: over.cancelled() or queue.put_nowait(None))
+    try:
+        while item := await queue.get():
+            k, first, what = item
+            if not isinstance(what, str):
+                yield event("end", vote=k, **vote_as_json(what, pair))
+                continue
+            had = before.get(k, "")
+            if k not in before or not what.startswith(had):      # it begins, or begins again
+                had = ""
+                yield event("start", vote=k, order=orders[first])
+            before[k] = what
+            if new := what[len(had):]:
+                yield event("text", vote=k, text=new)
+            if any(m.end() > len(had) for m in CLOSED.finditer(what, max(0, len(had) - 12))):
+                yield event("judgment", vote=k, judgment=judgment_as_json(parse(what, False), pair, first))
+        if not task.done():
+            raise HTTPException(503, CLOSING)
+        found = task.result()
+        gate.note(found.votes)
+        yield event("done", **as_json(found, pair), usage=usage(found.votes))
+    except (ValueError, Refused, HTTPException) as e:
+        status = e.status_code if isinstance(e, HTTPException) else 502 if isinstance(e, Refused) else 400
+        yield event("error", **error(status, str(getattr(e, "detail", e))))
+    finally:
+        task.cancel()
+        over.cancel()
+
+
+# ---------------------------------------------------------------- start and end
+
+class Server(uvicorn.Server):
+    def __init__(self, config, close):
+        super().__init__(config)
+        self.close = close
+
+    def handle_exit(self, sig, frame):
+        self.loop.call_soon_threadsafe(self.close)
+        super().handle_exit(sig, frame)
+
+
+def arguments():
+    ap = Flags(__doc__, epilog="What stands behind -- goes to vLLM, such as --data-parallel-size 8.")
+    arg = ap.add_argument
+    arg("--model", required=True, help="folder or hub id of a judge; with --upstream also that server's name for it")
+    arg("--upstream", help="OpenAI-compatible URL that has the model; default: a vLLM server is started for it")
+    arg("--host", default="127.0.0.1", help="address to listen at; 0.0.0.0: everybody's")
+    arg("--port", type=number(int, 1, 65535), default=8080, help="port to listen at")
+    arg("--journal", default="runs/serve/journal.jsonl", help="file that keeps every judgment")
+    arg("--protocol", choices=rubrics.PROTOCOLS, help="prompt form; default: the model's own (its judge.json)")
+    arg("--system-prompt", help="file with the system prompt, instead of the model's")
+    arg("--temperature", type=number(float, 0), default=1.0, help="of the second vote in an order, and further")
+    arg("--seed", type=number(int, 0), default=0, help="of the votes")
+    arg("--max-tokens", type=number(int, 1), default=8192, help="longest judgment in tokens")
+    arg("--max-len", type=number(int, 2), help="prompt and judgment together; default: the model's window")
+    arg("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the computation")
+    arg("--group", type=number(int, 2), help="samples a prompt, where /get_reward is sent one at a time")
+    arg("--group-timeout", type=number(float, 0, above=True), default=120.0,
+        help="seconds after its last sample at which a group is judged that is not whole")
+    arg("--most", type=number(int, 2), default=32, help="responses of one prompt at most")
+    arg("--most-bytes", type=number(int, 1), default=8 << 20, help="bytes of a request at most")
+    arg("--patience", type=number(float, 0), default=600.0, help="seconds for which a server that is away is asked again")
+    arg("--grace", type=number(float, 0), default=30.0, help="seconds at the end for what is under way")
+    more = sys.argv[sys.argv.index("--") + 1:] if "--" in sys.argv else []
+    args = ap.parse_args(sys.argv[1:len(sys.argv) - len(more) - bool("--" in sys.argv)])
+    args.folder = args.model if args.upstream and not Path(args.model).is_dir() else policy.resolve(args.model)
+    if not args.upstream:
+        policy.check_weights(args.model, args.folder)
+        window = policy.config_of(args.folder).max_position_embeddings
+        args.max_len = min(args.max_len or window, window)
+        rubrics.prompt_form(args.folder, args.model, args.protocol, args.system_prompt)     # or its sentence, now
+    return args, more
+
+
+async def run(args, more):
+    """Serve until a signal. -> why it ended, if not by one"""
+    gate = Gate(None, os.environ.get("RMR1_API_KEY"), args.host, args.most, args.most_bytes, args.group,
+                args.group_timeout)
+    gate.upstream = upstream = Upstream(args, more)
+    server = Server(uvicorn.Config(app_of(gate), args.host, args.port, log_level="error", lifespan="off",
+                                   timeout_graceful_shutdown=int(args.grace) + 5), lambda: gate.close(args.grace))
+    server.loop = asyncio.get_running_loop()
+
+    async def prepare():
+        say(f"http://{args.host}:{args.port}: {args.model} is loading")
+        while not upstream.ready:
+            await asyncio.sleep(0.1)
+        gate.judge = await asyncio.to_thread(
+            Judge, str(args.folder), args.protocol, args.system_prompt, upstream.url, args.journal, args.temperature,
+            args.seed, args.max_tokens, at_once=1024, patience=args.patience, key=upstream.key)
+        say(f"http://{args.host}:{args.port}: ready; {len(gate.judge.journal.answers):,} judgments are in {args.journal}")
+
+    serving, keeping, preparing = (asyncio.ensure_future(x) for x in (server.serve(), upstream.keep(), prepare()))
+    why = None
+    try:
+        done, _ = await asyncio.wait([serving, keeping, preparing], return_when=asyncio.FIRST_COMPLETED)
+        if preparing in done and not preparing.exception():
+            await asyncio.wait([serving, keeping], return_when=asyncio.FIRST_COMPLETED)
+        for task in (preparing, keeping):
+            if task.done() and task.exception():
+                why = str(task.exception())
+        if not serving.done():
+            server.should_exit = True
+            gate.close(0)
+            await serving
+    finally:
+        keeping.cancel()
+        await upstream.end()
+    return why
+
+
+def main():
+    args, more = arguments()
+    claim(Path(args.journal).parent)
+    if why := asyncio.run(run(args, more)):
+        fail(why)
+
+
+if __name__ == "__main__":
+    main()
