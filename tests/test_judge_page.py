@@ -1,4 +1,4 @@
-"""The judge's page, in a browser that is driven over its DevTools port, before a server that plays what it is told."""
+"""The judge's page, in a browser driven over its DevTools port. The server plays what it is told."""
 import base64
 import hashlib
 import json
@@ -20,10 +20,11 @@ needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on thi
 
 def policy(page):
     """The header that the server sends with the page: its own blocks by their hashes, and nothing else."""
-    blocks = {tag: base64.b64encode(hashlib.sha256(re.search(f"<{tag}>(.*?)</{tag}>", page, re.S)[1].encode()).digest())
-              .decode() for tag in ("script", "style")}
-    return (f"default-src 'none'; connect-src 'self'; script-src 'sha256-{blocks['script']}'; "
-            f"style-src 'sha256-{blocks['style']}'; img-src data:; base-uri 'none'; form-action 'none'; "
+    def digest(tag):
+        block = re.search(f"<{tag}>(.*?)</{tag}>", page, re.S)[1]
+        return base64.b64encode(hashlib.sha256(block.encode()).digest()).decode()
+    return (f"default-src 'none'; connect-src 'self'; script-src 'sha256-{digest('script')}'; "
+            f"style-src 'sha256-{digest('style')}'; img-src data:; base-uri 'none'; form-action 'none'; "
             "frame-ancestors 'none'")
 
 
@@ -76,28 +77,44 @@ def server():
 # ---------------------------------------------------------------- what it plays
 
 def judgment(quotes=(), **parts):
-    return {"type": "", "rubric": [], "justify": "", "solution": "", "eval": "", "quotes": list(quotes), **parts}
+    return {"type": "", "rubric": [], "justify": "", "solution": "", "eval": "", "quotes": [*quotes], **parts}
 
 
-def end(vote, prefers, text, found, order=None, reason="", tokens=40):
-    order = order or ("AB", "BA")[vote % 2]
+def quote(of, text, found=True):
+    return {"of": of, "text": text, "found": found}
+
+
+def item(name, weight, text):
+    return {"name": name, "weight": weight, "text": text}
+
+
+def start(vote):
+    return "start", {"vote": vote, "order": ("AB", "BA")[vote % 2]}
+
+
+def text(vote, part):
+    return "text", {"vote": vote, "text": part}
+
+
+def end(vote, prefers, written, found, reason="", tokens=40):
+    order = ("AB", "BA")[vote % 2]
     verdict = prefers and ("A" if prefers == order[0].lower() else "B")
-    return {"vote": vote, "order": order, "verdict": verdict, "prefers": prefers, "reason": reason, "tokens": tokens,
-            "text": text, "judgment": found}
+    return {"vote": vote, "order": order, "verdict": verdict, "prefers": prefers, "reason": reason,
+            "tokens": tokens, "text": written, "judgment": found}
 
 
 def done(ends, verdict="A", consistent=True, reason="", win=.75, low=.368, high=.983):
-    return {"verdict": verdict, "reason": reason, "win": win, "low": low, "high": high, "consistent": consistent,
-            "share": 1.0, "votes": ends, "usage": {"judgments": len(ends), "cached": 0, "prompt_tokens": 100,
-                                                   "completion_tokens": sum(e["tokens"] for e in ends)}}
+    usage = {"judgments": len(ends), "cached": 0, "prompt_tokens": 100,
+             "completion_tokens": sum(e["tokens"] for e in ends)}
+    return {"verdict": verdict, "reason": reason, "win": win, "low": low, "high": high,
+            "consistent": consistent, "share": 1.0, "votes": ends, "usage": usage}
 
 
 def whole(ends, **more):
     """A script that says all that there is to say at once."""
     script = []
     for e in ends:
-        script += [("start", {"vote": e["vote"], "order": e["order"]}), ("text", {"vote": e["vote"], "text": e["text"]}),
-                   ("end", e)]
+        script += [start(e["vote"]), text(e["vote"], e["text"]), ("end", e)]
     return [*script, ("done", done(ends, **more))]
 
 
@@ -113,7 +130,7 @@ class Browser:
         # Hostile text would call ran(); what the policy stops would be told of, too.
         self.call("Page.addScriptToEvaluateOnNewDocument", source="""
             window.bad = []; window.ran = () => bad.push("ran"); window.alert = window.ran;
-            addEventListener("securitypolicyviolation", e => bad.push(e.violatedDirective + " " + e.blockedURI))""")
+            addEventListener("securitypolicyviolation", e => bad.push(e.violatedDirective))""")
 
     def call(self, method, **params):
         self.count += 1
@@ -126,14 +143,20 @@ class Browser:
 
     def js(self, code):
         """The value of an expression in the page, once it is there if it is a promise."""
-        answer = self.call("Runtime.evaluate", expression=code, awaitPromise=True, returnByValue=True, userGesture=True)
+        answer = self.call("Runtime.evaluate", expression=code, awaitPromise=True, returnByValue=True,
+                           userGesture=True)
         assert "exceptionDetails" not in answer, (code, answer["exceptionDetails"])
         return answer["result"].get("value")
 
     def until(self, code, seconds=20):
-        assert self.js(f"""new Promise(end => {{ const start = Date.now(), look = setInterval(() => {{
-            const there = !!({code}); if (there || Date.now() - start > {1000 * seconds}) {{ clearInterval(look); end(there) }}
-            }}, 20) }})"""), f"{code} within {seconds} s; the page says {self.text('say')!r}"
+        there = self.js(f"""new Promise(end => {{
+            const start = Date.now(), look = setInterval(() => {{
+                const there = !!({code});
+                if (!there && Date.now() - start < {1000 * seconds}) return;
+                clearInterval(look);
+                end(there);
+            }}, 20) }})""")
+        assert there, f"{code} within {seconds} s; the page says {self.text('say')!r}"
 
     def open(self, url):
         self.call("Page.navigate", url="about:blank")
@@ -150,6 +173,9 @@ class Browser:
 
     def text(self, element):
         return self.js(f"document.getElementById('{element}').textContent")
+
+    def all(self, selector, what="textContent"):
+        return self.js(f"[...document.querySelectorAll({selector!r})].map(e => e.{what})")
 
     def fill(self, **fields):
         for name, value in fields.items():
@@ -170,8 +196,8 @@ def browser(tmp_path_factory):
     from websockets.sync.client import connect
     profile = tmp_path_factory.mktemp("profile")
     process = subprocess.Popen(
-        [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run",
-         f"--user-data-dir={profile}", "--remote-debugging-port=0", "about:blank"],
+        [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking",
+         "--no-first-run", f"--user-data-dir={profile}", "--remote-debugging-port=0", "about:blank"],
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         port, started = profile / "DevToolsActivePort", time.monotonic()
@@ -193,86 +219,82 @@ def test_the_page_is_one_file_without_markup_from_strings():
     assert PAGE.count("<script") == PAGE.count("<style") == 1
     markup, script = PAGE.split("<script>")
     assert not re.search(r"\s(on\w+|style)=|https?:|src=", markup.split("</style>")[1])
-    assert not re.search(r"innerHTML|outerHTML|insertAdjacent|document\.write|eval\(|Function\(|https?:", script)
+    assert not re.search(r"innerHTML|outerHTML|insertAdj|document\.write|eval\(|Function\(|https?:", script)
 
 
 FIRST = "<type>Chat</type>\n<rubric>Count 90%: 2 fruits\nTone 10%: kind\n"
 REST = "<justify>The client asks for 2</justify></rubric>\n"
 EVAL = "<quote_A> plum  pear</quote_A> 2 is A and <quote_B>fig fig fig</quote_B> 3 is B so 2 is A"
 MIRROR = "<quote_A>lime melon fig</quote_A> 3 is A and <quote_B>plum</quote_B> 1 is B so 2 is B"
-RUBRIC = [{"name": "Count", "weight": 90.0, "text": "2 fruits"}, {"name": "Tone", "weight": 10.0, "text": "kind"}]
-HALF = judgment(type="Chat", rubric=RUBRIC, justify="The client asks for 2")
-FULL = judgment([{"of": "a", "text": " plum  pear", "found": False}, {"of": "b", "text": "fig fig fig", "found": False}],
-                type="Chat", rubric=RUBRIC, justify="The client asks for 2", eval=EVAL)
-SWAPPED = judgment([{"of": "b", "text": "lime melon fig", "found": True}, {"of": "a", "text": "plum", "found": True}],
-                   type="Chat", rubric=RUBRIC, eval=MIRROR)
+HALF = judgment(type="Chat", rubric=[item("Count", 90.0, "2 fruits"), item("Tone", 10.0, "kind")],
+                justify="The client asks for 2")
+FULL = HALF | {"eval": EVAL, "quotes": [quote("a", " plum  pear", False), quote("b", "fig fig fig", False)]}
+SWAPPED = judgment([quote("b", "lime melon fig"), quote("a", "plum")], type="Chat", eval=MIRROR)
 
 
 @needs_chromium
 def test_a_judgment_appears_while_it_is_written(browser, server):
     gates = [threading.Event() for _ in range(3)]
-    text = f"{FIRST}{REST}<eval>{EVAL}</eval>\n<answer>[[A]]</answer>"
-    ends = [end(0, "a", text, FULL), end(1, "a", f"<eval>{MIRROR}</eval>\n<answer>[[B]]</answer>", SWAPPED),
+    written = f"{FIRST}{REST}<eval>{EVAL}</eval>\n<answer>[[A]]</answer>"
+    ends = [end(0, "a", written, FULL),
+            end(1, "a", f"<eval>{MIRROR}</eval>\n<answer>[[B]]</answer>", SWAPPED),
             end(2, None, "hm", judgment(), reason="no answer")]
     server.script = [
-        ("start", {"vote": 0, "order": "AB"}), ("start", {"vote": 1, "order": "BA"}),
-        ("text", {"vote": 0, "text": FIRST[:30]}), ("text", {"vote": 1, "text": "<eval>"}), gates[0],
-        ("text", {"vote": 0, "text": FIRST[30:] + REST}), ("judgment", {"vote": 0, "judgment": HALF}), gates[1],
-        ("text", {"vote": 0, "text": text[len(FIRST + REST):]}), ("judgment", {"vote": 0, "judgment": FULL}),
-        ("end", ends[0]), ("end", ends[1]), ("start", {"vote": 2, "order": "AB"}), gates[2], ("end", ends[2]),
-        ("done", done(ends))]
+        start(0), start(1), text(0, FIRST[:30]), text(1, "<eval>"), gates[0],
+        text(0, FIRST[30:] + REST), ("judgment", {"vote": 0, "judgment": HALF}), gates[1],
+        text(0, written[len(FIRST + REST):]), ("judgment", {"vote": 0, "judgment": FULL}),
+        ("end", ends[0]), ("end", ends[1]), start(2), gates[2], ("end", ends[2]), ("done", done(ends))]
+    asked = {"prompt": "Name 2 fruits .", "a": "Here: plum pear", "b": "Here: lime melon fig"}
     browser.open(server.url)
-    browser.fill(prompt="Name 2 fruits .", a="Here: plum pear", b="Here: lime melon fig")
+    browser.fill(**asked)
     assert server.asked == []
     browser.click("judge")
 
-    browser.until("document.querySelectorAll('#votes > details').length === 2 && votes[0].text.textContent")
-    assert browser.written(0) == FIRST[:30]
-    assert browser.written(1) == "<eval>"
-    assert browser.js("document.querySelectorAll('.bar').length") == 0
+    browser.until("votes.length === 2 && votes.every(v => v.text.textContent)")
+    assert [browser.written(0), browser.written(1)] == [FIRST[:30], "<eval>"]
+    assert browser.all(".bar") == []
     assert browser.text("say") == "Judging: 0 of 2 votes are in."
     gates[0].set()
     browser.until("document.querySelectorAll('.bar').length === 2")
-    assert browser.js("[...document.querySelectorAll('.bar i')].map(e => e.style.width)") == ["90%", "10%"]
-    assert browser.text("shown-a") == "Here: plum pear" and browser.js("document.querySelectorAll('mark').length") == 0
+    assert browser.all(".bar i", "style.width") == ["90%", "10%"]
+    assert browser.text("shown-a") == "Here: plum pear" and browser.all("mark") == []
     gates[1].set()
     browser.until("votes.length === 3 && votes[1].ended")
     assert browser.text("say") == "Judging: 2 of 3 votes are in."
     gates[2].set()
     browser.until("result")
 
-    # One vote has no verdict. Quotes: A's with other whitespace is marked, B's that is not there is flagged.
     assert browser.text("say") == ("A is better: 2 of 2 votes, both orders agree, 1 without a verdict; "
                                    "0.75 of votes to come (0.37 to 0.98).")
     assert browser.text("badge") == "both orders agree"
-    marks = "[...document.querySelectorAll('{} mark')].map(e => [e.textContent, e.className])"
-    # (the other order's quote lies inside of that mark)
-    assert browser.js(marks.format("#shown-a")) == [["plum pear", ""]]
-    assert browser.js(marks.format("#shown-b")) == [["lime melon fig", ""]]
+    assert browser.all("#strip .tag") == ["A is better", "A is better", "no verdict: no answer"]
+
+    # A's quote, of other whitespace, is marked, with the one inside of it; B's, which is not there, is
+    # flagged. In the other order the judge's A is our B.
+    assert browser.all("#shown-a mark") == ["plum pear"]
+    assert browser.all("#shown-b mark") == ["lime melon fig"]
     assert browser.text("absent-a") == "" and browser.text("absent-b") == "fig fig fig not in the response"
-    first, second = (browser.js(marks.format(f"#votes > details:nth-child({n})")) for n in (1, 2))
-    assert first == [[" plum  pear", ""], ["fig fig fig", "absent"]]
-    assert second == [["lime melon fig", ""], ["plum", ""]]
-    assert browser.js("votes[1].card.textContent").count("The judge calls response B its A here.") == 1
-    tags = browser.js("votes.map(v => v.chip.textContent)")
-    assert tags == ["A is better", "A is better", "no verdict: no answer"]
+    assert browser.all("#votes > :nth-child(1) mark") == [" plum  pear", "fig fig fig"]
+    assert browser.all("#votes > :nth-child(1) mark.absent") == ["fig fig fig"]
+    assert browser.all("#votes > :nth-child(2) mark:not(.absent)") == ["lime melon fig", "plum"]
 
     # The text is there on demand, word for word; the third vote can be opened from the strip.
-    assert browser.js("votes.map(v => [v.card.open, v.raw.open])") == [[True, False], [True, False], [False, True]]
-    assert browser.written(0) == text
+    assert browser.js("votes.map(v => v.card.open)") == [True, True, False]
+    assert browser.js("votes.map(v => v.raw.open)") == [False, False, True]
+    assert browser.written(0) == written
     browser.js("document.querySelectorAll('#strip button')[2].click()")
     assert browser.js("votes[2].card.open && votes[2].text.innerText") == "hm"
-    assert server.asked == [{"prompt": "Name 2 fruits .", "a": "Here: plum pear", "b": "Here: lime melon fig", "budget": 8,
-                             "stream": True}]
+    assert server.asked == [{**asked, "budget": 8, "stream": True}]
     assert browser.js("bad") == []
 
 
 @needs_chromium
 @pytest.mark.parametrize("found, sentence", [
-    (dict(verdict="B", win=.25, low=.017, high=.632), "B is better: 0 of 1 votes, both orders agree; 0.75 of votes to come "
-     "(0.37 to 0.98)."),
+    (dict(verdict="B", win=.25, low=.017, high=.632),
+     "B is better: 0 of 1 votes, both orders agree; 0.75 of votes to come (0.37 to 0.98)."),
     (dict(verdict="tie", consistent=False, win=.5, low=.2, high=.8, reason="as many votes for each"),
-     "Neither is better: as many votes for each, the orders disagree; 0.50 of votes to come for A (0.20 to 0.80)."),
+     "Neither is better: as many votes for each, the orders disagree; "
+     "0.50 of votes to come for A (0.20 to 0.80)."),
     (dict(verdict=None, consistent=None, reason="cut off"), "No verdict: cut off.")])
 def test_the_verdict_in_words(browser, server, found, sentence):
     server.script = whole([end(0, "a", "text", judgment(solution="42"))], **found)
@@ -282,20 +304,21 @@ def test_the_verdict_in_words(browser, server, found, sentence):
     assert browser.text("say") == sentence
 
 
-HOSTILE = ["<script>ran()</script>", "</script><script>ran()</script>", "</textarea><img src=x onerror=ran()>",
-           "<svg onload=ran()>", '"><a href="javascript:ran()">x</a>', "javascript:ran()", "<style>*{display:none}</style>",
-           "${ran()}", "&lt;b&gt;", "\u202egnp.exe\u2066", "</pre></details>", "<iframe srcdoc='<script>parent.ran()</script>'>",
-           "<quote_A><img src=x onerror=ran()></quote_A>", "' onfocus=ran() autofocus '", "__proto__"]
+HOSTILE = [
+    "<script>ran()</script>", "</script><script>ran()</script>", "</textarea><img src=x onerror=ran()>",
+    "<svg onload=ran()>", '"><a href="javascript:ran()">x</a>', "javascript:ran()", "${ran()}", "&lt;b&gt;",
+    "' onfocus=ran() autofocus '", "<style>*{display:none}</style>", "\u202egnp.exe\u2066", "__proto__",
+    "</pre></details>", "<iframe srcdoc='<script>parent.ran()</script>'>",
+    "<quote_A><img src=x onerror=ran()></quote_A>"]
 
 
 @needs_chromium
 def test_hostile_text_stays_text(browser, server):
     """In every field at once: what is asked, what is written, every part of a judgment, reasons, an error."""
     bad = "\n".join(HOSTILE)
-    parts = judgment([{"of": "a", "text": HOSTILE[2], "found": True}, {"of": "b", "text": bad + "!", "found": False}],
-                     type=bad, rubric=[{"name": bad, "weight": 1e9, "text": bad}, {"name": bad, "weight": -5, "text": bad},
-                                       {"name": bad, "weight": None, "text": bad}],
-                     justify=bad, solution=bad, eval=f"{bad}<quote_B>{bad}!</quote_B>")
+    parts = judgment([quote("a", HOSTILE[2]), quote("b", bad + "!", False)], type=bad,
+                     rubric=[item(bad, weight, bad) for weight in (1e9, -5, None)], justify=bad, solution=bad,
+                     eval=f"{bad}<quote_B>{bad}!</quote_B>")
     ends = [end(0, "a", bad, parts), end(1, None, bad, parts, reason=bad)]
     server.script = [*whole(ends)[:-1], ("__proto__", {}), ("constructor", {}),
                      ("done", done(ends, verdict=None, reason=bad))]
@@ -306,11 +329,11 @@ def test_hostile_text_stays_text(browser, server):
     browser.until("result")
     assert browser.text("say") == f"No verdict: {bad}."
     assert server.asked[0]["b"] == bad + "x" * 100_000 == browser.text("shown-b")
-    assert browser.js("[...document.querySelectorAll('#shown-a mark')].map(e => e.textContent)") == [HOSTILE[2]]
+    assert browser.all("#shown-a mark") == [HOSTILE[2]]
     assert browser.text("absent-b") == bad + "! not in the response"
     assert browser.written(0) == bad
-    assert browser.js("[...document.querySelectorAll('.bar i')].map(e => e.style.width)")[:2] == ["100%", "0%"]
-    assert browser.js("votes[0].sections.solution.lastChild.textContent.startsWith('<script>ran()</script>\\n')")
+    assert browser.all(".bar i", "style.width")[:2] == ["100%", "0%"]
+    assert browser.js("votes[0].sections[1].textContent").startswith("solution<script>ran()</script>\n")
     server.script = [("error", {"error": {"message": bad, "type": "x", "param": None, "code": 400}})]
     browser.click("judge")
     browser.until("!control")
@@ -322,7 +345,8 @@ def test_hostile_text_stays_text(browser, server):
 
 @needs_chromium
 def test_a_link_restores_the_texts_and_judges_nothing(browser, server):
-    texts = {"prompt": "Was ist größer?\n\t\u202e", "a": "".join(map(chr, range(1, 0x3000))), "b": "é🙂" * 50_000}
+    texts = {"prompt": "Was ist größer?\n\t\u202e", "a": "".join(map(chr, range(1, 0x3000))),
+             "b": "é🙂" * 50_000}
     read = "JSON.stringify(content())"
     browser.open(server.url)
     browser.fill(**texts)
@@ -338,8 +362,8 @@ def test_a_link_restores_the_texts_and_judges_nothing(browser, server):
 
     pack = lambda code: browser.js(f"(async () => {server.url!r} + '#' + await pack({code}))()")
     bomb = "{prompt: ' '.repeat(9e6), a: '', b: ''}"
-    for broken in (link[:-20], server.url + "#nothing", server.url + "#%00", pack("[1]"), pack("null"), pack("{prompt: 1}"),
-                   pack(bomb)):
+    for broken in (link[:-20], server.url + "#nothing", server.url + "#%00", pack("[1]"), pack("null"),
+                   pack("{prompt: 1}"), pack(bomb)):
         browser.open(broken)
         browser.until("document.getElementById('note').textContent")
         assert browser.text("note").startswith("This link cannot be read"), broken[:80]
@@ -355,7 +379,7 @@ def test_the_keyboard_is_enough(browser, server):
             end(1, "a", "<solution> 6 * 7 = 42</solution>", judgment(solution=" 6 * 7 = 42"))]
     script = whole(ends)
     server.script = [*script[:2], gate]
-    focus = "document.activeElement.id || document.activeElement.tagName + ' ' + document.activeElement.textContent"
+    focus = "(e => e.id || e.tagName + ' ' + e.textContent)(document.activeElement)"
     browser.open(server.url)
 
     def walk():
@@ -392,7 +416,8 @@ def test_the_keyboard_is_enough(browser, server):
     assert reached[:8] == ["prompt", "a", "b", "judge", "budget", "link", "curl", "json"]
     assert [x.split(":")[0] for x in reached[8:10]] == ["BUTTON 1", "BUTTON 2"]
     assert reached[10:12] == ["shown-a", "shown-b"]
-    assert [x.split(",")[0] for x in reached[12:]] == ["SUMMARY Judgment 1", "SUMMARY as written", "SUMMARY Judgment 2"], reached
+    assert [x.split(",")[0] for x in reached[12:]] == ["SUMMARY Judgment 1", "SUMMARY as written",
+                                                       "SUMMARY Judgment 2"]
 
 
 @needs_chromium
@@ -403,12 +428,12 @@ def test_a_reader_without_eyes_is_told(browser, server):
     browser.click("judge")
     browser.until("result")
     nodes = browser.call("Accessibility.getFullAXTree")["nodes"]
-    named = {"textbox", "button", "combobox", "region", "DisclosureTriangle", "list"}
     for n in nodes:
-        if not n["ignored"] and n["role"]["value"] in named - {"list"}:
+        if not n["ignored"] and n["role"]["value"] in ("textbox", "button", "combobox", "region"):
             assert n["name"]["value"], n
-    assert {"Question", "Response A", "Response B", "Judge"} <= {n["name"]["value"] for n in nodes if "name" in n}
-    assert browser.js("[...document.querySelectorAll('[aria-live=polite][role=status]')].map(e => e.id)") == ["note", "say"]
+    names = {n["name"]["value"] for n in nodes if "name" in n}
+    assert {"Question", "Response A", "Response B", "Judge", "Response A, quotes marked"} <= names
+    assert browser.all("[aria-live=polite][role=status]", "id") == ["note", "say"]
     assert browser.js("document.documentElement.lang") == "en"
 
 
@@ -416,31 +441,31 @@ def test_a_reader_without_eyes_is_told(browser, server):
 def test_errors_are_shown_as_the_servers_sentence(browser, server):
     browser.open(server.url)
     sentence = "The prompt has 300 tokens and the judge takes 256: shorten it."
-    told = json.dumps({"error": {"message": sentence, "type": "invalid_request_error", "param": None, "code": 400}})
-    start = ("start", {"vote": 0, "order": "AB"})
+    told = {"error": {"message": sentence, "type": "invalid_request_error", "param": None, "code": 400}}
     for script, says in (
-            ([(400, told.encode())], sentence), ([(502, b"<h1>Bad Gateway</h1>")], "The server answered 502 Bad Gateway."),
-            ([start, ("error", json.loads(told))], sentence),
-            ([start, ("text", {"vote": 0, "text": "<ty"})], "The answer broke off before the verdict.")):
+            ([(400, json.dumps(told).encode())], sentence),
+            ([(502, b"<h1>Bad Gateway</h1>")], "The server answered 502 Bad Gateway."),
+            ([start(0), ("error", told)], sentence),
+            ([start(0), text(0, "<ty")], "The answer broke off before the verdict.")):
         server.script = script
         browser.click("judge")
         browser.until("!control")
         assert browser.text("say") == says
-        assert browser.js("votes.map(v => v.tag.textContent)") == ["broken off"] * (script[0] == start)
-        assert browser.js("document.getElementById('json').disabled && document.getElementById('stop').disabled")
+        assert browser.js("votes.map(v => v.tag.textContent)") == ["broken off"] * (script[0] == start(0))
+        assert browser.all("button:disabled", "id") == ["stop", "json"]
     assert browser.written(0) == "<ty"     # what had come stays
     server.shutdown()
     server.server_close()
     browser.click("judge")
     browser.until("!control")
-    assert browser.text("say") == "The connection to the server failed or broke off before the verdict."
+    assert browser.text("say") == "The connection to the server failed or broke off."
 
 
 @needs_chromium
 def test_stop_hangs_up(browser, server):
     """The server sees it, so that the judge can be told."""
     gate = threading.Event()
-    server.script = [("start", {"vote": 0, "order": "AB"}), gate, *[("text", {"vote": 0, "text": "x" * 10_000})] * 200]
+    server.script = [start(0), gate, *[text(0, "x" * 10_000)] * 200]
     browser.open(server.url)
     browser.click("judge")
     browser.until("votes.length")
@@ -489,30 +514,30 @@ def test_copies(browser, server):
 
 @needs_chromium
 def test_long_judgments_stay_light(browser, server):
-    """Two of 8,000 tokens side by side, an event a token: no frame takes long, and nothing scrolls away from a
+    """Two of 8,000 tokens side by side, an event a token: nothing takes long, and nothing scrolls away from a
     reader; who stays at the end is kept there."""
     words = " ".join(f"word{i % 97}" + ("\n" if i % 30 == 29 else "") for i in range(8000))
     tokens = re.findall(r"\s?\S+\n?", words)
     gates = [threading.Event(), threading.Event()]
     half = len(tokens) // 2
-    texts = [("text", {"vote": v, "text": t}) for t in tokens for v in (0, 1)]
+    texts = [text(v, t) for t in tokens for v in (0, 1)]
     ends = [end(v, "a", words, judgment(solution="42"), tokens=8000) for v in (0, 1)]
-    server.script = [("start", {"vote": 0, "order": "AB"}), ("start", {"vote": 1, "order": "BA"}), *texts[:half], gates[0],
-                     *texts[half:], gates[1], *(("end", e) for e in ends), ("done", done(ends))]
+    server.script = [start(0), start(1), *texts[:half], gates[0], *texts[half:], gates[1],
+                     *(("end", e) for e in ends), ("done", done(ends))]
     browser.open(server.url)
-    browser.js("""window.slow = []; new PerformanceObserver(l => l.getEntries().forEach(e => slow.push(e.duration)))
-                  .observe({type: "longtask"}); 0""")
+    browser.js("""window.slow = []; new PerformanceObserver(list => {
+                  for (const e of list.getEntries()) slow.push(e.duration) }).observe({type: "longtask"})""")
     browser.click("judge")
     length = lambda v, n: f"votes[{v}]?.text.textContent.length >= {n}"
     browser.until(length(1, len("".join(tokens[:half // 2])) - 200), 60)
-    assert browser.js("votes[1].follows() && votes[1].text.scrollTop > 500")
+    assert browser.js("atEnd(votes[1].text) && votes[1].text.scrollTop > 500")
     browser.js("votes[0].text.scrollTop = 100; scrollTo(0, 150)")
     began = time.monotonic()
     gates[0].set()
     browser.until(length(1, len(words.replace("\n", "")) - 10), 120)
     took = time.monotonic() - began
     assert browser.js("[votes[0].text.scrollTop, scrollY]") == [100, 150]
-    assert browser.js("votes[1].follows()")
+    assert browser.js("atEnd(votes[1].text)")
     gates[1].set()
     browser.until("result")
     slow = browser.js("slow")
