@@ -289,6 +289,23 @@ def test_a_judgment_appears_while_it_is_written(browser, server):
 
 
 @needs_chromium
+def test_votes_come_as_they_come(browser, server):
+    """Out of order, begun again after a lost connection, or from the journal, which streams nothing."""
+    ends = [end(v, "a", f"<solution>{v}</solution>", judgment(solution=str(v))) for v in range(4)]
+    server.script = [start(1), text(1, "lost"), start(1), text(1, "<solution>1"), start(0),
+                     text(0, "<solution>0"), ("end", ends[1]), ("end", ends[0]), ("end", ends[3]), start(2), ("end", ends[2]),
+                     ("done", done(ends))]
+    browser.open(server.url)
+    browser.click("judge")
+    browser.until("result")
+    assert [x[:2] for x in browser.all("#strip button")] == ["1:", "2:", "3:", "4:"]
+    assert [x[:11] for x in browser.all("#votes b")] == [f"Judgment {n}," for n in (1, 2, 3, 4)]
+    assert browser.written(0) == "<solution>0" and browser.written(1) == "<solution>1"
+    assert browser.written(3) == "<solution>3</solution>"
+    assert browser.text("say").startswith("A is better: 4 of 4 votes")
+
+
+@needs_chromium
 @pytest.mark.parametrize("found, sentence", [
     (dict(verdict="B", win=.25, low=.017, high=.632),
      "B is better: 0 of 1 votes, both orders agree; 0.75 of votes to come (0.37 to 0.98)."),
