@@ -107,17 +107,18 @@ def split_turns(chosen, rejected):
 def source_rows(name, where, published):
     """(place, row) of one source. Code is cut as published: shuffled with seed 42, the first 8,000."""
     rows = ((f"{where}:{n}", row) for n, row in rows_of(where))
-    if not (published and name == "code"):
-        yield from rows
-        return
-    order = np.random.default_rng(42).permutation(sum(1 for _ in rows_of(where)))[:CODE_ROWS]
-    drawn = set(order)                                              # as `datasets` shuffles
-    kept = {at: row for at, row in enumerate(rows) if at in drawn}
-    yield from (kept[at] for at in order)
+    if published and name == "code":
+        count = sum(1 for _ in rows_of(where))
+        order = np.random.default_rng(42).permutation(count)[:CODE_ROWS].tolist()   # as `datasets` shuffles
+        drawn = set(order)
+        kept = {at: row for at, row in enumerate(rows) if at in drawn}
+        rows = (kept[at] for at in order)
+    return rows
 
 
 def grams(context):
-    """Hash of a prompt (its user messages), and {hash} of all runs of 13 words in it."""
+    """Hash of a prompt (its user messages), and {hash} of all runs of 13 words in it. They mean nothing outside
+    of this process."""
     words = re.findall(r"\w+", " ".join(m["content"] for m in context if m["role"] == "user").lower())
     return hash(tuple(words)), {hash(tuple(words[at:at + 13])) for at in range(len(words) - 12)}
 
