@@ -29,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from askers import Journal, Local, Server
 from engine import seed_of
 from files import Flags, claim, digest, fail, number, read_lines, write_lines
+from prepare import row_of
 from rubrics import chat_messages, encode, parse, read_pairs, read_system
 
 # What pass 2 adds to the user's message.
@@ -53,7 +54,7 @@ LEAK = re.compile(
 # ---------------------------------------------------------------- checks
 
 def fault(text, finish, label, told=False):
-    """Why an answer cannot be a trace, "" if it can; finish: as in `askers.Answer`. One parser for everything:
+    """Why an answer cannot be a trace, "" if it can; finish as in `askers.Answer`. One parser for everything:
     the verdict is right and the parts that its task type asks for are there (section 3.2: solution for
     reasoning, weighted rubric for chat)."""
     if finish not in ("stop", "cut off"):
@@ -157,17 +158,6 @@ def too_long(traces, args):
     else:
         count = lambda text: len(text.split())
     return {i for i, (text, _) in traces.items() if count(text) > args.max_trace}
-
-
-def row_of(p, **more):
-    """A pair as a row again; one that came as a finished prompt stays one (`winner` is then the trace, as
-    published)."""
-    row = {"id": p.id, "source": p.source, "type": p.type}
-    if p.messages is None:
-        return row | {"context": p.context, "a": p.a, "b": p.b, "label": p.label} | more
-    winner, trace = f"model_{p.label.lower()}", more.pop("trace", None)
-    return row | {"context_messages": p.messages} | more | (
-        {"winner": winner} if trace is None else {"winner": trace, "ground_truth": winner})
 
 
 def write_results(out, pairs, traces, failures, why, journal, args):

@@ -26,6 +26,7 @@ import json
 import re
 import sys
 from collections import Counter, defaultdict
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +35,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import benchmarks
 from files import Flags, beside, claim, fail, json_object, number, read_lines, rows_of
-from rubrics import about, chat_messages, encode, messages_of, other, pair_of, text_of
+from rubrics import Pair, about, chat_messages, encode, messages_of, other, pair_of, text_of
 
 # The published mixture (RM-R1, appendix F and table 5): hub id, and what kind of task a source holds.
 PUBLISHED = {"math": "xinlai/Math-Step-DPO-10K", "code": "Vezora/Code-Preference-Pairs",
@@ -117,24 +118,23 @@ def source_rows(name, where, published):
 
 
 def grams(context):
-    """Hash of a prompt (its user messages), and {hash} of all runs of 13 words in it. They mean nothing outside
-    of this process."""
+    """Hashes of a prompt (its user messages) as a whole and of every run of 13 words in it; they mean nothing
+    outside of this process. -> whole, {whole, run, ...}"""
     words = re.findall(r"\w+", " ".join(m["content"] for m in context if m["role"] == "user").lower())
-    return hash(tuple(words)), {hash(tuple(words[at:at + 13])) for at in range(len(words) - 12)}
+    whole = hash((None, *words))                                    # None: not to be taken for a run
+    return whole, {whole, *(hash(tuple(words[at:at + 13])) for at in range(len(words) - 12))}
 
 
 def benchmark_grams(folder):
-    """{whole}, {run of 13 words} of all prompts of the benchmarks' files in a folder, see `grams`."""
-    wholes, runs = set(), set()
+    """`grams` of all prompts of the benchmarks' files in a folder."""
+    known = set()
     for name, bench in benchmarks.BENCHES.items():
         for path in benchmarks.files_of(folder, name):
             for row in benchmarks.understood(bench, path, rows_of(path))[0]:
-                whole, some = grams(row.context)
-                wholes.add(whole)
-                runs |= some
-    if not wholes:
+                known |= grams(row.context)[1]
+    if not known:
         fail(f"--decontaminate {folder}: no benchmark files in it")
-    return wholes, runs
+    return known
 
 
 def difficulty(run):
@@ -155,72 +155,75 @@ def difficulty(run):
 # ---------------------------------------------------------------- the work
 
 def candidate(row, name, published):
-    """(key, context, row to write) of a source's row; ValueError says why it cannot be used. The key is the
-    same whichever response stands first. The preferred response is A; a finished prompt has its winner, and
-    no responses."""
+    """(key, pair) of a source's row; ValueError says why it cannot be used. The key is what the pair is,
+    whichever response stands first; A is the preferred one, unless the pair is a finished prompt."""
     row = json_object(row)
     if published and row.get("source") == "magpie_ultra":
         raise ValueError("magpie_ultra, dropped as published")
     if "context_messages" in row and not (pair := pair_of(row, "")).a:
-        context, good, bad = row["context_messages"], "", ""
-        shown = {"context_messages": context, "winner": f"model_{pair.label.lower()}"}
+        context, good, bad = pair.messages, "", ""
     else:
         context, good, bad = split_turns(*conversations(row))
         if not good.strip() or not bad.strip():
             raise ValueError("empty response")
         if good == bad:
             raise ValueError("equal responses")
-        shown = {"context": context, "a": good, "b": bad, "label": "A"}
+        pair = Pair(context=context, a=good, b=bad, label="A", **about(row, ""))
     key = hashlib.sha256(json.dumps([context, *sorted((good, bad))]).encode()).digest()
-    ready = about(row, "")
-    ready["id"] = ready["id"] or key.hex()[:16]
-    ready["source"] = ready["source"] or name
-    ready["type"] = ready["type"] or TYPES.get(ready["source"], "")
-    return key, context, ready | shown
+    source = pair.source or name
+    return key, replace(pair, id=pair.id or key.hex()[:16], source=source,
+                        type=pair.type or TYPES.get(source, ""))
+
+
+def row_of(p, **more):
+    """A pair as a row again; one that came as a finished prompt stays one (`winner` is then the trace, as
+    published)."""
+    row = {"id": p.id, "source": p.source, "type": p.type}
+    if p.messages is None:
+        return row | {"context": p.context, "a": p.a, "b": p.b, "label": p.label} | more
+    winner, trace = f"model_{p.label.lower()}", more.pop("trace", None)
+    return row | {"context_messages": p.messages} | more | (
+        {"winner": winner} if trace is None else {"winner": trace, "ground_truth": winner})
 
 
 def gate(args, overlaps):
-    """A function (id, context) that raises ValueError where --rollouts or --decontaminate leave a pair
-    out, and counts overlaps with benchmarks."""
-    wholes, runs = benchmark_grams(args.decontaminate) if args.decontaminate else (set(), set())
+    """A function that raises ValueError where --rollouts or --decontaminate leave a pair out, and counts
+    overlaps with benchmarks."""
+    known = benchmark_grams(args.decontaminate) if args.decontaminate else None
     shares = difficulty(args.rollouts) if args.rollouts else None
 
-    def check(id, context):
-        if shares is not None and id not in shares:
+    def check(pair):
+        if shares is not None and pair.id not in shares:
             raise ValueError("difficulty unknown: no rollouts")
-        if shares is not None and not args.keep[0] <= shares[id] <= args.keep[1]:
-            raise ValueError(f"difficulty: {shares[id]:.2f} of its rollouts are right")
-        whole, some = grams(context) if wholes else (None, ())
-        if whole in wholes or not runs.isdisjoint(some):
-            overlap = "exact" if whole in wholes else "13-gram"
-            overlaps[overlap] += 1
-            if args.drop_contaminated:
-                raise ValueError(f"in a benchmark: {overlap}")
+        if shares is not None and not args.keep[0] <= shares[pair.id] <= args.keep[1]:
+            raise ValueError(f"difficulty: {shares[pair.id]:.2f} of its rollouts are right")
+        if args.decontaminate:
+            whole, some = grams(pair.messages or pair.context)
+            if not known.isdisjoint(some):
+                overlap = "exact" if whole in known else "13-gram"
+                overlaps[overlap] += 1
+                if args.drop_contaminated:
+                    raise ValueError(f"in a benchmark: {overlap}")
     return check
 
 
-def measure_by(args):
-    """A function pair row -> its length: tokens of the prompt, or characters without a tokenizer."""
-    if not args.tokenizer:
-        return lambda row: len(json.dumps(
-            row.get("context_messages") or [row["context"], row["a"], row["b"]]))
-    import policy
-    tokenizer, _ = policy.load_tokenizer(args.tokenizer)
-    return lambda row: len(encode(tokenizer, chat_messages(pair_of(row, ""))))
-
-
 def usable(args, sources, published, counts, left_out):
-    """(key, context, row to write, its length) of every row that can be used; of the others place and reason
-    go to the open file `left_out`."""
-    check, length, seen = gate(args, counts["overlap"]), measure_by(args), set()
+    """(key, pair, length) of every row that can be used; of the others place and reason go to the open file
+    `left_out`. Length: tokens of the prompt, or characters without a tokenizer."""
+    check, seen = gate(args, counts["overlap"]), set()
+    length = lambda pair: len(json.dumps(pair.messages or [pair.context, pair.a, pair.b]))
+    if args.tokenizer:
+        import policy
+        tokenizer, _ = policy.load_tokenizer(args.tokenizer)
+        length = lambda pair: len(encode(tokenizer, chat_messages(pair)))
     for name, where in sources:
         for place, row in tqdm(source_rows(name, where, published), desc=name, unit=" rows"):
             try:
-                key, context, ready = candidate(row, name, published)
+                key, pair = candidate(row, name, published)
                 if key in seen:
                     raise ValueError("duplicate")
-                check(ready["id"], context)
-                size = length(ready)
+                check(pair)
+                size = length(pair)
                 if args.max_prompt and size > args.max_prompt:
                     raise ValueError(f"overlong: {size} tokens")
             except (ValueError, TypeError, AttributeError, KeyError) as e:
@@ -229,7 +232,7 @@ def usable(args, sources, published, counts, left_out):
                 left_out.write(json.dumps({"place": place, "source": name, "reason": reason}) + "\n")
                 continue
             seen.add(key)
-            yield key, context, ready, size
+            yield key, pair, size
 
 
 def prepare(args):
@@ -244,35 +247,33 @@ def prepare(args):
     claim(out)
     drawn = lambda what, key: hashlib.sha256(f"{args.seed}/{what}/".encode() + key).digest()
     with beside(*(out / name for name in WRITES)) as files:
-        distill, rl, left_out, report, terms = files.values()
-        for key, context, ready, size in usable(args, sources, published, counts, left_out):
+        rows = usable(args, sources, published, counts, left_out=files[out / "rejects.jsonl"])
+        for key, pair, size in rows:
             # As published, sides alternate. Else the first of every two pairs is dealt by a hash of its
             # content and the second gets the other side: labels balance, and cannot be foretold.
-            if "label" in ready:
+            if pair.messages is None:
                 label = owed or ("A" if published else "AB"[drawn("side", key)[0] % 2])
                 owed = None if owed else other(label)
-                if label == "B":
-                    ready |= {"a": ready["b"], "b": ready["a"], "label": "B"}
+                pair = pair if label == "A" else pair.swapped()
             # By content, so that a pair stays on its side of the split when rows are added around it.
             part = "distill" if int.from_bytes(drawn("split", key)[:8]) / 2**64 < args.split else "rl"
-            (distill if part == "distill" else rl).write(json.dumps(ready) + "\n")
-            turns = "finished" if "winner" in ready else "multi" if len(context) > 1 else "single"
-            for what, value in (("rows", part), ("source", ready["source"]), ("turns", turns),
-                                ("type", ready["type"] or "unknown"), ("length", size // 64),
-                                ("label", ready.get("label") or ready["winner"][-1].upper())):
+            files[out / f"{part}.jsonl"].write(json.dumps(row_of(pair)) + "\n")
+            turns = "finished" if pair.messages else "multi" if len(pair.context) > 1 else "single"
+            for what, value in (("rows", part), ("source", pair.source), ("turns", turns),
+                                ("type", pair.type or "unknown"), ("label", pair.label),
+                                ("length", size // 64)):
                 counts[what][value] += 1
         if not counts["rows"]:
             fail(f"{', '.join(where for _, where in sources)}: no pair is left" + "".join(
                 f"; most often: {reason}" for (_, reason), _ in counts["left out"].most_common(1)))
         summary = summarise(args, counts)
-        report.write(summary)
-        terms.write(card(args, sources, published, summary))
+        files[out / "summary.txt"].write(summary)
+        files[out / "card.md"].write(card(args, sources, published, summary))
     print(summary)
 
 
 def summarise(args, counts):
-    """The summary as text: rows by part, source, type, turns and label; lengths; what was left out and
-    why."""
+    """The summary as text: pairs by part, source, type, turns and label; lengths; rows left out, and why."""
     total = counts["rows"].total()
     lines = [f"{total:,} pairs"]
     for what in ("rows", "source", "type", "turns", "label"):

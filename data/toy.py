@@ -21,8 +21,6 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-from tqdm import tqdm
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from distill import Journal, distill
 from askers import Answer
@@ -45,10 +43,8 @@ def task(rng):
     kind = rng.choice(("add", "mul", "max", "count", "endw"))
     if kind in ("add", "mul"):
         x, y = rng.randint(2, 7), rng.randint(2, 7)
-        right = x + y if kind == "add" else x * y
-        near = [1, 2] if kind == "add" else [1, 2, x, y]
+        sign, right, near = ("+", x + y, [1, 2]) if kind == "add" else ("*", x * y, [1, 2, x, y])
         wrong = right + rng.choice([d * s for d in near for s in (1, -1) if right + d * s > 0])
-        sign = "+" if kind == "add" else "*"
         return kind, f"What is {x} {sign} {y} ?", str(right), str(wrong), f"{x} {sign} {y} = {right}"
     if kind == "max":
         numbers = rng.sample(range(10, 50), 3)
@@ -170,8 +166,8 @@ def write_tokenizer(folder):
 
 def write_model(folder, layers, hidden):
     """Tokenizer and configuration of a tiny Qwen2; no weights: `folder/config.json` stands for random ones.
-    initializer_range 0.1: at this width 0.02 learns far slower. Tied embeddings:
-    a model that copies one word can then copy them all (SFT loss after 800 steps: .02, untied .07)."""
+    initializer_range 0.1: at this width 0.02 learns far slower. Tied embeddings: a model that copies one word
+    can then copy them all (SFT loss after 800 steps: .02, untied .07)."""
     from transformers import Qwen2Config
     tokenizer = write_tokenizer(folder)
     Qwen2Config(architectures=["Qwen2ForCausalLM"], vocab_size=len(tokenizer), hidden_size=hidden,
@@ -228,20 +224,16 @@ def main():
     # Held-out pairs: none shares its prompt (question and both responses) with training. The facts (36 sums,
     # 36 products) are shared by construction, so this is a test of judging, not of new arithmetic.
     taken, splits = set(), {}
-    bar = tqdm(total=2 * args.test + args.sft + args.rl, desc="pairs", leave=False)
     for split, seed, count in (("test", args.test_seed, args.test), ("val", args.test_seed, args.test),
                                ("sft", args.seed, args.sft), ("rl", args.seed, args.rl)):
         splits[split], index = [], 0
         while len(splits[split]) < count:
-            pair = make_pair(seed, split, index)
-            index += 1
+            pair, index = make_pair(seed, split, index), index + 1
             key = pair.context[0]["content"], frozenset((pair.a, pair.b))       # in either order
             if key not in taken:
                 splits[split].append(pair)
-                bar.update()
             if split in ("test", "val"):
                 taken.add(key)
-    bar.close()
     traces = oracle(splits["sft"], args.seed, args.repair)
     write_lines(out / "sft.jsonl", (row(p, trace=t) for p, t in zip(splits["sft"], traces)))
     for split in ("rl", "val", "test"):
