@@ -94,22 +94,23 @@ def ask(teacher, wanted, journal, args, desc):
              for key, messages in wanted.items()}
     todo = [key for key in wanted if asked[key] not in journal.answers]
     requests = ((wanted[key], seeds[key], args.temperature) for key in todo)
-    bar, cost = tqdm(total=len(wanted), initial=len(wanted) - len(todo), desc=desc), 0.0
+    bar = tqdm(total=len(wanted), initial=len(wanted) - len(todo), desc=desc)
+    read = written = 0
     for at, answer in build().answers(requests) if todo else ():
         if answer.failed:
             journal.failed = answer.finish
         else:
             journal.add(asked[todo[at]], answer, key=list(todo[at]), teacher=name)
-            cost += price_of(answer.prompt_tokens, answer.tokens, args.price)
+            read, written = read + answer.prompt_tokens, written + answer.tokens
         bar.update()
-        bar.set_postfix_str(f"${cost:.2f}" if any(args.price) else "", refresh=False)
+        bar.set_postfix_str(cost(read, written, args.price), refresh=False)
     bar.close()
     return {key: journal.answers[asked[key]] for key in wanted if asked[key] in journal.answers}
 
 
-def price_of(prompt_tokens, tokens, price):
-    """Dollars; price: dollars a million tokens, read and written."""
-    return (prompt_tokens * price[0] + tokens * price[1]) / 1e6
+def cost(read, written, price, before=""):
+    """Dollars of so many tokens as a text, "" without a price: dollars a million tokens, read and written."""
+    return f"{before}${(read * price[0] + written * price[1]) / 1e6:,.2f}" if any(price) else ""
 
 
 # ---------------------------------------------------------------- the two passes
@@ -127,7 +128,7 @@ def distill(pairs, first, second, journal, args):
                       journal, args, f"pass {number}")
         asked, pairs = pairs, []
         for p in asked:
-            failures.pop(p.id, None)
+            failures.pop(p.id, None)                       # it gets a second chance
             rows = [answers[p.id, number, k] for k in range(samples) if (p.id, number, k) in answers]
             if not rows:
                 why[f"pass {number}: no answer from the teacher"] += 1
@@ -151,12 +152,11 @@ def too_long(traces, args):
     """The length filter: ids whose trace has more than --max-trace tokens (of --tokenizer) or words."""
     if not args.max_trace:
         return set()
+    count = lambda text: len(text.split())
     if args.tokenizer:
         import policy
         tokenizer, _ = policy.load_tokenizer(args.tokenizer)
         count = lambda text: len(tokenizer.encode(text, add_special_tokens=False))
-    else:
-        count = lambda text: len(text.split())
     return {i for i, (text, _) in traces.items() if count(text) > args.max_trace}
 
 
@@ -174,7 +174,7 @@ def write_results(out, pairs, traces, failures, why, journal, args):
     print(f"{out}/sft.jsonl: {len(traces)} traces of {len(pairs)} pairs, {passes[1]} from pass 1, "
           f"{passes[2]} from pass 2; {len(failures)} failed\n"
           f"{len(rows)} answers, {read:,} tokens read, {written:,} written"
-          + (f", ${price_of(read, written, args.price):.2f}" if any(args.price) else ""))
+          + cost(read, written, args.price, ", "))
     for reason, n in why.most_common():
         print(f"  {n:>7,}  {reason}")
     if missing := len(pairs) - len(traces) - len(failures):
@@ -236,12 +236,11 @@ def dry_run(pairs, out, args):
     """What a run would ask and cost: prompts are counted by --tokenizer, else at 4 characters a token; a
     judgment is taken to have 800 tokens, and a quarter to need pass 2 (the paper's share)."""
     system = read_system(args.system_prompt)
+    count = lambda m: sum(len(x["content"]) for x in m) // 4
     if args.tokenizer:
         import policy
         tokenizer, _ = policy.load_tokenizer(args.tokenizer)
         count = lambda m: len(encode(tokenizer, m))
-    else:
-        count = lambda m: sum(len(x["content"]) for x in m) // 4
     prompt = sum(count(chat_messages(p, "instruct", system)) for p in tqdm(pairs, desc="count", leave=False))
     done = len(read_lines(out / "journal.jsonl"))
     read = prompt * args.samples + (prompt + 800 * len(pairs)) // 4
@@ -249,8 +248,7 @@ def dry_run(pairs, out, args):
     print(f"{len(pairs)} pairs: {len(pairs) * args.samples} requests in pass 1, "
           f"about {len(pairs) // 4} in pass 2; {done} answers are in the journal\n"
           f"about {read:,} tokens to read and {written:,} to write"
-          + (f", ${price_of(read, written, args.price):,.2f}" if any(args.price)
-             else "; give --price for the cost"))
+          + (cost(read, written, args.price, ", ") or "; give --price for the cost"))
 
 
 if __name__ == "__main__":
