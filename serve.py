@@ -26,7 +26,7 @@ import socket
 import sys
 import time
 from collections import Counter
-from contextlib import asynccontextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -436,12 +436,11 @@ class Gate:
 
     def close(self, grace):
         """No new samples or questions; what is under way has `grace` seconds."""
-        if not self.closing:
-            say(f"closing; what is under way has {grace:g} s")
-            self.closing = True
-            asyncio.get_running_loop().call_later(grace, self.over.set)
-            if self.cohorts:
-                self.cohorts.close()
+        say(f"closing; what is under way has {grace:g} s")
+        self.closing = True
+        asyncio.get_running_loop().call_later(grace, self.over.set)
+        if self.cohorts:
+            self.cohorts.close()
 
 
 def app_of(gate):
@@ -637,13 +636,10 @@ async def streamed(gate, ask, pair):
 # ---------------------------------------------------------------- start and end
 
 class Server(uvicorn.Server):
-    def __init__(self, config, close):
-        super().__init__(config)
-        self.close = close
-
-    def handle_exit(self, sig, frame):
-        self.loop.call_soon_threadsafe(self.close)
-        super().handle_exit(sig, frame)
+    """Leaves signals to `run`: uvicorn's own way raises them again at its end, before vLLM could be ended."""
+    @contextmanager
+    def capture_signals(self):
+        yield
 
 
 def arguments():
@@ -685,8 +681,14 @@ async def run(args, more):
                 args.group_timeout)
     gate.upstream = upstream = Upstream(args, more)
     server = Server(uvicorn.Config(app_of(gate), args.host, args.port, log_level="error", lifespan="off",
-                                   timeout_graceful_shutdown=int(args.grace) + 5), lambda: gate.close(args.grace))
-    server.loop = asyncio.get_running_loop()
+                                   timeout_graceful_shutdown=int(args.grace) + 5))
+
+    def close():
+        gate.close(0 if server.should_exit else args.grace)         # asked twice: at once
+        server.should_exit = True
+
+    for sign in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(sign, close)
 
     async def prepare():
         say(f"http://{args.host}:{args.port}: {args.model} is loading")
@@ -707,8 +709,7 @@ async def run(args, more):
             if task.done() and task.exception():
                 why = str(task.exception())
         if not serving.done():
-            server.should_exit = True
-            gate.close(0)
+            close()
             await serving
     finally:
         keeping.cancel()
