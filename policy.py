@@ -7,7 +7,6 @@ are always FSDP2 shards, also when there is one rank.
 
 Letters: T packed tokens of a micro-batch, R response tokens among them, V vocabulary.
 """
-import contextlib
 import copy
 import json
 import math
@@ -23,7 +22,8 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import distribute_tensor
+from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import ranks
@@ -190,21 +190,11 @@ def window_of(config):
     return short if rope.get("rope_type") in ("dynamic", "longrope") else config.max_position_embeddings
 
 
-@contextlib.contextmanager
 def on_meta():
-    """Modules made here have their parameters on the meta device; their buffers (rotary tables, scales) are
-    real, because no file brings them."""
-    register = nn.Module.register_parameter
-
-    def to_meta(module, name, p):
-        # One that is there already is being tied: it stays the same object.
-        register(module, name, p if p is None or p.is_meta else nn.Parameter(p.to("meta"), p.requires_grad))
-
-    nn.Module.register_parameter = to_meta
-    try:
-        yield
-    finally:
-        nn.Module.register_parameter = register
+    """Modules made within have their parameters on the meta device; their buffers (rotary tables, scales) are
+    real, because no file brings them. One that is there already is being tied: it stays the same object."""
+    return register_module_parameter_registration_hook(
+        lambda module, name, p: p if p.is_meta else nn.Parameter(p.to("meta"), p.requires_grad))
 
 
 def build(config, dtype, device):
@@ -358,9 +348,9 @@ def check_weights(model, folder, wanted=None):
             return
     if missing := sorted(set(wanted) - set(stored)):
         fail(f"--model {model}: the weights lack {len(missing)} tensors, the first is {missing[0]}")
-    if other := [k for k, v in wanted.items() if tuple(stored[k].size) != tuple(v.shape)]:
-        fail(f"--model {model}: {other[0]} has the shape {tuple(stored[other[0]].size)}, its config.json says "
-             f"{tuple(wanted[other[0]].shape)}")
+    for name, tensor in wanted.items():
+        if (has := tuple(stored[name].size)) != tuple(tensor.shape):
+            fail(f"--model {model}: {name} has the shape {has}, its config.json says {tuple(tensor.shape)}")
 
 
 @torch.no_grad()
@@ -409,14 +399,11 @@ def schedule(step, steps, kind, warmup=0):
 def optimizer_step(policy, optim, lr, clip):
     """Clip the global gradient norm, step, clear. A norm that is not finite skips the step.
     -> the norm before clipping"""
-    norm = nn.utils.clip_grad_norm_(policy.parameters(), clip, foreach=True)
-    norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
-    if not math.isfinite(norm):                            # the norm is global, so all ranks skip together
-        optim.zero_grad()
-        return norm
-    for group in optim.param_groups:
-        group["lr"] = lr
-    optim.step()
+    norm = nn.utils.clip_grad_norm_(policy.parameters(), clip, foreach=True).full_tensor().item()
+    if math.isfinite(norm):                                # the norm is global, so all ranks skip together
+        for group in optim.param_groups:
+            group["lr"] = lr
+        optim.step()
     optim.zero_grad()
     return norm
 
@@ -429,16 +416,14 @@ def save_model(policy, source, out, dtype, form=None):
     how the judge wants to be asked, goes into judge.json (`rubrics.prompt_form` reads it).
     Written beside and renamed, so that `out` is whole or absent."""
     out, tmp = Path(out), Path(f"{out}.tmp")
-    rank, shards, pending, size, index = dist.get_rank(), 0, {}, 0, {}
+    rank, part, index = dist.get_rank(), {}, {}            # part: the tensors of the next file
 
-    def flush():
-        nonlocal shards, pending, size
-        shards += 1
-        file = f"model-{shards:05d}.safetensors"
-        save_file(pending, tmp / file, metadata={"format": "pt"})
+    def write():
+        file = f"model-{len(set(index.values())) + 1:05d}.safetensors"
+        save_file(part, tmp / file, metadata={"format": "pt"})
         (tmp / file).chmod(0o644)                          # it is made for its owner alone
-        index.update(dict.fromkeys(pending, file))
-        pending, size = {}, 0
+        index.update(dict.fromkeys(part, file))
+        part.clear()
 
     if rank == 0:
         shutil.rmtree(tmp, ignore_errors=True)
@@ -447,12 +432,11 @@ def save_model(policy, source, out, dtype, form=None):
     for name, tensor in policy.weights(dtype):
         # A stray head would make vLLM untie the model.
         if rank == 0 and not (tied and name == "lm_head.weight"):
-            pending[name] = tensor.cpu().contiguous()
-            size += tensor.nbytes
-            if size > 4 * 2**30:
-                flush()
+            part[name] = tensor.cpu().contiguous()
+            if sum(x.nbytes for x in part.values()) > 4 * 2**30:
+                write()
     if rank == 0:
-        flush()
+        write()
         (tmp / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
         for file in Path(source).iterdir():
             if file.suffix in (".json", ".txt", ".jinja", ".model") and file.name not in (
