@@ -60,10 +60,9 @@ class Policy(nn.Module):
 
     @torch.no_grad()
     def weights(self, dtype=None):
-        """Stream the full tensors in module order under their Hugging Face names. A collective: every
-        rank iterates to the end. Casting before gathering halves the traffic. For a tied model
-        `lm_head.weight` comes last, as its own name: vLLM's CPU build packs a copy of it, which the
-        embedding's name does not reach."""
+        """Stream the full tensors in module order under their Hugging Face names. A collective: every rank
+        iterates to the end. Casting before gathering halves the traffic. A tied head comes last, by its own
+        name: vLLM's CPU build packs a copy of it, which the embedding's name does not reach."""
         tied = self.lm.config.tie_word_embeddings
         for name, p in self.lm.named_parameters():
             full = p.detach().to(dtype or p.dtype).full_tensor()
@@ -229,10 +228,10 @@ def fill(policy, buffers, device):
 @torch.no_grad()
 def check_family(config, device):
     """Does packed training compute what `transformers` does? Log-probs of a few packed rows through `Policy`
-    and of the same rows through the model's own forward pass, one at a time, in fp32: a model of this family
-    with random weights, a block of each kind and its own width, but few words, a narrow MLP, and a window that
-    the rows are longer than. Every run begins with it, because a family that does something of its own (a
-    window, a cap, a bias in a place of its choice) would else be trained on wrong numbers without a word."""
+    and, one by one, through the model's own forward pass, in fp32: random weights, a block of each kind and
+    the model's width, but few words, a narrow MLP, and a window shorter than the rows. Every run begins with
+    it: a family that does something of its own (a window, a cap, a bias in a place of its choice) would else
+    be trained on wrong numbers without a word. -> largest difference"""
     small, layers = copy.deepcopy(config), config.num_hidden_layers
     by_layer = {k: v for k, v in vars(small).items() if isinstance(v, list) and len(v) == layers}
     kinds = list(zip(*by_layer.values())) or [()] * layers
@@ -253,10 +252,11 @@ def check_family(config, device):
     ids = lambda n: torch.randint(256, (n,), generator=noise).tolist()
     groups = [(ids(7), [ids(5), ids(9)]), (ids(3), [ids(6)])]
     try:
-        ours = torch.cat([policy(batch) for batch in pack(groups, 1000, device)])
+        batch, = pack(groups, 1000, device)
+        ours = policy(batch)
         small._attn_implementation = "eager"
-        gap = (ours - torch.cat([own_logprobs(policy.lm, prompt, response, device)
-                                 for prompt, responses in groups for response in responses])).abs().max().item()
+        own = torch.cat([own_logprobs(policy.lm, p, r, device) for p, responses in groups for r in responses])
+        gap = (ours - own).abs().max().item()
     except Exception as e:
         fail(f"--model: a forward pass of {config.model_type} over packed rows ends in {type(e).__name__} "
              f"({str(e)[:100]}); see the table of families in docs/training.md")
@@ -294,9 +294,8 @@ def load(model, device, dtype, seed=0, trainable=True, recompute=True, shard=Non
 
 
 def mesh_of(device, shard=None):
-    """The ranks as FSDP wants them. shard: how many hold one copy of the weights together, all unless said
-    otherwise: the ranks of a node, say, so that weights travel inside nodes and only gradients between them
-    (HSDP)."""
+    """The ranks as FSDP wants them. shard: how many hold one copy of the weights together, default all; with
+    those of a node weights travel inside nodes, and only gradients between them (HSDP)."""
     world = dist.get_world_size()
     if shard in (None, world):
         return dist.init_device_mesh(device.type, (world,))
@@ -428,10 +427,9 @@ def save_model(policy, source, out, dtype, form=None):
     if rank == 0:
         shutil.rmtree(tmp, ignore_errors=True)
         tmp.mkdir(parents=True)
-    tied = policy.lm.config.tie_word_embeddings
+    wanted = names(policy.lm)                              # a stray head would make vLLM untie the model
     for name, tensor in policy.weights(dtype):
-        # A stray head would make vLLM untie the model.
-        if rank == 0 and not (tied and name == "lm_head.weight"):
+        if rank == 0 and name in wanted:
             part[name] = tensor.cpu().contiguous()
             if sum(x.nbytes for x in part.values()) > 4 * 2**30:
                 write()
