@@ -32,14 +32,18 @@ from rubrics import Pair, messages_of
 @dataclass(frozen=True)
 class Row:
     """One item. responses: texts; compare: [(i, j), ...] of them, i better than j unless `tied` says neither
-    is; subset: the part of the benchmark it belongs to; group: what a sample must take together."""
+    is; subset: the part of the benchmark it belongs to; group: what a sample takes together, such as a tied
+    and a ref prompt of RewardBench 2."""
     item: str
     subset: str
     context: list
     responses: list
     compare: list
-    group: str = ""
     about: dict = field(default_factory=dict)
+
+    @property
+    def group(self):
+        return re.sub("^(ref|tied):", "", self.item)
 
     def __post_init__(self):
         if not isinstance(self.responses, list) or not all(
@@ -100,7 +104,7 @@ def rewardbench2_row(row):
             raise ValueError(f"a Ties row with the id {item!r}, expected ref:NUMBER or tied:NUMBER")
         compare = list(itertools.combinations(range(n), 2))
     return Row(item, row["subset"], messages_of(row["prompt"]), row["chosen"] + row["rejected"], compare,
-               group=item.split(":")[-1], about={"correct": right})
+               about={"correct": right})
 
 
 # ---------------------------------------------------------------- numbers
@@ -149,13 +153,9 @@ class Item:
     scores: dict = field(default_factory=dict)
 
 
-def won(share):
-    return float(share > 0.5)
-
-
 def split(items, key=lambda it: it.subset, score=lambda it: float(all(s > 0.5 for s in it.wins.values()))):
-    """{subset: {item: score}}; the plain score of an item is 1 if its response beats every other it meets, and
-    an item whose score is None is left out."""
+    """{subset: {item: score}}, without items whose score is None. The plain score of an item is 1 if its
+    response beats every other it meets."""
     out = defaultdict(dict)
     for name, it in items.items():
         if (points := score(it)) is not None:
@@ -219,7 +219,7 @@ def rm_bench(items):
     official: what the released script computes. It reads its third file twice and its second never, so that
     in its place stand (0,1) := (0,2), (1,2) := (1,0), (2,0) := (2,1)."""
     def metric(cells, domains=RM_BENCH):
-        points = lambda it: mean(won(it.wins[c, 3 + r]) for c, r in cells if (c, 3 + r) in it.wins)
+        points = lambda it: mean(it.wins[c, 3 + r] > 0.5 for c, r in cells if (c, 3 + r) in it.wins)
         return macro(split(items, score=points), domains)
 
     cells = list(itertools.product(range(3), repeat=2))
@@ -240,7 +240,7 @@ def rmb(items):
     Overall: plain mean of the four sets."""
     by = split(items)
     scenes = split(items, key=lambda it: f"{it.subset}/{it.about.get('scenario', '')}")
-    beaten = split(items, score=lambda it: mean(won(s) for s in it.wins.values()))
+    beaten = split(items, score=lambda it: mean(s > 0.5 for s in it.wins.values()))
     return (overall(by, RMB) | each("losers beaten, a query's mean", beaten, RMB[::2])
             | each("scenario", scenes, sorted(scenes)))
 
@@ -271,7 +271,7 @@ def rewardbench2(items):
     subsets."""
     by = split({k: it for k, it in items.items() if it.subset != "Ties"})
     parts = ties({k: it for k, it in items.items() if it.subset == "Ties"})
-    by["Ties"] = parts.pop("Ties")
+    by["Ties"] = parts.pop("Ties", {})
     return overall(by, REWARDBENCH2) | each("Ties", parts)
 
 
@@ -284,8 +284,7 @@ def ties(items):
     smaller gap of tied and ref does. score = .3 tied + .3 ref + .2 preferred + .2 hard + .01
     tanh(gap / spread - 1)
     -> {part: {prompt number: value}}, "Ties" being the score"""
-    parts = {name: {} for name in ("Ties", "ref accurate", "tied accurate", "preferred", "preferred, hard")}
-    gaps = {}
+    parts, gaps = defaultdict(dict), {}
     for name, it in items.items():
         n = it.about["correct"]
         scores = it.scores or round_robin(it.wins)
@@ -299,10 +298,10 @@ def ties(items):
         (ref, _), (tied, spread) = gaps[f"ref:{number}"], gaps[f"tied:{number}"]
         low = min(ref, tied)
         margin = math.tanh(low / spread - 1) if spread else float(np.sign(low))
-        values = (ref > 0, tied > 0, tied > spread, low > spread)
-        for part, v in zip(list(parts)[1:], values):
-            parts[part][number] = float(v)
-        parts["Ties"][number] = sum(w * v for w, v in zip((.3, .3, .2, .2), values)) + .01 * margin
+        for part, weight, holds in (("ref accurate", .3, ref > 0), ("tied accurate", .3, tied > 0),
+                                    ("preferred", .2, tied > spread), ("preferred, hard", .2, low > spread)):
+            parts[part][number] = float(holds)
+            parts["Ties"][number] = parts["Ties"].get(number, .01 * margin) + weight * holds
     return parts
 
 
@@ -371,12 +370,11 @@ def load(name, data_dir=None, limit=None, seed=0):
         rows += [(source, r) for r in some]
         left_out |= bad
     if limit:
-        groups = defaultdict(set)
+        groups = defaultdict(dict)                         # of a subset: their lots
         for _, r in rows:
-            groups[r.subset].add(r.group or r.item)
-        drawn = {(s, g) for s, some in groups.items() for g in sorted(
-            some, key=lambda g: hashlib.sha256(f"{seed}/{g}".encode()).digest())[:limit]}
-        rows = [(source, r) for source, r in rows if (r.subset, r.group or r.item) in drawn]
+            groups[r.subset][r.group] = hashlib.sha256(f"{seed}/{r.group}".encode()).digest()
+        drawn = {subset: set(sorted(lots, key=lots.get)[:limit]) for subset, lots in groups.items()}
+        rows = [(source, r) for source, r in rows if r.group in drawn[r.subset]]
     pairs, seen = [], {}
     for source, r in rows:
         if r.item in seen:
@@ -404,10 +402,8 @@ def understood(bench, source, numbered):
     for number, raw in numbered:
         try:
             rows.append(bench.row({"domain": Path(source).stem} | json_object(raw)))
-        except KeyError as e:
-            bad[f"{source}:{number}"] = f"wrong schema: no field {e.args[0]}"
-        except (ValueError, TypeError, AttributeError) as e:
-            bad[f"{source}:{number}"] = f"wrong schema: {e}"
+        except (ValueError, TypeError, AttributeError, KeyError) as e:
+            bad[f"{source}:{number}"] = f"wrong schema: {'no field ' if isinstance(e, KeyError) else ''}{e}"
     if len(bad) > 1 and not rows:
         bad = {source: f"a file without a row of the benchmark: {len(bad)} rows, {min(bad.values())}"}
     return rows, bad

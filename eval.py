@@ -6,8 +6,7 @@ How good a judge is: asks it about benchmarks or any file of pairs, and keeps ev
     python eval.py --model MODEL --data pairs.jsonl --both-orders --temperature 1 --votes 5 --out DIR
     python eval.py --model NAME --base-url http://localhost:8000/v1 --protocol instruct --bench all --out DIR
     python eval.py --model Skywork/Skywork-Reward-Llama-3.1-8B-v0.2 --scalar --bench rewardbench --out DIR
-    python eval.py report DIR1 DIR2 ... --out runs/report           # see report.py, as for compare
-    python eval.py compare DIR1 DIR2
+    python eval.py report DIR1 DIR2 ...                             # this and compare: see report.py
 
 Writes DIR/pairs.jsonl (what was asked), DIR/judgments.jsonl (one line a judgment, as it comes),
 DIR/left_out.jsonl and DIR/config.json; report.py computes every number from them. Killed and started again
@@ -58,6 +57,7 @@ def collect(args):
 
 
 def pairs_of(path, args):
+    """A file's pairs as `collect` gives them."""
     name = Path(path).stem
     name += " pairs" if name in B.BENCHES else ""                # which would be scored as the benchmark
     pairs = read_pairs(path, args.skip_bad)
@@ -66,8 +66,8 @@ def pairs_of(path, args):
         pairs = [pairs[i] for i in sorted(drawn)]
     for p in pairs:
         if args.both_orders and p.messages is not None and not p.a:
-            fail(f"--both-orders: {path} has finished prompts whose responses cannot be told apart, the first "
-                 f"is {p.id}")
+            fail(f"--both-orders: {path} has finished prompts whose responses cannot be told apart, the "
+                 f"first is {p.id}")
         about = {"type": p.type, "source": p.source, "swap": p.label == "B"}
         if "style_a" in p.meta and "style_b" in p.meta:
             better, worse = "ab" if p.label == "A" else "ba"
@@ -122,11 +122,10 @@ def judge(args):
     ranks.phase("judge")
     work, = ranks.all_sum([len(mine)])                # building an engine is a collective: all do, or none
     with open(out / f"judgments.part{rank}.jsonl" if writes else os.devnull, "a") as f:
-        for at, said in answers(args, mine, chat) if work else ():
-            if isinstance(said, str):                  # why there is no answer: another run asks again
-                failed, why = failed + 1, said
+        for line in answers(args, mine, chat) if work else ():
+            if isinstance(line, str):                  # why there is no answer: another run asks again
+                failed, why = failed + 1, line
             else:
-                line = mine[at][1] | said
                 f.write(json.dumps(line) + "\n")
                 f.flush()
                 right += line["verdict"] is not None and line["verdict"] == line["label"]
@@ -139,7 +138,7 @@ def judge(args):
         there = merge(out, keys)
         if there:
             print(as_text([measure(read_run(out))]))
-        if lost := len(set(keys) - there.keys()):
+        if lost := sum(key not in there for key in keys):
             fail(f"{lost} of {len(todo)} judgments: {why}; the same command asks for them again")
     ranks.barrier()
 
@@ -159,17 +158,17 @@ def settings(args, world):
 
 
 def answers(args, mine, chat):
-    """Yields (place in `mine`, the rest of its line, or why no answer came)."""
+    """Yields the lines of judgments.jsonl, as they come, or why no answer came (str)."""
     if args.scalar:
         yield from scalar_answers(args, mine, chat)
         return
     judge = Server(args.base_url, args.model, args.max_tokens, args.at_once) if args.base_url else \
         Local(args.model, args.max_tokens, args.max_len, args.dtype, args.engine_memory, args.seed, args.tp)
-    requests = ((chat(shown), seed_of(args.seed, *(x[k] for k in ("id", "order", "temperature", "vote"))),
+    requests = ((chat(shown), seed_of(args.seed, x["id"], x["order"], x["temperature"], x["vote"]),
                  x["temperature"]) for shown, x in mine)
     for at, a in judge.answers(requests):
-        shown = mine[at][0]
-        yield at, a.finish if a.failed else line_of(a, shown, chat(shown))
+        shown, x = mine[at]
+        yield a.finish if a.failed else x | line_of(a, shown, chat(shown))
 
 
 def line_of(a, shown, messages):
@@ -184,27 +183,29 @@ def line_of(a, shown, messages):
 
 
 def scalar_answers(args, mine, chat):
-    """A reward model scores every conversation once; the higher score is the verdict."""
-    uses, conversations = defaultdict(list), {}
+    """A reward model scores every conversation once; the higher score is the verdict. Yields as `answers`."""
+    uses, conversations, scores = defaultdict(list), {}, defaultdict(dict)
     for at, (shown, _) in enumerate(mine):
-        for side, response in enumerate((shown.a, shown.b)):
+        for side, response in (("A", shown.a), ("B", shown.b)):
             conversation = [*shown.context, {"role": "assistant", "content": response}]
-            key = digest(conversation)
-            conversations[key] = conversation
-            uses[key].append((at, side))
-    got, keys = defaultdict(dict), list(conversations)
+            conversations[digest(conversation)] = conversation
+            uses[digest(conversation)].append((at, side))
+    uses = list(uses.values())
     for place, score in Scalar(args.model, args.dtype).scores(list(conversations.values())):
-        for at, side in uses[keys[place]]:
-            got[at][side] = score
-            if len(got[at]) == 2:
-                a, b = scores = [got[at][0], got[at][1]]
-                reason = ("longer than the model's window" if None in scores else
-                          "equal scores" if a == b else "")
-                verdict = None if reason else "AB"[b > a]
-                shown = mine[at][0]
-                yield at, line_of(Answer("", reason or "stop"), shown, chat(shown)) | {
-                    "verdict": verdict, "reason": reason, "official": verdict or "error", "quotes": [0, 0],
-                    "scores": scores}
+        for at, side in uses[place]:
+            scores[at][side] = score
+            if len(scores[at]) == 2:
+                shown, x = mine[at]
+                a, b = scores[at]["A"], scores[at]["B"]
+                verdict, reason = None, ""
+                if None in (a, b):
+                    reason = "longer than the model's window"
+                elif a == b:
+                    reason = "equal scores"
+                else:
+                    verdict = "A" if a > b else "B"
+                yield x | line_of(Answer("", reason or "stop"), shown, chat(shown)) | {
+                    "verdict": verdict, "reason": reason, "official": verdict or "error", "scores": [a, b]}
 
 
 # ---------------------------------------------------------------- a run's folder
@@ -261,39 +262,31 @@ def merge(out, order=(), keep=lambda line: True):
 # ---------------------------------------------------------------- the command line
 
 def arguments():
-    ap = Flags(__doc__, epilog="eval.py report DIR ... and eval.py compare DIR DIR read what was written; each "
-                               "has --help")
+    ap = Flags(__doc__, epilog="eval.py report DIR ... and eval.py compare DIR DIR read what was written; "
+                               "each has --help")
     arg = ap.add_argument
-    arg("--model", required=True,
-        help="folder, hub id, FOLDER/config.json for random weights, or a server's name for it")
-    arg("--bench", default="",
-        help=f"benchmarks, comma-separated, NAME or NAME@REVISION: {', '.join(B.BENCHES)}; or all")
+    arg("--model", required=True, help="folder, hub id, config.json for random weights, or name at a server")
+    arg("--bench", default="", help=f"NAME or NAME@REVISION, with commas: {', '.join(B.BENCHES)}; or all")
     arg("--data-dir", help="folder with the benchmarks' files instead of the hub")
     arg("--data", nargs="+", default=[], help="files of pairs: JSONL, JSON, parquet, or a hub dataset")
     arg("--out", required=True, help="folder of this run")
-    arg("--protocol", choices=PROTOCOLS,
-        help="prompt form; default: what the model was trained with (its judge.json)")
+    arg("--protocol", choices=PROTOCOLS, help="prompt form; default: the model's own (its judge.json)")
     arg("--system-prompt", help="file with the system prompt, instead of the model's or the published row's")
     arg("--base-url", help="ask an OpenAI-compatible server; its key comes from OPENAI_API_KEY")
     arg("--at-once", type=number(int, 1), default=64, help="requests under way at a server")
-    arg("--scalar", action="store_true", help="the model is a reward model that gives a number, not a judge")
-    arg("--temperature", type=number(float, 0), nargs="+", default=[0.0],
-        help="0 for greedy; several are judged side by side")
+    arg("--scalar", action="store_true", help="the model is a reward model that gives a number")
+    arg("--temperature", type=number(float, 0), nargs="+", default=[0.0], help="0 for greedy; one or several")
     arg("--votes", type=number(int, 1), default=1,
         help="judgments of a comparison above temperature 0; the majority decides, the first at a tie")
     arg("--both-orders", action="store_true", help="judge every pair a second time with A and B swapped")
     arg("--limit", type=number(int, 1), help="only so many items of every subset, drawn by the seed")
     arg("--max-tokens", type=number(int, 1), default=8192, help="longest judgment in tokens")
-    arg("--max-len", type=number(int, 2),
-        help="longest prompt + judgment in tokens; default: the model's window")
+    arg("--max-len", type=number(int, 2), help="longest prompt + judgment; default: the model's window")
     arg("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="of the computation")
-    arg("--engine-memory", type=number(float, 0, 1, above=True), default=0.9,
-        help="share of each card for vLLM")
-    arg("--tp", type=number(int, 1), default=1,
-        help="ranks that judge with one engine together (tensor parallel)")
+    arg("--engine-memory", type=number(float, 0, 1, above=True), default=0.9, help="share of a card for vLLM")
+    arg("--tp", type=number(int, 1), default=1, help="ranks that judge with one engine together")
     arg("--seed", type=number(int, 0), default=0, help="of orders, samples, --limit and random weights")
-    arg("--skip-bad", action="store_true",
-        help="report and leave out bad lines of --data instead of stopping")
+    arg("--skip-bad", action="store_true", help="report and leave out bad lines of --data, and go on")
     args = ap.parse_args()
     args.bench = list(B.BENCHES) if args.bench == "all" else [b for b in args.bench.split(",") if b]
     if unknown := [b for b in args.bench if b.split("@")[0] not in B.BENCHES]:
@@ -309,8 +302,11 @@ def arguments():
     return args
 
 
+FROM_FILES = [[name] for name in COMMANDS]             # no ranks, no torch
+
+
 def main():
-    if sys.argv[1:2] and sys.argv[1] in COMMANDS:
+    if sys.argv[1:2] in FROM_FILES:
         return COMMANDS[sys.argv[1]](sys.argv[2:])
     args = arguments()
     try:
@@ -322,7 +318,7 @@ def main():
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] and sys.argv[1] in COMMANDS:                   # which have no ranks and do without torch
+    if sys.argv[1:2] in FROM_FILES:
         main()
     else:
         import ranks

@@ -121,7 +121,7 @@ def mean_of(one, two):
     for name, metric in one.items():
         out[name] = {}
         for stratum, (weight, values) in metric.items():
-            _, others = two.get(name, {}).get(stratum, (0, {}))
+            others = two.get(name, {}).get(stratum, (0, {}))[1]
             out[name][stratum] = weight, {
                 k: B.mean(v[k] for v in (values, others) if k in v) for k in values | others}
     return out
@@ -185,24 +185,24 @@ def measure_one(bench, pairs, lines, left_out):
 
 # ---------------------------------------------------------------- the table
 
-def rows_of(table):
+def names_of(table):
     """table: [(run's name, {benchmark: numbers}), ...] -> {benchmark: the names of all runs' numbers}, each
-    name after those that stand before it in its own run."""
-    rows = defaultdict(list)
+    after those that stand before it in its own run."""
+    out = defaultdict(list)
     for _, blocks in table:
         for bench, numbers in blocks.items():
             at = 0
             for name in numbers:
-                if name not in rows[bench]:
-                    rows[bench].insert(at, name)
-                at = rows[bench].index(name) + 1
-    return rows
+                if name not in out[bench]:
+                    out[bench].insert(at, name)
+                at = out[bench].index(name) + 1
+    return out
 
 
 def as_text(table):
     """A block a benchmark, one column a run."""
     lines = []
-    for bench, names in rows_of(table).items():
+    for bench, names in names_of(table).items():
         names = [n for n in names if not n.startswith(("cell/", "scenario/"))]
         label = {n: "  " + n.partition("/")[2] if "/" in n else n for n in names}
         runs = [(name, blocks[bench], max(13, len(name) + 2)) for name, blocks in table if bench in blocks]
@@ -276,7 +276,7 @@ def page_data(runs, table, examples):
     parts = [name.partition("/") for name in papers.fieldnames]
     return {"runs": [{"name": name, "config": run["config"], "sets": blocks}
                      for run, (name, blocks) in zip(runs, table)],
-            "rows": rows_of(table),
+            "rows": names_of(table),
             "paper": {row.pop("judge"): {k: float(v) for k, v in row.items() if v} for row in papers},
             "sections": {bench: [part for b, _, part in parts if b == bench and part] for bench in B.BENCHES},
             "examples": [{"judgments": judgments, **{k: pairs[key][k] for k in (
@@ -313,14 +313,15 @@ def compare(argv):
     ap.add_argument("--all", action="store_true", help="every subset, not only the main numbers")
     args = ap.parse_args(argv)
     runs = read_runs(args.runs)
-    blocks = [by_bench(run) for run in runs]
-    both = [bench for bench in blocks[0] if bench in blocks[1]]
+    first, second = map(by_bench, runs)
+    both = [bench for bench in first if bench in second]
     if not both:
         fail(f"{args.runs[0]} and {args.runs[1]} have no benchmark in common")
     w, v = (max(14, len(run["name"]) + 2) for run in runs)
     print(f"{'':<44}{runs[0]['name']:>{w}}{runs[1]['name']:>{v}}{'difference':>14}{'95 % interval':>20}")
     for bench in both:
-        one, two = (metrics_of(bench, run["pairs"], coolest(block[bench])) for run, block in zip(runs, blocks))
+        one, two = (metrics_of(bench, run["pairs"], coolest(lines[bench]))
+                    for run, lines in zip(runs, (first, second)))
         for name in one:
             if name not in two or "/" in name and not args.all:
                 continue
