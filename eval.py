@@ -107,8 +107,7 @@ def judge(args):
         return [shown.context, shown.a, shown.b] if args.scalar else \
             chat_messages(shown, config["protocol"], config["system"])
 
-    if rank == 0:
-        open_run(args, config, asked, left_out, chat)
+    open_run(args, config, asked, left_out, chat, rank)
     ranks.barrier()
     done = {key_of(line) for line in read_lines(out / "judgments.jsonl")}
     # A prompt's votes stay on one rank, whose cache then has it.
@@ -210,9 +209,9 @@ def scalar_answers(args, mine, chat):
 
 # ---------------------------------------------------------------- a run's folder
 
-def open_run(args, config, asked, left_out, chat):
-    """Make the run's folder or check that it is this run's. Judgments of texts or labels that are others now
-    leave it, and so do those of pairs that are no longer in their file."""
+def open_run(args, config, asked, left_out, chat, rank):
+    """Make the run's folder or check, on every rank, that it is this run's. Judgments of texts or labels that
+    are others now leave it, and so do those of pairs that are no longer in their file."""
     out, path = Path(args.out), Path(args.out) / "config.json"
     claim(out)
     if path.is_file() and any(p.stat().st_size for p in out.glob("judgments*.jsonl")):
@@ -221,6 +220,8 @@ def open_run(args, config, asked, left_out, chat):
             was, now = (str(c.get(differs[0]))[:80] for c in (old, config))
             fail(f"--out {out}: holds judgments with another {differs[0]} ({was}, now {now}); give another "
                  "folder or remove it")
+    if rank != 0:
+        return
     # A file that is asked in full says which of its pairs there are.
     whole = set() if args.limit else {p.meta["bench"] for p in asked.values()} - set(B.BENCHES)
 

@@ -87,7 +87,8 @@ def wins_of(lines, rule="verdict"):
     votes = grouped(sorted(lines, key=lambda x: x["vote"]), lambda x: (x["order"], x["id"], x["swap"]))
     for (order, pair, swap), cast in votes.items():
         read = Counter(x[rule] for x in cast if x[rule] in ("A", "B"))
-        out[order][pair] = float((max(read, key=read.get) == "A") != swap) if read else 0.5
+        verdict = max(read, key=read.get, default=None)           # of equals the first that was counted
+        out[order][pair] = float((verdict == "A") != swap) if verdict else 0.5
     return out
 
 
@@ -112,7 +113,7 @@ def metrics_of(bench, pairs, lines, rule="verdict", orders=None):
                 sides = p["compare"][::-1] if scored[key]["swap"] else p["compare"]
                 it.scores.update(zip(sides, scored[key]["scores"]))
         views.append(spec.score(items))
-    return mean_of(*views) if len(views) == 2 else views[0]
+    return views[0] if len(views) == 1 else mean_of(*views)
 
 
 def mean_of(one, two):
@@ -130,8 +131,11 @@ def mean_of(one, two):
 def measure(run):
     """All numbers of a run: (its name, {benchmark or file: {number's name: value}}), in the order in which
     they are printed."""
-    return run["name"], {bench: measure_one(bench, run["pairs"], lines, [
-        x for x in run["left_out"] if x["bench"] == bench]) for bench, lines in by_bench(run).items()}
+    out = {}
+    for bench, lines in by_bench(run).items():
+        left_out = [x for x in run["left_out"] if x["bench"] == bench]
+        out[bench] = measure_one(bench, run["pairs"], lines, left_out)
+    return run["name"], out
 
 
 def measure_one(bench, pairs, lines, left_out):
@@ -160,6 +164,7 @@ def measure_one(bench, pairs, lines, left_out):
                 out[f"votes/{head}, best of {k}, T={t:g}"] = headline(some)
                 out[f"votes/tokens, best of {k}, T={t:g}"] = sum(x["tokens"] for x in some) / len(
                     {(x["id"], x["order"]) for x in some})
+
     if 1 in wins:
         both = {k: (wins[0][k], wins[1][k]) for k in wins[0] if k in wins[1]}
         if B.BENCHES.get(bench, B.FILE).orders == "first":
