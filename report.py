@@ -86,8 +86,8 @@ def wins_of(lines, rule="verdict"):
     out = defaultdict(dict, {0: {}})
     votes = grouped(sorted(lines, key=lambda x: x["vote"]), lambda x: (x["order"], x["id"], x["swap"]))
     for (order, pair, swap), cast in votes.items():
-        read = Counter(x[rule] for x in cast if x[rule] in ("A", "B"))
-        verdict = max(read, key=read.get, default=None)           # of equals the first that was counted
+        read = [x[rule] for x in cast if x[rule] in ("A", "B")]
+        verdict = max(read, key=read.count, default=None)         # at a tie max takes the first
         out[order][pair] = float((verdict == "A") != swap) if verdict else 0.5
     return out
 
