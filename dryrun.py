@@ -141,24 +141,24 @@ def show(args, config, shard, steps, prompts, group, longest, rehearse):
     """
     world, grpo = dist.get_world_size(), hasattr(args, "engine_memory")
     lengths = np.sort([len(p) for p in prompts])
-    R.print0(f"prompts: half have up to {lengths[len(lengths) // 2]:,} tokens, 90 % up to "
-           f"{lengths[len(lengths) * 9 // 10]:,}, the longest {lengths[-1]:,}")
+    print(f"prompts: half have up to {lengths[len(lengths) // 2]:,} tokens, 90 % up to "
+          f"{lengths[len(lengths) * 9 // 10]:,}, the longest {lengths[-1]:,}")
     rows = args.pairs if grpo else args.batch
     what, does = (f"pairs x {group} judgments, {rows // args.mini} updates each", "writes") if grpo else \
         ("traces", "learns from")
-    R.print0(f"steps: {steps:,} of {rows:,} {what}; a step reads about {rows * int(lengths.mean()):,} tokens "
-             f"and {does} up to {rows * group * longest:,}")
+    print(f"steps: {steps:,} of {rows:,} {what}; a step reads about {rows * int(lengths.mean()):,} tokens "
+          f"and {does} up to {rows * group * longest:,}")
     lm = P.build(config, P.DTYPES[args.dtype], torch.device("cpu"))[0].lm
     n = sum(p.numel() for p in lm.parameters())
-    R.print0(f"model: {config.model_type}, {n / 1e9:.3g} billion parameters, {len(lm.model.layers)} blocks of "
-           f"width {config.hidden_size:,}, {config.vocab_size:,} words")
+    print(f"model: {config.model_type}, {n / 1e9:.3g} billion parameters, {len(lm.model.layers)} blocks of "
+          f"width {config.hidden_size:,}, {config.vocab_size:,} words")
 
     tokens = max(args.micro_tokens, min(P.window_of(config), int(lengths[-1]) + longest))
     start = time.monotonic()
     shown = made_up(prompts, group, longest, tokens, world)
     lives, peaks = trace(args, config, shard, world, shown, rehearse)
-    R.print0(f"traced on fake tensors in {time.monotonic() - start:.0f} s: rank 0 of {world}, shards of {shard}, "
-             f"{args.dtype}, micro-batches of {tokens:,} tokens")
+    print(f"traced on fake tensors in {time.monotonic() - start:.0f} s: rank 0 of {world}, shards of {shard}"
+          f", {args.dtype}, micro-batches of {tokens:,} tokens")
     blocks = sum(p.numel() for p in lm.model.layers.parameters())
     judge(args, lives, peaks, (n, n - blocks), config, longest + int(lengths[-1]), shard)
 
@@ -180,9 +180,9 @@ def judge(args, lives, peaks, parameters, config, window, shard):
         # vLLM's weights wake before a sync, its cache after it.
         sampling = max(idle + peaks["syncing"] - sum(lives.values()) + weights / args.tp, idle + share)
         held["sampling"] = sampling, sampling + BESIDE
-    R.print0("a rank has " + ", ".join(f"{k} {v / GB:.1f} GB" for k, v in lives.items() if v))
-    for name, (live, whole) in held.items():
-        R.print0(f"  {name:<9} {live / GB:6.1f} GB live, about {whole / GB:.0f} GB of the card's {card / GB:.0f}")
+    print("a rank has " + ", ".join(f"{k} {v / GB:.1f} GB" for k, v in lives.items() if v))
+    for name, (live, all_) in held.items():
+        print(f"  {name:<9} {live / GB:6.1f} GB live, about {all_ / GB:.0f} GB of the card's {card / GB:.0f}")
     has = f"more than the card's {card / GB:.0f} GB"
     more = ("" if away or not grpo else ", give --offload") + f", or use more than {shard} ranks"
     if held["learning"][1] > card:
@@ -190,11 +190,12 @@ def judge(args, lives, peaks, parameters, config, window, shard):
              + ("" if args.recompute else ", leave out --no-recompute")
              + ("" if tight else ", set PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True") + more)
     if grpo:
-        cache = window * 2 * each * config.num_key_value_heads * P.head_width(config) * config.num_hidden_layers
+        keys = config.num_key_value_heads * P.head_width(config) * config.num_hidden_layers
+        cache = window * 2 * each * keys
         needs = (weights + cache) / args.tp + 2 * GB
         if needs > share:
-            fail(f"vLLM needs about {needs / GB:.0f} GB, more than --engine-memory {args.engine_memory:g} of the "
-                 f"card: raise it, or spread an engine over more ranks than --tp {args.tp}")
+            fail(f"vLLM needs about {needs / GB:.0f} GB, more than --engine-memory {args.engine_memory:g} of "
+                 f"the card: raise it, or spread an engine over more ranks than --tp {args.tp}")
         if held["sampling"][1] > card:
             fail(f"sampling would take {has}: lower --engine-memory {args.engine_memory:g}{more}")
-    R.print0(f"it fits, with {(card - max(x for _, x in held.values())) / GB:.0f} GB to spare")
+    print(f"it fits, with {(card - max(x for _, x in held.values())) / GB:.0f} GB to spare")

@@ -2,8 +2,6 @@
 Stage 2: GRPO with verifiable rewards (paper section 3.3, eq. 7 to 10). The whole algorithm is on this page.
 
     torchrun --nproc_per_node 8 grpo.py          # the published 7B run, from the SFT model in runs/sft/model
-    torchrun --nproc_per_node 8 grpo.py --model deepseek-ai/DeepSeek-R1-Distill-Qwen-7B \\
-        --protocol reasoning --data gaotang/RM-R1-Reasoning-RLVR
     python grpo.py --model runs/demo/sft/model --data runs/demo/data/rl.jsonl ...     # see Makefile
 
 Sample G judgments a pair with vLLM, reward right verdicts, take the group's mean and spread away, make a
@@ -41,7 +39,7 @@ def arguments():
     R.flags(ap, model="runs/sft/model", data="gaotang/RM-R1-after-Distill-RLVR", out="runs/grpo", lr=1e-6,
             save_every=10, seed=1)
     arg, count, limit = ap.add_argument, number(int, 1), number(int, 0)
-    share, bonus = number(float, 0, 1, above=True), number(float, -math.inf)
+    weight, bonus = number(float, 0), number(float, -math.inf)
     arg("--val-data", help="held-out pairs, judged greedily every --val-every steps")
     arg("--val-every", type=count, default=5, help="steps between held-out evaluations")
     arg("--max-prompt", type=count, default=4096, help="longest prompt in tokens; longer ones are left out")
@@ -51,8 +49,9 @@ def arguments():
     arg("--group", type=count, default=7, help="judgments a pair (G)")
     arg("--steps", type=count, help="rounds; default: one pass over the data")
     arg("--schedule", choices=("constant", "linear", "cosine"), default="constant", help="of the rate")
-    arg("--clip", type=number(float, 0), nargs=2, default=(0.2, 0.2), help="how far below and above 1 a ratio counts")
-    arg("--beta", type=number(float, 0), default=1e-3, help="weight of the pull to the reference; 0 loads none")
+    arg("--clip", type=weight, nargs=2, default=(0.2, 0.2),
+        help="how far a ratio may fall below 1 and rise above it and still be pushed")
+    arg("--beta", type=weight, default=1e-3, help="weight of the pull towards the reference; 0 loads none")
     arg("--reward", choices=("verdict", "published", "random"), default="verdict",
         help="right verdict (paper eq. 8) by the parser, or by the released rule; random: a control")
     # Variants of the objective; each has its formula and source where it is computed below.
@@ -62,15 +61,17 @@ def arguments():
     arg("--surrogate", choices=("clip", "cispo"), default="clip", help="what is done to the ratio")
     arg("--dual-clip", type=number(float, 1), help="bound of the loss at negative advantages, e.g. 3")
     arg("--kl", choices=("k1", "k2", "k3"), default="k3", help="estimator of the divergence")
-    arg("--engine-cap", type=number(float, 0, above=True), help="largest weight trainer / engine of a token, e.g. 2")
+    arg("--engine-cap", type=number(float, 0, above=True),
+        help="weigh tokens by trainer / engine probability, at most this, e.g. 2")
     arg("--overlong", type=limit, default=0, help="tokens before the limit over which the reward falls by 1")
     arg("--format-reward", type=bonus, default=0.0, help="added where the parts of a judgment are all there")
     arg("--both-orders", type=bonus, metavar="W",
         help="judge each pair in both orders (--pairs and --mini count both), W more where both are right")
     arg("--refill", type=limit, default=0, help="rounds of sampling again for groups that agree")
-    arg("--engine-memory", type=share, default=0.5, help="share of each card for vLLM while it samples")
+    arg("--engine-memory", type=number(float, 0, 1, above=True), default=0.5,
+        help="share of each card for vLLM while it samples")
     arg("--tp", type=count, default=1, help="ranks that sample with one engine together (tensor parallel)")
-    arg("--max-gap", type=number(float, 0), default=0.1, help="largest mean log-prob gap of engine and trainer")
+    arg("--max-gap", type=weight, default=0.1, help="largest mean difference of engine and trainer log-probs")
     arg("--offload", action="store_true", help="reference and optimizer wait in host memory while not used")
     args = ap.parse_args()
     if args.group < 2:
@@ -216,9 +217,9 @@ def tokenize(source, pairs, tokenizer, form, args, both=False):
 
 
 def sample(engine, tokenizer, stop, args, rank, world, batch, step, first=0, group=1, temperature=0.0):
-    """A group of [Rollout, ...] for each (pair, prompt ids) of a batch that every rank knows: each samples and
-    reads those of every world-th pair, then all tell each other. A text is a function of (seed, step, place,
-    number), the places counted from `first`: a resumed run, or one on other ranks, meets the same texts."""
+    """A group of [Rollout, ...] for each (pair, prompt ids) of a batch that every rank knows: each samples
+    and reads those of every world-th pair, then all tell each other. A text is a function of (seed, step,
+    place, number), places counted from `first`: a resumed run, or one on more ranks, meets the same texts."""
     asked = [(*batch[place], (args.seed, step, first + place, g))
              for place in range(rank, len(batch), world) for g in range(group)]
     samples = engine.generate([prompt for _, prompt, _ in asked], [seed_of(*key) for *_, key in asked],

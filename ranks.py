@@ -22,6 +22,7 @@ import threading
 import time
 import traceback
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -47,7 +48,7 @@ def flags(ap, **defaults):
     arg("--lr", type=positive, help="peak learning rate (of other sizes: launch/rm-r1.sh)")
     arg = ap.add_argument_group("how it asks, and how it runs").add_argument
     arg("--protocol", choices=PROTOCOLS,
-        help="prompt form of rows without published prompts; default: the model's judge.json's, else instruct")
+        help="prompt form of rows without published prompts; default: the model's (judge.json) or instruct")
     arg("--system-prompt", help="file with the system prompt, instead of the model's, the row's or ours")
     arg("--micro-tokens", type=count, default=16384,
         help="tokens a rank computes at once: lower it when memory runs out")
@@ -56,7 +57,7 @@ def flags(ap, **defaults):
     arg("--shard", type=count, help="ranks that hold one copy of the weights, e.g. a node's; default: all")
     arg("--dtype", choices=("float32", "bfloat16"), default="bfloat16",
         help="of the computation (weights are kept in fp32)")
-    arg("--max-bad", type=count, default=5, help="stop after so many updates in a row with no finite gradient")
+    arg("--max-bad", type=count, default=5, help="stop after so many updates in a row without a gradient")
     arg("--save-every", type=number(int, 0), help="steps between checkpoints for resuming, 0 for none")
     arg("--timeout", type=positive, default=60, help="minutes that a phase may take before the run is ended")
     arg("--seed", type=number(int, 0), help="of data order, samples and random weights")
@@ -69,7 +70,7 @@ def flags(ap, **defaults):
 
 # ---------------------------------------------------------------- ranks
 
-CUDA = torch.cuda.is_available()               # whose kernels are called; a dry run calls a card's without one
+CUDA = torch.cuda.is_available()              # whose kernels are called; a dry run calls a card's without one
 FOREVER = timedelta(days=7)                    # how long ranks wait for each other: `watch` knows better
 
 
@@ -81,7 +82,7 @@ def start_ranks(minutes=None, dry_run=None):
         fail(f"torch {torch.__version__}: 2.13 or newer is needed, which the vllm of requirements.txt brings")
     phase("start")
     if dry_run is not None:
-        if int(os.environ.get("RANK", 0)):
+        if quiet():
             raise SystemExit(0)
         from torch.testing._internal.distributed.fake_pg import FakeStore
         world = int(dry_run[0] if dry_run else os.environ.get("WORLD_SIZE", 1))
@@ -93,8 +94,8 @@ def start_ranks(minutes=None, dry_run=None):
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1",
                           MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     if CUDA and (cards := torch.cuda.device_count()) < int(os.environ.get("LOCAL_WORLD_SIZE", 1)):
-        fail(f"{os.environ['LOCAL_WORLD_SIZE']} ranks on a machine with {cards} cards: one card a rank, so start "
-             f"--nproc_per_node {cards}")
+        fail(f"{os.environ['LOCAL_WORLD_SIZE']} ranks on a machine with {cards} cards: one card a rank, so "
+             f"start --nproc_per_node {cards}")
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if CUDA else torch.device("cpu")
     if CUDA:
         torch.cuda.set_device(device)
@@ -108,25 +109,25 @@ def start_ranks(minutes=None, dry_run=None):
     return dist.get_rank(), dist.get_world_size(), device
 
 
+def quiet():
+    """Is this a rank that draws no progress bars and says nothing but errors? One does it for all."""
+    return int(os.environ.get("RANK", 0)) != 0
+
+
 def print0(*args, **kw):
-    if int(os.environ.get("RANK", 0)) == 0:
+    if not quiet():
         print(*args, **kw, flush=True)
 
 
-def all_sum(values):
-    """Sum of a list of numbers over all ranks, as floats. In float64, so that counts stay exact."""
-    return all_reduce(values, dist.ReduceOp.SUM)
-
-
-def all_max(values):
-    """Maximum of a list of numbers over all ranks, as floats."""
-    return all_reduce(values, dist.ReduceOp.MAX)
-
-
-def all_reduce(values, op):
+def all_reduce(op, values):
+    """Sum or maximum of each of a list of numbers over all ranks, as floats. In float64, so that counts stay
+    exact."""
     t = torch.tensor([float(v) for v in values], dtype=torch.float64)
     dist.all_reduce(t, op)
     return t.tolist()
+
+
+all_sum, all_max = partial(all_reduce, dist.ReduceOp.SUM), partial(all_reduce, dist.ReduceOp.MAX)
 
 
 def all_gather(thing, group=None):
@@ -139,14 +140,12 @@ def all_gather(thing, group=None):
 def be_patient():
     """FOREVER for every group there is: those of FSDP's copies, of checkpoints and of vLLM would give up
     after 10 or 30 minutes, which a slow disk or a long judgment on one rank can take."""
-    set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout      # since 2.14
+    set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout     # since 2.14
     for group in list(dist.distributed_c10d._world.pg_map):
         set_timeout(FOREVER, group)
 
 
-barrier = dist.barrier            # also the way to leave: a rank that exits early looks like a crash to others
-
-
+barrier = dist.barrier           # also the way to leave: a rank that exits early looks like a crash to others
 CAUGHT = []                                                # signals that asked this rank for an end
 
 
@@ -213,8 +212,8 @@ def run(main):
         lost = re.search("(?i)connection (closed|reset|refused)|peer", str(e))
         code, said = 1, f"error in rank {rank}, {where}:"
         if isinstance(e, torch.OutOfMemoryError):
-            said += (f" {str(e).splitlines()[0]} Lower --micro-tokens (or --engine-memory, where vLLM asked), "
-                     "or give --offload; --dry-run says what a card will hold")
+            said += (f" {str(e).splitlines()[0]} Lower --micro-tokens (or --engine-memory, where vLLM asked),"
+                     " or give --offload; --dry-run says what a card will hold")
         elif getattr(e, "errno", None) == errno.ENOSPC or "No space left" in str(e):
             said += " the disk is full; what is whole stays"
         elif isinstance(e, RuntimeError) and lost and not alone:
@@ -225,11 +224,6 @@ def run(main):
     if alone and code != 1:
         sys.exit(code)
     end()
-
-
-def quiet():
-    """Are progress bars off here? One rank draws them."""
-    return int(os.environ.get("RANK", 0)) != 0
 
 
 def draw(count, batch, step, seed):
@@ -292,8 +286,8 @@ class Checkpoints:
             parts = self.parts()
             dcp.load(parts, checkpoint_id=states[-1])
         except (Exception, CheckpointException) as e:        # a file of it is missing or cut
-            fail(f"{states[-1]}: this checkpoint is damaged, or of another model ({type(e).__name__}); remove "
-                 "it to go on from " + (str(states[-2]) if len(states) > 1 else "the beginning"))
+            fail(f"{states[-1]}: this checkpoint is damaged, or of another model ({type(e).__name__}); "
+                 "remove it to go on from " + (str(states[-2]) if len(states) > 1 else "the beginning"))
         set_state_dict(self.policy, self.optim, model_state_dict=parts["model"],
                        optim_state_dict=parts["optim"])
         print0(f"resumed at step {step}")
@@ -324,13 +318,12 @@ class Checkpoints:
         try:
             future.result()
         except (OSError, CheckpointException) as e:        # the latter where another rank's write failed
-            said = [line.strip() for line in str(e).splitlines() if line.strip()]
-            why = said[-1] if said else type(e).__name__
-        failed, = all_max([bool(why)])
+            why = (str(e).strip() or type(e).__name__).splitlines()[-1].strip()
+        failed = [theirs for theirs in all_gather(why) if theirs]
         if dist.get_rank() == 0 and failed:
             shutil.rmtree(tmp, ignore_errors=True)
-            print(f"warning: no checkpoint after step {step}: {why or 'a write failed on another rank'}; "
-                  "earlier ones are whole", file=sys.stderr, flush=True)
+            print(f"warning: no checkpoint after step {step}: {failed[0]}; earlier ones are whole",
+                  file=sys.stderr, flush=True)
         elif dist.get_rank() == 0:
             sync(tmp)                                      # its files were synced as they were written
             shutil.rmtree(final, ignore_errors=True)
@@ -378,8 +371,9 @@ def whole_states(folder):
 # ---------------------------------------------------------------- the run's diary
 
 # What of a run's settings changes neither its steps nor what is sampled: a run may go on with others.
-MAY_DIFFER = set("out model data val_data val_every system_prompt protocol micro_tokens recompute shard offload "
-                 "engine_memory tp max_gap max_bad save_every timeout skip_bad dry_run steps epochs".split())
+MAY_DIFFER = set("out model data val_data val_every system_prompt protocol micro_tokens recompute shard "
+                 "offload engine_memory tp max_gap max_bad save_every timeout skip_bad dry_run steps "
+                 "epochs".split())
 
 
 def open_run(args, folder, pairs, form):
@@ -400,11 +394,11 @@ def open_run(args, folder, pairs, form):
         old = json.loads((out / "config.json").read_text()) if (out / "config.json").is_file() else {}
         if differs := [k for k in config if k in old and k not in MAY_DIFFER and old[k] != config[k]]:
             was, now = (str(c[differs[0]])[:80] for c in (old, config))
-            fail(f"--out {out}: holds a run with another {differs[0]} ({was}, now {now}), which this one would "
-                 "continue; give another folder, or remove it")
+            fail(f"--out {out}: holds a run with another {differs[0]} ({was}, now {now}), which this one "
+                 "would continue; give another folder, or remove it")
     if model.exists() and not begun:
-        fail(f"--out {out}: holds a finished run, without a checkpoint to go on from; give another folder, or "
-             "remove it")
+        fail(f"--out {out}: holds a finished run, without a checkpoint to go on from; give another folder, "
+             "or remove it")
     claim(out)
     return config
 
@@ -423,7 +417,7 @@ def steps_of(diary, state, first, steps, args):
     for step in (bar := tqdm(range(first, steps), "steps", steps, initial=first, disable=quiet())):
         yield step
         gc.collect()
-        bar.set_postfix({k: f"{diary.last[k]:.3f}" for k in ("loss", "accuracy", "unread", "kl") if k in diary.last})
+        bar.set_postfix({k: f"{v:.3f}" for k, v in diary.last.items() if k in ("loss", "accuracy", "unread")})
         done, asked = step + 1, all_max([len(CAUGHT)])[0]
         failed = diary.bad >= args.max_bad or diary.bad and done == steps
         if not (asked or failed):
@@ -437,7 +431,8 @@ def steps_of(diary, state, first, steps, args):
         if dist.get_rank() == 0:
             why = ", ".join(CAUGHT) or "a signal on another rank"
             (Path(args.out) / "stopped").write_text(f"step {done}: {why}\n")
-        print0(f"stopped by a signal after {done} steps" + ("; the same command goes on from there" if whole else ""))
+        print0(f"stopped by a signal after {done} steps"
+               + ("; the same command goes on from there" if whole else ""))
         barrier()
         raise SystemExit(0)
     state.settle()

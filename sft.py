@@ -43,17 +43,13 @@ def tokenize(pairs, tokenizer, form, args):
     belongs to the prompt, exactly as the model will meet them when it writes. Rows longer than
     --max-len are left out and counted: cutting them and closing with an end of turn would teach it to
     stop in mid-sentence."""
-    rows, overlong = [], 0
     if without := [p.id for p in pairs if p.trace is None]:
         fail(f"{args.data}: {len(without)} pairs have no trace to learn from, the first is {without[0]}")
-    for pair in tqdm(pairs, desc="tokenize", disable=R.quiet(), leave=False):
-        prompt = encode(tokenizer, chat_messages(pair, *form))
-        trace = tokenizer.encode(pair.trace, add_special_tokens=False) + [tokenizer.eos_token_id]
-        if len(prompt) + len(trace) > args.max_len:
-            overlong += 1
-        else:
-            rows.append((prompt, trace))
-    R.print0(f"{len(rows)} traces, {overlong} left out as longer than --max-len {args.max_len}")
+    whole = [(encode(tokenizer, chat_messages(pair, *form)),
+              tokenizer.encode(pair.trace, add_special_tokens=False) + [tokenizer.eos_token_id])
+             for pair in tqdm(pairs, desc="tokenize", disable=R.quiet(), leave=False)]
+    rows = [(prompt, trace) for prompt, trace in whole if len(prompt) + len(trace) <= args.max_len]
+    R.print0(f"{len(rows)} traces, {len(whole) - len(rows)} left out as longer than --max-len {args.max_len}")
     if len(rows) < args.batch:
         fail(f"--batch {args.batch}: more than the {len(rows)} rows in {args.data}")
     return rows
