@@ -398,7 +398,7 @@ def read(args, tokenizer, form, config, world):
     pairs = read_pairs(args.data, args.skip_bad)
     rows = tokenize(args.data, pairs, tokenizer, form, args, both=args.both_orders is not None)
     val = read_pairs(args.val_data, args.skip_bad) if args.val_data else []
-    val_rows = sum(tokenize(args.val_data, val, tokenizer, form, args), []) if val else []
+    val_rows = [*chain(*tokenize(args.val_data, val, tokenizer, form, args))] if val else []
     prompts = sum(map(len, rows))
     if prompts < args.pairs:
         fail(f"--pairs {args.pairs}: more than the {len(rows)} usable pairs in {args.data}")

@@ -57,7 +57,7 @@ def flags(ap, **defaults):
     arg("--shard", type=count, help="ranks that hold one copy of the weights, e.g. a node's; default: all")
     arg("--dtype", choices=("float32", "bfloat16"), default="bfloat16",
         help="of the computation (weights are kept in fp32)")
-    arg("--max-bad", type=count, default=5, help="stop after so many updates in a row without a gradient")
+    arg("--max-bad", type=count, default=5, help="updates in a row without finite gradient that end a run")
     arg("--save-every", type=number(int, 0), help="steps between checkpoints for resuming, 0 for none")
     arg("--timeout", type=positive, default=60, help="minutes that a phase may take before the run is ended")
     arg("--seed", type=number(int, 0), help="of data order, samples and random weights")
@@ -417,7 +417,8 @@ def steps_of(diary, state, first, steps, args):
     for step in (bar := tqdm(range(first, steps), "steps", steps, initial=first, disable=quiet())):
         yield step
         gc.collect()
-        bar.set_postfix({k: f"{v:.3f}" for k, v in diary.last.items() if k in ("loss", "accuracy", "unread")})
+        bar.set_postfix({k: f"{diary.last[k]:.3f}" for k in ("loss", "accuracy", "unread", "kl")
+                         if k in diary.last})
         done, asked = step + 1, all_max([len(CAUGHT)])[0]
         failed = diary.bad >= args.max_bad or diary.bad and done == steps
         if not (asked or failed):
