@@ -422,7 +422,6 @@ def main():
         prompts = [ids for row in rows for _, ids in row]
         return dryrun.show(args, config, shard, steps, prompts, args.group, args.max_response, rehearse)
     about = R.open_run(args, folder, pairs, form)
-
     R.phase("load the weights")
     load = partial(P.load, args.model, device, dtype, args.seed, shard=shard)
     policy, reference = load(recompute=args.recompute), load(trainable=False) if args.beta else None
@@ -463,7 +462,6 @@ def main():
         diary.phase("sync")                                    # before anyone samples again
         engine.sync(policy, dtype)
         diary.phase("")
-
         diary.append("samples.jsonl", examples(groups, step, tokenizer))
         diary.write(norms, step=step, lr=lr, **val, **summary(groups, agreeing, norms, args), **learned)
 
