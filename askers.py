@@ -22,7 +22,7 @@ from urllib.parse import unquote
 
 from engine import Engine, Sample, text_of
 from files import fail, read_lines, write_lines
-from rubrics import encode, plain
+from rubrics import encode, parse, plain
 
 
 @dataclass
@@ -41,6 +41,14 @@ def answer_to(tokenizer, ids, sample):
     """A `Sample` for a prompt as an `Answer`."""
     return Answer(text_of(tokenizer, ids, sample), "stop" if sample.finished else "cut off", len(sample.tokens),
                   len(ids))
+
+
+def judged(answer):
+    """An `Answer` as a `Judgment`, whose reason is why there is no text where there is none."""
+    judgment = parse(answer.text, answer.finish == "stop")
+    if answer.finish not in ("stop", "cut off"):
+        judgment.reason = answer.finish
+    return judgment
 
 
 def no_answer(why):
@@ -253,8 +261,10 @@ class Server:
 
     async def by_ids(self, prompts, limit, settings, told):
         """Answers to prompts of token ids."""
+        # The full softmax, whatever the model's generation_config.json has for who says nothing.
         reply = await self.post("/completions", told, prompt=prompts, max_tokens=limit, stop_token_ids=self.stop,
-                                return_token_ids=True, skip_special_tokens=False, **settings)
+                                return_token_ids=True, skip_special_tokens=False, top_p=1, top_k=0, min_p=0,
+                                repetition_penalty=1, **settings)
         if isinstance(reply, Answer):
             return [reply] * len(prompts)
         try:

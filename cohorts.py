@@ -2,7 +2,6 @@
 Trainers that send one sample at a time: samples wait for the others of their group, and are judged with them.
 """
 import asyncio
-from collections import Counter
 from dataclasses import dataclass, field
 
 from files import digest
@@ -39,9 +38,9 @@ class Cohorts:
     text, if nobody waits there and nobody was told; for ten minutes after the judgment too. Rewards do not depend
     on the order in which samples came. All of a cohort must come to one gateway."""
 
-    def __init__(self, judge, timeout, most=65536):
+    def __init__(self, judge, timeout, most=1 << 17):
         self.judge, self.timeout, self.most = judge, timeout, most
-        self.cohorts, self.tasks, self.ends, self.waiting = {}, set(), Counter(), 0
+        self.cohorts, self.tasks, self.waiting, self.kept = {}, set(), 0, 0
 
     async def reward(self, prompt, text, size, id=None, name=""):
         """-> reward, stderr of a sample, once its cohort has been judged"""
@@ -57,17 +56,19 @@ class Cohorts:
             self.waiting -= 1
 
     def place(self, prompt, text, size, id, name):
+        """-> the `Rollout` of a sample: a retry's own, or a new one in the open cohort"""
         key = digest([prompt, size, name])
-        cohorts = self.cohorts.setdefault(key, [])
-        for rollout in (r for c in cohorts for r in c.rollouts):
+        for rollout in (r for c in self.cohorts.get(key, ()) for r in c.rollouts):
             if (rollout.id, rollout.text) == (id, text) and (id or not (rollout.callers or rollout.told)):
                 return rollout
-        if self.waiting >= self.most:
-            raise Busy(f"{self.waiting} samples wait for their groups already")
+        if self.kept >= self.most:
+            raise Busy(f"{self.kept:,} samples wait, or were judged in the last ten minutes: no more are taken")
+        cohorts = self.cohorts.setdefault(key, [])
         if not cohorts or cohorts[-1].timer is None:
             cohorts.append(Cohort(prompt, size))
         cohort, rollout = cohorts[-1], Rollout(id, text)
         cohort.rollouts.append(rollout)
+        self.kept += 1
         if cohort.timer:
             cohort.timer.cancel()
         cohort.timer = asyncio.get_running_loop().call_later(self.timeout, self.start, key, cohort)
@@ -78,14 +79,13 @@ class Cohorts:
     def start(self, key, cohort):
         cohort.timer.cancel()
         cohort.timer = None                                 # nobody joins any more
-        self.ends["whole" if len(cohort.rollouts) == cohort.size else "timeout"] += 1
         task = asyncio.get_running_loop().create_task(self.judge_together(key, cohort))
         self.tasks.add(task)
         task.add_done_callback(self.tasks.discard)
 
     async def judge_together(self, key, cohort):
         try:
-            rewards = await self.judge.agroup(cohort.prompt, [r.text for r in cohort.rollouts])
+            rewards, _ = await self.judge.agroup(cohort.prompt, [r.text for r in cohort.rollouts])
             for rollout, reward in zip(cohort.rollouts, rewards, strict=True):
                 rollout.reward.set_result(reward)
         except (Exception, SystemExit) as e:
@@ -99,6 +99,7 @@ class Cohorts:
 
     def forget(self, key, cohort):
         self.cohorts[key].remove(cohort)
+        self.kept -= len(cohort.rollouts)
         if not self.cohorts[key]:
             del self.cohorts[key]
 

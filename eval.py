@@ -25,11 +25,11 @@ from pathlib import Path
 from tqdm import tqdm
 
 import benchmarks as B
-from askers import Answer, Local, Scalar, Server, without_user
+from askers import Answer, Local, Scalar, Server, judged, without_user
 from engine import check_tp, seed_of
 from files import Flags, claim, digest, fail, fingerprint, number, read_lines, read_object, write_lines
 from report import COMMANDS, as_text, key_of, lines_of, measure, read_run
-from rubrics import PROTOCOLS, chat_messages, parse, process_judgement, prompt_form, read_pairs, verbatim
+from rubrics import PROTOCOLS, chat_messages, process_judgement, prompt_form, read_pairs, verbatim
 
 
 # ---------------------------------------------------------------- what to ask
@@ -172,9 +172,9 @@ def answers(args, mine, chat):
 
 def line_of(a, shown, messages):
     """What judgments.jsonl says about an answer, but for which comparison it belongs to."""
-    j = parse(a.text, a.finish != "cut off")
+    j = judged(a)
     quotes = verbatim(j, shown)
-    return {"verdict": j.verdict, "reason": j.reason if a.finish in ("stop", "cut off") else a.finish,
+    return {"verdict": j.verdict, "reason": j.reason,
             "official": process_judgement(a.text), "finish": a.finish, "tokens": a.tokens,
             "prompt_tokens": a.prompt_tokens, "prompt": digest(messages), "type": j.type,
             "rubric": [[name, weight] for name, weight, _ in j.rubric], "quotes": [sum(quotes), len(quotes)],

@@ -260,3 +260,15 @@ def json_object(row):
     if not isinstance(row, dict):
         raise ValueError("not a JSON object")
     return {key: value for key, value in row.items() if value is not None}
+
+
+def lines_of(source, read, rejects=None):
+    """read(row) of every line, as they come. A line that cannot be read ends the command, or goes to the
+    file `rejects` with its reason."""
+    for line, row in rows_of(source):
+        try:
+            yield line, read(json_object(row))
+        except (ValueError, TypeError) as e:
+            if rejects is None:
+                fail(f"{source}:{line}: {e}")
+            rejects.write(json.dumps({"line": line, "reason": str(e)}) + "\n")

@@ -34,10 +34,11 @@ from tqdm import tqdm
 
 import ranking
 import rubrics
-from askers import Journal, Local, Refused, Server
+from askers import Journal, Local, Refused, Server, judged
 from engine import seed_of
-from files import Flags, digest, fail, fingerprint, json_object, number, rows_of
-from rubrics import Judgment, Pair, chat_messages, messages_of, parse, prompt_form, read_pairs, verbatim
+from files import Flags, digest, fail, fingerprint, lines_of, number
+from rubrics import (Judgment, Pair, chat_messages, messages_of, prompt_form, read_pairs, response_of, text_in,
+                     verbatim)
 
 
 @dataclass
@@ -119,7 +120,7 @@ class Judge:
         self.about, self.temperature, self.seed, self.greedy = [about, max_tokens], temperature, seed, greedy
         self.journal = Journal(Path(journal) if journal else None)
         self.under_way, self.lock = {}, threading.Lock()
-        self.bar = tqdm(disable=True)
+        self.bar, self.used = tqdm(disable=True), Counter()
 
     # --- asking
 
@@ -132,6 +133,7 @@ class Judge:
             new = {key: n for n, key in reversed([*enumerate(keys)]) if key not in known}
             self.under_way |= {key: Future() for key in new}
             waiting = [self.under_way.get(key) or self.journal.found(key) for key in keys]
+            self.used["cached"] += len(keys) - len(new)
         try:
             told = {"heard": lambda n, text: heard([*new.values()][n], text)} if heard else {}
             futures = self.asker.submit([asked[n] for n in new.values()], **told)
@@ -154,6 +156,8 @@ class Judge:
         with self.lock:
             kept = self.under_way.pop(key)
             self.bar.update()
+            if answer:
+                self.used.update(judgments=1, prompt_tokens=answer.prompt_tokens, completion_tokens=answer.tokens)
         if error:
             kept.set_exception(error)
         else:
@@ -176,9 +180,7 @@ class Judge:
             for n in range(len(places)) if heard else ():
                 told(n, "")
             for n, a in enumerate(await self.answers(asked, told)):
-                judgment = parse(a.text, a.finish == "stop")
-                if a.finish not in ("stop", "cut off"):
-                    judgment.reason = a.finish
+                judgment = judged(a)
                 votes.append(Vote(*places[n], judgment.verdict, judgment, a.tokens, a.prompt_tokens, a.cached))
                 if heard:
                     told(n, votes[-1])
@@ -240,7 +242,7 @@ class Judge:
         if any(len(some) == 1 for _, some in groups):
             warnings.warn("a completion is the only one to its prompt, so there is nothing to compare it with; let "
                           "per_device_train_batch_size x steps_per_generation be a multiple of num_generations")
-        return [r for some in await all_of([self.agroup(*group) for group in groups]) for r, _ in some]
+        return [r for some, _ in await all_of([self.agroup(*group) for group in groups]) for r, _ in some]
 
     @staticmethod
     def groups(prompts, completions):
@@ -249,11 +251,11 @@ class Judge:
         return [(prompt, [completion for _, completion in run]) for prompt, run in runs]
 
     async def agroup(self, prompt, completions):
-        """-> [(reward, stderr), ...] of the completions to one prompt"""
-        known = [i for i, c in enumerate(completions) if has_text(c)]
+        """-> [(reward, stderr), ...] of the completions to one prompt, and the votes"""
+        known = [i for i, c in enumerate(completions) if text_in(c)]
         ranked = await self.arank(prompt, [completions[i] for i in known]) if len(known) > 1 else None
         found = dict(zip(known, zip(ranked.reward, ranked.stderr))) if ranked else {}
-        return [found.get(i, (None, None)) for i in range(len(completions))]
+        return [found.get(i, (None, None)) for i in range(len(completions))], ranked.votes if ranked else []
 
     def verl(self):
         """A `compute_score` for verl, which shows a reward function one sample at a time: the share of votes that it
@@ -290,21 +292,6 @@ def now(coroutine):
         return asyncio.run(coroutine)
     with ThreadPoolExecutor(1) as pool:
         return pool.submit(asyncio.run, coroutine).result()
-
-
-def text_in(response):
-    """What a response says; of messages, the last one."""
-    return response[-1].get("content") if isinstance(response, list) and response else response
-
-
-def has_text(response):
-    return isinstance(text := text_in(response), str) and bool(text.strip())
-
-
-def response_of(response):
-    if not has_text(response):
-        raise ValueError("a response is empty, or not a text")
-    return text_in(response)
 
 
 # ---------------------------------------------------------------- the command line
@@ -398,18 +385,6 @@ def judge(args):
         print(json.dumps({"id": pair.id} | as_json(found, pair))) if args.json else show(pair, found)
 
 
-def lines_of(args, read, rejects=None):
-    """read(row) of every line of --data, as they come. A line that cannot be read ends the command, or goes to the
-    file `rejects` with its reason."""
-    for line, row in rows_of(args.data):
-        try:
-            yield line, read(json_object(row))
-        except (ValueError, TypeError) as e:
-            if rejects is None:
-                fail(f"{args.data}:{line}: {e}")
-            rejects.write(json.dumps({"line": line, "reason": str(e)}) + "\n")
-
-
 def rank(args):
     """Rank the responses of every line beside each other: a line of numbers for each."""
     def read(row):
@@ -419,7 +394,7 @@ def rank(args):
                              f"up to {args.budget or 4 * len(responses)} judgments")
         return row.get("id"), messages_of(row.get("prompt")), responses
 
-    rows = list(lines_of(args, read)) or fail(f"{args.data}: no lines in it")
+    rows = list(lines_of(args.data, read)) or fail(f"{args.data}: no lines in it")
     most = sum(args.budget or 4 * len(some) for _, (*_, some) in rows)
     judge = judge_of(args, f"{len(rows)} lines of responses, up to {most:,} judgments")
     ranked = now(all_of([judge.arank(prompt, some, args.goal, args.budget) for _, (_, prompt, some) in rows]))
@@ -439,7 +414,7 @@ def reward(args):
 
     with open(args.rejects or os.devnull, "w") as rejects:
         read = lambda row: (messages_of(row.get("prompt")), response_of(row.get("completion")))
-        for item in lines_of(args, read, rejects if args.rejects else None):
+        for item in lines_of(args.data, read, rejects if args.rejects else None):
             # Between two groups, and as many of them together as keep an engine busy.
             if len(batch) >= args.at_once and batch[-1][1][0] != item[1][0]:
                 flush()
@@ -456,7 +431,7 @@ def select(args):
         return row, Pair("", context, response_of(row.get("a")), response_of(row.get("b")), row.get("label"))
 
     once = {}                                            # of pairs that differ in case and punctuation only, one
-    for _, (row, pair) in lines_of(args, read):
+    for _, (row, pair) in lines_of(args.data, read):
         words = re.findall(r"\w+", json.dumps([pair.context, *sorted((pair.a, pair.b))]).lower())
         if pair.a != pair.b:
             once.setdefault(" ".join(words), (row, pair))

@@ -175,6 +175,18 @@ def messages_of(value):
     return [{"role": m["role"], "content": m["content"]} for m in value]
 
 
+def text_in(response):
+    """What a response says, of messages the last one; None where that is empty or no text."""
+    text = response[-1].get("content") if isinstance(response, list) and response else response
+    return text if isinstance(text, str) and text.strip() else None
+
+
+def response_of(response):
+    if (text := text_in(response)) is None:
+        raise ValueError("a response is empty, or not a text")
+    return text
+
+
 # ---------------------------------------------------------------- prompts
 
 # Chain-of-Rubrics (paper section 3.2) in our own words, with the published tags. The released checkpoints

@@ -22,7 +22,7 @@ import pytest
 import torch
 import uvicorn
 
-import serve
+import gateway as G
 from conftest import ROOT, Replies, environment
 from rmr1 import Judge
 from test_judge import Model, Slow, noisy, until
@@ -31,8 +31,8 @@ from test_judge import Model, Slow, noisy, until
 @contextlib.contextmanager
 def gateway(model=None, **more):
     """A gateway in a thread. -> its URL; .gate is what its routes share"""
-    gate = serve.Gate(Judge(model or Model(), protocol="instruct"), **more)
-    server = uvicorn.Server(uvicorn.Config(serve.app_of(gate), port=0, log_level="error", lifespan="off",
+    gate = G.Gate(Judge(model or Model(), protocol="instruct"), **more)
+    server = uvicorn.Server(uvicorn.Config(G.app_of(gate), port=0, log_level="error", lifespan="off",
                                            timeout_graceful_shutdown=1))
     threading.Thread(target=server.run, daemon=True).start()
     until(lambda: server.started)
@@ -286,7 +286,7 @@ def test_a_page_of_another_origin_can_neither_read_nor_post():
     ("/reward", {"prompt": "q", "completion": "x", "group": 33}, 413, "33 responses"),
     ("/get_reward", {"query": ["q x"], "prompts": ["q"]}, 400, "?group=8"),
     ("/get_reward", {"query": ["x"], "prompts": ["q"]}, 400, "each query must be its prompt"),
-    ("/get_reward?group=1", {"query": ["q x"], "prompts": ["q"]}, 400, "two samples or more"),
+    ("/get_reward?group=1", {"query": ["q x"], "prompts": ["q"]}, 400, "greater than or equal to 2"),
     ("/get_reward?group=x", {"query": ["q x"], "prompts": ["q"]}, 400, "group"),
     ("/compare", {"prompt": "x" * 200_000, "a": "x", "b": "y"}, 413, "100,000 bytes"),
     ("/nowhere", {}, 404, "Not Found")])
@@ -332,7 +332,7 @@ def test_the_page_runs_its_own_script_only():
         assert r.headers["content-type"].startswith("text/html") and "default-src 'none'" in r.headers[
             "content-security-policy"]
         script = re.search(r"<script>(.*?)</script>", r.text, re.S)[1]
-        assert base64.b64encode(serve.hash_of(script)).decode() in r.headers["content-security-policy"]
+        assert base64.b64encode(G.hash_of(script)).decode() in r.headers["content-security-policy"]
 
 
 # ---------------------------------------------------------------- in front of vLLM
@@ -344,6 +344,8 @@ def judge_folder(toy, tmp_path_factory):
     shutil.copytree(toy / "model", out)
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(out)).save_pretrained(out)
+    # What a hub's model brings: a server applies it to who says nothing.
+    (out / "generation_config.json").write_text('{"do_sample": true, "top_k": 1, "repetition_penalty": 1.5}')
     (out / "judge.json").write_text('{"protocol": "instruct", "system": "Judge."}')
     return out
 
@@ -374,12 +376,12 @@ def test_a_server_that_is_killed_costs_nobody_an_answer(judge_folder, tmp_path):
     """vLLM is killed while it answers and comes again: no request fails, and the answers are those of the model in
     this process. SIGTERM refuses who waits for a group, and leaves nothing running; started again, in front of a
     server that answers nothing, the journal has it all."""
-    asked = [{"prompt": f"q{n}", "responses": [f"{n} {k}" for k in range(4)]} for n in range(24)]
+    asked = [{"prompt": f"q{n}", "a": f"{n}", "b": f"{n + 1}"} for n in range(24)]
     with started(judge_folder, tmp_path / "journal.jsonl") as (process, url), ThreadPoolExecutor(25) as pool:
         vllm, = psutil.Process(process.pid).children()
-        answers = [httpx.post(url + "/rank", json=asked[0], timeout=300)]
+        answers = [httpx.post(url + "/compare", json=asked[0], timeout=300)]
         vllm.suspend()
-        rest = pool.map(lambda body: httpx.post(url + "/rank", json=body, timeout=300), asked[1:])
+        rest = pool.map(lambda body: httpx.post(url + "/compare", json=body, timeout=300), asked[1:])
         time.sleep(1)
         vllm.kill()
         answers += rest
@@ -392,7 +394,8 @@ def test_a_server_that_is_killed_costs_nobody_an_answer(judge_folder, tmp_path):
         assert not again.is_running() or again.status() == psutil.STATUS_ZOMBIE
     here = Judge(str(judge_folder), dtype="float32", max_tokens=16, max_len=200)
     for body, r in zip(asked[:4], answers):
-        assert here.rank(**body).reward == r.json()["reward"]
+        texts = [v["text"] for v in r.json()["votes"]]
+        assert [v.judgment.text for v in here.compare(**body).votes] == texts and len(set(texts)) > 2
 
     class Lists(Replies):
         def do_GET(self):
@@ -402,5 +405,5 @@ def test_a_server_that_is_killed_costs_nobody_an_answer(judge_folder, tmp_path):
     with started(judge_folder, tmp_path / "journal.jsonl", "--upstream",
                  f"http://127.0.0.1:{other.server_port}/v1") as (process, url):
         for body, r in zip(asked, answers):
-            got = post(url, "/rank", body).json()
+            got = post(url, "/compare", body).json()
             assert got | {"usage": 0} == r.json() | {"usage": 0} and got["usage"]["cached"] == got["usage"]["judgments"]
