@@ -6,6 +6,7 @@ Who answers: a model in this process, a server, a model that gives a number; and
 many ask at once, hand in what they have and wait: `submit(requests)`, a `Future` for each.
 """
 import asyncio
+import atexit
 import base64
 import functools
 import itertools
@@ -181,6 +182,10 @@ class Server:
             asyncio.run_coroutine_threadsafe(self.open(), self.loop).result()
         except Refused as e:
             fail(str(e))
+        atexit.register(self.close)
+
+    def close(self):
+        asyncio.run_coroutine_threadsafe(self.session.close(), self.loop).result(5)
 
     async def open(self):
         """Connect. Nobody there is said at once, not after every request's last try."""

@@ -18,6 +18,7 @@ import secrets
 import signal
 import socket
 import sys
+from collections import Counter
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -41,6 +42,7 @@ class Upstream:
 
     def __init__(self, args, more):
         self.url, self.key, self.ready, self.command, self.process = args.upstream, None, False, None, None
+        self.log = Path(args.journal).with_name("vllm.log")
         if self.url:
             return
         with socket.socket() as s:
@@ -63,14 +65,17 @@ class Upstream:
 
     async def keep(self):
         """Keep it running. RuntimeError if it ends without having been ready."""
-        env = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_CPU_KVCACHE_SPACE": "1", **os.environ}
+        env = {"VLLM_CPU_KVCACHE_SPACE": "1", **os.environ}
         while True:
             if self.command:
-                self.process = await asyncio.create_subprocess_exec(
-                    *self.command, env=env | {"VLLM_API_KEY": self.key}, stdout=sys.stderr, start_new_session=True,
-                    preexec_fn=lambda: ctypes.CDLL(None).prctl(1, signal.SIGTERM))     # PR_SET_PDEATHSIG
+                with open(self.log, "ab") as log:
+                    self.process = await asyncio.create_subprocess_exec(
+                        *self.command, env=env | {"VLLM_API_KEY": self.key}, stdout=log, stderr=log,
+                        start_new_session=True,
+                        preexec_fn=lambda: ctypes.CDLL(None).prctl(1, signal.SIGTERM))     # PR_SET_PDEATHSIG
             if not await self.watch():
-                raise RuntimeError("vLLM ended before it was ready; its own words stand above")
+                words = self.log.read_text(errors="replace").splitlines()[-20:]
+                raise RuntimeError("\n".join([f"vLLM ended before it was ready; {self.log} ends in", *words]))
             say(f"vLLM has ended ({self.process.returncode}); it is started again, what waits is asked again")
 
     async def watch(self):
@@ -130,6 +135,12 @@ def arguments():
     arg("--grace", type=number(float, 0), default=30.0, help="seconds at the end for what is under way")
     more = sys.argv[sys.argv.index("--") + 1:] if "--" in sys.argv else []
     args = ap.parse_args(sys.argv[1:len(sys.argv) - len(more) - bool("--" in sys.argv)])
+    with socket.socket(socket.AF_INET6 if ":" in args.host else socket.AF_INET) as s:
+        s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            s.bind((args.host, args.port))
+        except OSError as e:
+            fail(f"--host {args.host} --port {args.port}: {e.strerror}")
     args.folder = args.model if args.upstream and not Path(args.model).is_dir() else policy.resolve(args.model)
     if not args.upstream:
         policy.check_weights(args.model, args.folder)
@@ -154,7 +165,7 @@ async def run(args, more):
     for sign in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(sign, close)
 
-    async def prepare():
+    async def judging():
         say(f"http://{args.host}:{args.port}: {args.model} is loading")
         while not upstream.ready:
             await asyncio.sleep(0.1)
@@ -163,20 +174,26 @@ async def run(args, more):
             args.seed, args.max_tokens, at_once=1024, patience=args.patience, key=upstream.key)
         say(f"http://{args.host}:{args.port}: ready; {len(gate.judge.journal.answers):,} judgments are in {args.journal}")
 
-    serving, keeping, preparing = (asyncio.ensure_future(x) for x in (server.serve(), upstream.keep(), prepare()))
+        told = Counter()
+        while True:
+            await asyncio.sleep(10)
+            used = gate.judge.used.copy()
+            if new := used - told:
+                say(f"in 10 s {new['judgments']:,} judgments, {new['cached']:,} from the journal, "
+                    f"{new['completion_tokens']:,} tokens written")
+            told = used
+
+    serving, keeping, judges = (asyncio.ensure_future(x) for x in (server.serve(), upstream.keep(), judging()))
     why = None
     try:
-        done, _ = await asyncio.wait([serving, keeping, preparing], return_when=asyncio.FIRST_COMPLETED)
-        if preparing in done and not preparing.exception():
-            await asyncio.wait([serving, keeping], return_when=asyncio.FIRST_COMPLETED)
-        for task in (preparing, keeping):
-            if task.done() and task.exception():
-                why = str(task.exception())
+        await asyncio.wait([serving, keeping, judges], return_when=asyncio.FIRST_COMPLETED)
+        why = next((str(task.exception()) for task in (judges, keeping) if task.done()), None)
         if not serving.done():
             close()
             await serving
     finally:
-        keeping.cancel()
+        for task in (keeping, judges):
+            task.cancel()
         await upstream.end()
     return why
 
