@@ -44,7 +44,10 @@ class Cohorts:
 
     async def reward(self, prompt, text, size, id=None, name=""):
         """-> reward, stderr of a sample, once its cohort has been judged"""
-        rollout = self.place(prompt, text, size, id, name)
+        key = digest([prompt, size, name])
+        if id is None and any(r.id is None and r.text == text and r.callers for r in self.members(key)):
+            await asyncio.sleep(0.1)          # its twin, or itself again, whose first caller's leaving is on its way
+        rollout = self.place(key, prompt, text, size, id)
         rollout.callers += 1
         self.waiting += 1
         try:
@@ -55,10 +58,12 @@ class Cohorts:
             rollout.callers -= 1
             self.waiting -= 1
 
-    def place(self, prompt, text, size, id, name):
+    def members(self, key):
+        return [rollout for cohort in self.cohorts.get(key, ()) for rollout in cohort.rollouts]
+
+    def place(self, key, prompt, text, size, id):
         """-> the `Rollout` of a sample: a retry's own, or a new one in the open cohort"""
-        key = digest([prompt, size, name])
-        for rollout in (r for c in self.cohorts.get(key, ()) for r in c.rollouts):
+        for rollout in self.members(key):
             if (rollout.id, rollout.text) == (id, text) and (id or not (rollout.callers or rollout.told)):
                 return rollout
         if self.kept >= self.most:

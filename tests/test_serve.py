@@ -194,6 +194,21 @@ def test_who_leaves_stays_a_member_and_finds_its_reward_again():
                 assert again.result().json()["reward"] < post(url, "/reward", second).json()["reward"] < last
 
 
+def test_a_retry_that_overtakes_its_callers_leaving():
+    """It comes at once, over another connection, without an id: still one sample, so that the group gets whole."""
+    async def go(url):
+        async with httpx.AsyncClient(timeout=30) as client:
+            async def sends(body):
+                with contextlib.suppress(httpx.ReadTimeout):
+                    await client.post(url + "/reward", json=body, timeout=0.2)
+                return await client.post(url + "/reward", json=body)
+            return await asyncio.gather(*[sends(sample(n, 12)) for n in range(10)], *[
+                client.post(url + "/reward", json=sample(n, 12)) for n in (10, 11)])
+    with gateway(Model(), group_timeout=20) as url:
+        rewards = [r.json()["reward"] for r in asyncio.run(go(url))]
+        assert rewards == sorted(rewards) and url.gate.cohorts.kept == 12
+
+
 def test_an_id_makes_a_retry_harmless():
     """Two requests with one id are one sample, before and after the judgment; equal texts without one are twins."""
     with gateway(group_timeout=0.3) as url:
