@@ -17,7 +17,7 @@ in `Judge.compare`. Adaptive votes stop when a response is two ahead; all are vo
 
 **Labels.** A share of the pairs gets people's label in place of the verdict of adaptive votes: those that
 `rmr1.py select` picks, or as many by lot. accuracy and se as above, means of --lots lots of each seed. drawn:
-how often the judge is right by the labels that were drawn by lot (of select's a tenth), sd over lots and seeds.
+how often the judge is right by the labels that were drawn by lot (of select's a tenth), sd over lots, seeds.
 decided: share of all verdicts that these labels guarantee to be right in --target, people being asked about
 the others; kept: share of the guarantees that are true of all pairs.
 """
@@ -107,7 +107,7 @@ def votes(args, judge, how):
 
 
 def bought(found, right, drawn, disputed, target):
-    """What labels of these pairs are worth. -> right when bought, by those drawn: accuracy, share decided, kept"""
+    """What labels of some places are worth. -> who is right then; by those drawn: accuracy, share decided, kept"""
     known = [(found[i].share, right[i] == 1) for i in drawn if found[i].share is not None]
     lowest = ranking.guarantee(known, target)
     sure = [r for f, r in zip(found, right) if lowest and f.share is not None and f.share >= lowest]
@@ -140,7 +140,8 @@ def labels(args, judge, how):
                 "drawn": mean(drawn), "sd": stdev(drawn), "decided": mean(decided),
                 "kept": mean(kept) if kept else None})
         apart = with_error("by", [a - b for a, b in zip(*after.values())])
-        notes.append(f"{how}: {percent} % by select less by lot {apart['by']:+.4f}, standard error {apart['se']:.4f}")
+        notes.append(f"{how}: {percent} % by select less by lot {apart['by']:+.4f}, "
+                     f"standard error {apart['se']:.4f}")
     return rows, "\n".join(notes)
 
 
