@@ -107,7 +107,7 @@ def votes(args, judge, how):
 
 
 def bought(found, right, drawn, disputed, target):
-    """What labels of some places are worth. -> who is right then; by those drawn: accuracy, share decided, kept"""
+    """What labels of some pairs are worth. -> what is right then; by those drawn: accuracy, decided, kept"""
     known = [(found[i].share, right[i] == 1) for i in drawn if found[i].share is not None]
     lowest = ranking.guarantee(known, target)
     sure = [r for f, r in zip(found, right) if lowest and f.share is not None and f.share >= lowest]

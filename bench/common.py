@@ -60,8 +60,7 @@ def report(name, args, rows, notes=(), peer=None):
     print("\n".join(notes))
     path = Path(args.json or f"runs/bench/{name}.json")
     path.parent.mkdir(parents=True, exist_ok=True)
-    settings = {k: v for k, v in vars(args).items() if not callable(v)}
-    path.write_text(json.dumps({"machine": where, "settings": settings, "rows": rows, "notes": list(notes)},
+    path.write_text(json.dumps({"machine": where, "settings": vars(args), "rows": rows, "notes": list(notes)},
                                indent=2) + "\n")
     print(f"wrote {path}", flush=True)
 

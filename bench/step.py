@@ -33,45 +33,39 @@ PHASES = ("sample", "score", "learn", "sync")
 
 def arguments():
     ap = Flags(__doc__)
-    commands = ap.add_subparsers(required=True, metavar="grpo | sft")
-    for kind in (grpo, sft):
-        one = commands.add_parser(kind.__name__)
-        arg = one.add_argument
-        arg("--trl", help="python of an environment with TRL; without it only ours is measured")
-        if kind is grpo:
-            arg("--prompt", type=int, default=300, help="tokens of every prompt")
-            arg("--answer", type=int, default=90, help="tokens of every answer")
-            arg("--group", type=int, default=7, help="answers a prompt")
-            arg("--pairs", type=int, default=8, help="prompts a step")
-            arg("--beta", type=float, default=1e-3, help="weight of the reference; 0: none")
-            arg("--peer-parts", type=int, nargs="+", default=[1, 2], help="TRL's micro-batches to try")
-        else:
-            arg("--prompt", type=int, nargs=2, default=(100, 300), help="fewest and most tokens of a prompt")
-            arg("--trace", type=int, nargs=2, default=(30, 150), help="fewest and most tokens of a trace")
-            arg("--tokens", type=int, default=8192, help="tokens a step, roughly for ours")
-            arg("--micro-tokens", type=int, default=4096, help="of which ours computes at once")
-            arg("--peer-length", type=int, nargs="+", default=[512, 1024, 2048],
-                help="TRL's packed rows to try")
-            arg("--peer-attention", default="sdpa", help="on CUDA: flash_attention_2")
-        arg("--ranks", type=int, nargs="+", default=[1, 2], help="how many, of ours and of TRL's")
-        arg("--steps", type=int, default=5 if kind is grpo else 6, help="steps of a turn")
-        arg("--warmup", type=int, default=2, help="of which dropped")
-        arg("--turns", type=int, default=3, help="turns of each")
-        common.model_flags(arg)
-        one.set_defaults(kind=kind)
+    arg = ap.add_argument
+    arg("kind", choices=("grpo", "sft"))
+    arg("--trl", help="python of an environment with TRL; without it only ours is measured")
+    arg("--prompt", type=int, nargs="+", help="tokens of a prompt: 300; sft: fewest and most, 100 300")
+    arg("--answer", type=int, default=90, help="grpo: tokens of every answer")
+    arg("--group", type=int, default=7, help="grpo: answers a prompt")
+    arg("--pairs", type=int, default=8, help="grpo: prompts a step")
+    arg("--beta", type=float, default=1e-3, help="grpo: weight of the reference; 0: none")
+    arg("--peer-parts", type=int, nargs="+", default=[1, 2], help="grpo: TRL's micro-batches to try")
+    arg("--trace", type=int, nargs=2, default=(30, 150), help="sft: fewest and most tokens of a trace")
+    arg("--tokens", type=int, default=8192, help="sft: tokens a step, roughly for ours")
+    arg("--micro-tokens", type=int, default=4096, help="sft: of which ours computes at once")
+    arg("--peer-length", type=int, nargs="+", default=[512, 1024, 2048], help="sft: TRL's packed rows to try")
+    arg("--peer-attention", default="sdpa", help="sft: on CUDA flash_attention_2")
+    arg("--ranks", type=int, nargs="+", default=[1, 2], help="how many, of ours and of TRL's")
+    arg("--steps", type=int, default=6, help="steps of a turn")
+    arg("--warmup", type=int, default=2, help="of which dropped")
+    arg("--turns", type=int, default=3, help="turns of each")
+    common.model_flags(arg)
     return ap.parse_args()
 
 
 def grpo(args, folder, write):
     """-> our run and TRL's, (ranks, ...) -> a row a step; what TRL tries, in words; what turns compare"""
-    tokens = args.pairs * args.group * (args.prompt + args.answer)
-    tokenizer = write(args.prompt + args.answer)
-    common.write_prompts(folder / "data.jsonl", tokenizer, args.pairs * args.steps, args.prompt)
+    prompt, = args.prompt or [300]
+    tokens = args.pairs * args.group * (prompt + args.answer)
+    tokenizer = write(prompt + args.answer)
+    common.write_prompts(folder / "data.jsonl", tokenizer, args.pairs * args.steps, prompt)
 
     def ours(ranks):
         rows = common.run_ours(
             "grpo.py", ranks, args.threads, model=folder / "model", data=folder / "data.jsonl",
-            max_prompt=args.prompt, max_response=args.answer, pairs=args.pairs, mini=args.pairs,
+            max_prompt=prompt, max_response=args.answer, pairs=args.pairs, mini=args.pairs,
             group=args.group, steps=args.steps, beta=args.beta, dtype=args.dtype, reward="random",
             max_gap=0.01)
         return check([row | {p: row[f"seconds_{p}"] for p in PHASES} for row in rows])
@@ -90,14 +84,15 @@ def grpo(args, folder, write):
 
 
 def sft(args, folder, write):
-    rows = round(args.tokens / (sum(args.prompt) / 2 + sum(args.trace) / 2))
+    low, high = args.prompt or (100, 300)
+    rows = round(args.tokens / ((low + high) / 2 + sum(args.trace) / 2))
     common.write_prompts(folder / "data.jsonl", write(max(2048, *args.peer_length)), rows * args.steps,
-                         lambda rng: rng.randint(*args.prompt), lambda rng: rng.randint(*args.trace))
+                         lambda rng: rng.randint(low, high), lambda rng: rng.randint(*args.trace))
 
     def ours(ranks):
         return common.run_ours(
             "sft.py", ranks, args.threads, model=folder / "model", data=folder / "data.jsonl",
-            max_len=args.prompt[1] + args.trace[1], batch=rows, micro_tokens=args.micro_tokens, lr=1e-6,
+            max_len=high + args.trace[1], batch=rows, micro_tokens=args.micro_tokens, lr=1e-6,
             dtype=args.dtype)
 
     def peer(ranks, length):
@@ -126,7 +121,7 @@ def main():
         folder = Path(folder)
         write = lambda window: common.write_model(folder / "model", window, args.layers, args.hidden,
                                                   args.vocab)
-        ours, peer, tries, measure = args.kind(args, folder, write)
+        ours, peer, tries, measure = {"grpo": grpo, "sft": sft}[args.kind](args, folder, write)
         runs = {}
         for ranks in args.ranks:
             runs[f"ours, ranks: {ranks}"] = partial(ours, ranks)
@@ -149,8 +144,7 @@ def main():
     ratio = lambda a, b: common.spread([measure(x) / measure(y) for x, y in zip(turns[a], turns[b])])
     notes = [f"{a} / {b}, {measure.__name__} of each turn: {ratio(a, b)}"
              for a in turns if a.startswith("ours") for b in turns if b.startswith("trl")]
-    shape = f"-{args.prompt}-{args.answer}-{args.group}" if args.kind is grpo else ""
-    common.report(f"{args.kind.__name__}_step{shape}", args, table, notes, args.trl)
+    common.report(f"step-{args.kind}", args, table, notes, args.trl)
 
 
 if __name__ == "__main__":

@@ -4,9 +4,9 @@ How fast is what needs no model?
     python bench/text.py prepare --rows 80000 [--tokenizer runs/demo/data/model]
     python bench/text.py recompute --judgments 100000
 
-**prepare**: made-up preference rows of about 1,500 characters through data/prepare.py: a quarter of them,
-then all. Does memory stay flat? **recompute**: eval.py's numbers with their intervals from a made-up RewardBench
-run, five votes a comparison, of 1,500 characters each.
+**prepare**: made-up preference rows of about 1,500 characters through data/prepare.py, a quarter of them,
+then all: does memory stay flat? **recompute**: eval.py's numbers with their intervals from a made-up
+RewardBench run, five votes a comparison, of 1,500 characters each.
 """
 import json
 import os
