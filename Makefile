@@ -41,6 +41,7 @@ demo: $(READY)
 	$(GRPO) --out $(DEMO)/grpo
 	$(EVAL) --model $(DEMO)/grpo/model --out $(DEMO)/eval-grpo
 	$(PY) eval.py report $(DEMO)/eval-random $(DEMO)/eval-sft $(DEMO)/eval-grpo --training $(DEMO)/grpo --out $(DEMO)
+	@echo "ask the judge:  $(PY) serve.py --model $(DEMO)/grpo/model --dtype float32 --max-tokens 56"
 
 controls: $(READY)
 	@$(OURS)

@@ -1,33 +1,66 @@
 """
 Who answers: a model in this process, a server, a model that gives a number; and the journal of what they said.
 
-`Local` and `Server` take (messages, seed, temperature) and give an `Answer` each, in the order in which they
-come. Whoever asks (evaluation, distillation, the judge of rmr1.py) asks them alike.
+`Local` and `Server` answer (messages, seed, temperature), 0 being greedy. Evaluation and distillation read a stream:
+`answers(requests)`, an iterable in and (place, Answer) out. The judge of rmr1.py and the gateway of serve.py, which
+many ask at once, hand in what they have and wait: `submit(requests)`, a `Future` for each.
 """
+import asyncio
+import atexit
 import base64
+import functools
 import itertools
 import json
 import os
 import queue
+import random
 import re
 import threading
+import time
+from concurrent.futures import Future
 from dataclasses import dataclass
 from urllib.parse import unquote
 
-from engine import Engine, text_of
+from engine import Engine, Sample, text_of
 from files import fail, read_lines, write_lines
-from rubrics import encode, plain
+from rubrics import encode, parse, plain
 
 
 @dataclass
 class Answer:
     """What came back for one chat. finish: "stop"; "cut off" at the length limit; else why there is no text.
-    failed: worth asking again."""
+    failed: worth asking again; cached: it was in the journal."""
     text: str
     finish: str
     tokens: int = 0
     prompt_tokens: int = 0
     failed: bool = False
+    cached: bool = False
+
+
+def answer_to(tokenizer, ids, sample):
+    """A `Sample` for a prompt as an `Answer`."""
+    return Answer(text_of(tokenizer, ids, sample), "stop" if sample.finished else "cut off", len(sample.tokens),
+                  len(ids))
+
+
+def judged(answer):
+    """An `Answer` as a `Judgment`, whose reason is why there is no text where there is none."""
+    judgment = parse(answer.text, answer.finish == "stop")
+    if answer.finish not in ("stop", "cut off"):
+        judgment.reason = answer.finish
+    return judgment
+
+
+def no_answer(why):
+    return Answer("", f"no answer from the server: {why}", failed=True)
+
+
+def no_room(n, window):
+    """The `Answer` to a prompt of n tokens that leaves no room in a window, or None if there is some."""
+    if n >= window:
+        why = "longer than" if n > window else "leaves no room for a judgment in"
+        return Answer("", f"prompt {why} the window of {window} tokens", prompt_tokens=n)
 
 
 class Local:
@@ -48,6 +81,7 @@ class Local:
         if random:                                 # the folder has no weights: bring them, as training does
             dtype = policy.DTYPES[dtype]
             self.engine.sync(policy.load(model, device, dtype, seed, trainable=False), dtype)
+        self.inbox, self.worker = queue.SimpleQueue(), None
 
     def answers(self, requests):
         """requests: an iterable of (messages, seed, temperature). Yields (place, Answer) as they finish."""
@@ -56,20 +90,55 @@ class Local:
         def prompts():
             for place, (messages, seed, temperature) in enumerate(requests):
                 ids = encode(self.tokenizer, messages)
-                if len(ids) < self.window:
+                if refusal := no_room(len(ids), self.window):
+                    refused.append((place, refusal))
+                else:
                     asked[len(asked)] = place, ids
                     yield ids, seed, temperature
-                else:
-                    why = ("prompt longer than" if len(ids) > self.window else
-                           "prompt leaves no room for a judgment in") + f" the window of {self.window} tokens"
-                    refused.append((place, Answer("", why, prompt_tokens=len(ids))))
 
         for at, s in self.engine.stream(prompts(), self.max_tokens, self.stop, logprobs=False):
             place, ids = asked[at]
             asked[at] = None
-            yield place, Answer(text_of(self.tokenizer, ids, s), "stop" if s.finished else "cut off",
-                                len(s.tokens), len(ids))
+            yield place, answer_to(self.tokenizer, ids, s)
         yield from refused
+
+    def submit(self, requests, heard=None):
+        """-> [Future of an Answer, ...]. One thread steps the engine; what comes while it works joins its next step.
+        Not for tensor parallelism, whose ranks must hand in the same requests at the same step."""
+        futures = [Future() for _ in requests]
+        for (messages, seed, temperature), future in zip(requests, futures):
+            ids = encode(self.tokenizer, messages)
+            if refusal := no_room(len(ids), self.window):
+                future.set_result(refusal)
+            else:
+                self.inbox.put((ids, seed, temperature, future))
+        if self.worker is None:
+            self.worker = threading.Thread(target=self.work, daemon=True)
+            self.worker.start()
+        return futures
+
+    def work(self):
+        waiting = {}
+
+        def prompts():
+            for place in itertools.count():
+                try:
+                    ids, seed, temperature, future = self.inbox.get(block=not waiting)
+                except queue.Empty:
+                    yield None                     # nothing more for now
+                    continue
+                waiting[place] = future, ids
+                yield ids, seed, temperature
+
+        while True:
+            try:
+                for place, s in self.engine.stream(prompts(), self.max_tokens, self.stop, logprobs=False):
+                    future, ids = waiting.pop(place)
+                    future.set_result(answer_to(self.tokenizer, ids, s))
+            except Exception as e:                 # nobody may wait for ever
+                for future, _ in waiting.values():
+                    future.set_exception(e)
+                waiting.clear()
 
 
 # A server's words for a prompt that its window has no room for.
@@ -79,86 +148,184 @@ REFUSED = "refused by the server"
 USER = re.compile(r"(?<=//)([^/]*)@")      # name and password, which can stand before a URL's host
 
 
+class Refused(Exception):
+    """A server that would refuse whatever it is asked: a wrong key, an unknown model, a setting it does not take."""
+
+
 class Server:
     """A model behind an OpenAI-compatible endpoint. The key comes from OPENAI_API_KEY; a server of one's own
-    needs none. `at_once` requests are under way together; limits and failures are tried again, later and
-    later. What a server says is passed on without key and password, which some repeat."""
+    needs none. `at_once` requests are under way together. Limits, failures and a server that restarts: what waited
+    is asked again, later and later, for up to `patience` seconds. What a server says is passed on without key and
+    password, which some repeat.
 
-    def __init__(self, base_url, model, max_tokens, at_once=64, key=None, retries=5):
-        import httpx
-        import openai
-        self.openai, self.model, self.max_tokens, self.at_once = openai, model, max_tokens, at_once
-        self.url, self.limit = without_user(base_url), "max_tokens"
+    model    the server's name for it; default: the first that it lists
+    folder   the model's folder, if it is at hand. Then token ids go to /completions, where a response cannot spell a
+             control token and the same seed gives the text that `Local` gives; else messages to /chat/completions
+    """
+
+    def __init__(self, base_url, model=None, max_tokens=8192, at_once=64, key=None, patience=60, folder=None):
+        self.url, self.model, self.max_tokens, self.at_once = without_user(base_url), model, max_tokens, at_once
+        self.patience, self.folder, self.limit, self.first = patience, None, "max_tokens", {}
+        if folder:
+            import policy
+            self.folder = policy.resolve(folder)
+            self.tokenizer, self.stop = policy.load_tokenizer(self.folder)
         key = key or os.environ.get("OPENAI_API_KEY")
         user, _, password = "".join(re.findall(USER, base_url)).partition(":")
         basic = user and base64.b64encode(unquote(f"{user}:{password}").encode()).decode()
         self.secrets = [x for x in (basic, key, password or user, unquote(password or user)) if x]
-        try:                               # nobody there: said at once, not after every request's last try
-            httpx.get(base_url, timeout=10)
-        except (httpx.ConnectError, httpx.ConnectTimeout, httpx.UnsupportedProtocol, httpx.InvalidURL,
-                ValueError) as e:
-            fail(f"--base-url {self.url}: nobody answers there ({self.said(e)})")
-        except httpx.HTTPError:            # somebody does, though not in the way of a web server
-            pass
-        self.client = openai.OpenAI(base_url=base_url, max_retries=retries, api_key=key or "none",
-                                    timeout=httpx.Timeout(600, connect=10))
+        self.headers = {"Authorization": f"Basic {basic}" if basic else f"Bearer {key or 'none'}"}
+        # Connections belong to a loop, callers to any loop or thread: so the server has a loop of its own.
+        self.loop = asyncio.new_event_loop()
+        threading.Thread(target=self.loop.run_forever, daemon=True).start()
+        try:
+            asyncio.run_coroutine_threadsafe(self.open(), self.loop).result()
+        except Refused as e:
+            fail(str(e))
+        atexit.register(self.close)
+
+    def close(self):
+        asyncio.run_coroutine_threadsafe(self.session.close(), self.loop).result(5)
+
+    async def open(self):
+        """Connect. Nobody there is said at once, not after every request's last try."""
+        import aiohttp
+        self.aiohttp, self.slots, self.window = aiohttp, asyncio.Semaphore(self.at_once), None
+        self.session = aiohttp.ClientSession(
+            headers=self.headers, trust_env=True, connector=aiohttp.TCPConnector(limit=0),
+            timeout=aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=600))
+        listed = []
+        try:
+            async with self.session.get(self.url + "/models", timeout=aiohttp.ClientTimeout(10)) as r:
+                listed = json.loads(await r.read())["data"]
+        except (aiohttp.ClientConnectorError, aiohttp.ServerTimeoutError, aiohttp.InvalidURL) as e:
+            await self.session.close()
+            raise Refused(f"--base-url {self.url}: nobody answers there ({self.said(e)})") from e
+        except (aiohttp.ClientError, asyncio.TimeoutError, ValueError, LookupError, TypeError):
+            pass                           # somebody does, though not in the way of such a server
+        for one in listed if isinstance(listed, list) else ():
+            self.model = self.model or one["id"]
+            if one["id"] == self.model:
+                self.window = one.get("max_model_len")
 
     def answers(self, requests):
-        """requests: an iterable of (messages, seed, temperature). Yields (place, Answer) as they finish.
-
-        A server that refuses the first three different prompts alike would refuse all, so that is an end.
-        The threads are daemons: whoever stops waits for none of them."""
-        asked, done, under_way, first = enumerate(requests), queue.SimpleQueue(), 0, {}
-
-        def work(place, request):
-            try:
-                done.put((place, self.ask(*request)))
-            except BaseException as e:                 # is raised where the answers are awaited
-                done.put((place, e))
-
+        """requests: an iterable of (messages, seed, temperature). Yields (place, Answer) as they finish."""
+        asked, done, under_way = enumerate(requests), queue.SimpleQueue(), 0
         while True:
             for place, request in itertools.islice(asked, self.at_once - under_way):
-                if len(first) < 3 and request[0] not in [messages for messages, _ in first.values()]:
-                    first[place] = request[0], ""
-                threading.Thread(target=work, args=(place, request), daemon=True).start()
+                future, = self.submit([request])
+                future.add_done_callback(lambda f, place=place: done.put((place, f)))
                 under_way += 1
             if not under_way:
                 return
-            place, answer = done.get()
+            place, future = done.get()
             under_way -= 1
-            if isinstance(answer, self.openai.APIStatusError):
-                fail(f"{self.url}: {self.said(answer)} (the key is read from OPENAI_API_KEY, the model is "
-                     f"{self.model})")
-            if isinstance(answer, BaseException):
-                raise answer
-            if place in first and answer.failed and answer.finish.startswith(REFUSED):
-                first[place] = first[place][0], re.sub(r"\d+", "", answer.finish)
-                if len(first) == 3 and len({why for _, why in first.values()}) == 1:
-                    fail(f"{self.url}: {answer.finish} (so were the first three prompts)")
-            yield place, answer
+            try:
+                yield place, future.result()
+            except Refused as e:
+                fail(str(e))
 
-    def ask(self, messages, seed, temperature, limit=None):
-        """One answer. A wrong key or model is raised: no other request would fare better. A refusal is final
-        where the prompt is longer than the window; one that leaves some room, though less than `max_tokens`,
-        is asked for again without a limit, and gets what room there is."""
-        limit = {self.limit: self.max_tokens} if limit is None else limit
+    def submit(self, requests, heard=None):
+        """-> [Future of an Answer, ...]. heard(place, text): called with what there is of a text, while it is written.
+        Token ids of one temperature and seed are one HTTP request, which saves a small model half of its time."""
+        futures, groups = [Future() for _ in requests], {}
+        for place, (messages, seed, temperature) in enumerate(requests):
+            alone, prompt, limit = place, messages, self.max_tokens
+            if len(self.first) < 3:
+                self.first.setdefault(json.dumps(messages), "")
+            if self.folder:
+                prompt = encode(self.tokenizer, messages)
+                if self.window and (refusal := no_room(len(prompt), self.window)):
+                    futures[place].set_result(refusal)
+                    continue
+                alone = place if heard else None
+                limit = min(limit, self.window - len(prompt)) if self.window else limit
+            else:
+                seed %= 2**31                              # as OpenAI wants it
+            key = alone, temperature, seed if temperature else 0, limit
+            groups.setdefault(key, []).append((place, prompt))
+        for (_, temperature, seed, limit), group in groups.items():
+            places, prompts = zip(*group)
+            told = heard and functools.partial(heard, places[0])
+            settings = {"temperature": temperature, "seed": seed}
+            asked = self.by_ids(prompts, limit, settings, told) if self.folder else \
+                self.by_chat(prompts[0], settings, told)
+            asyncio.run_coroutine_threadsafe(self.ask(asked, [futures[p] for p in places]), self.loop)
+        return futures
+
+    async def ask(self, asked, futures):
+        """Let the answers that are `asked` for be the futures' results."""
         try:
-            done = self.client.chat.completions.create(model=self.model, messages=messages, **limit,
-                                                       temperature=temperature, seed=seed % 2**31)
-        except (self.openai.AuthenticationError, self.openai.PermissionDeniedError,
-                self.openai.NotFoundError):
-            raise
-        except self.openai.BadRequestError as e:
-            long = bool(TOO_LONG.search(str(e)))
+            async with self.slots:
+                answers = await asked
+            for future, answer in zip(futures, answers, strict=True):
+                future.set_result(answer)
+        except BaseException as e:                         # is raised where the answers are awaited
+            for future in futures:
+                future.set_exception(e)
+
+    async def by_ids(self, prompts, limit, settings, told):
+        """Answers to prompts of token ids."""
+        # The full softmax, whatever the model's generation_config.json has for who says nothing.
+        reply = await self.post("/completions", told, prompt=prompts, max_tokens=limit, stop_token_ids=self.stop,
+                                return_token_ids=True, skip_special_tokens=False, top_p=1, top_k=0, min_p=0,
+                                repetition_penalty=1, **settings)
+        if isinstance(reply, Answer):
+            return [reply] * len(prompts)
+        try:
+            choices = sorted(reply["choices"], key=lambda c: c["index"])
+            return [answer_to(self.tokenizer, ids, Sample(c["token_ids"], [], c["finish_reason"] != "length"))
+                    for ids, c in zip(prompts, choices, strict=True)]
+        except (LookupError, TypeError, ValueError):
+            return [no_answer("not a completion with token ids, as vLLM gives them")] * len(prompts)
+
+    async def by_chat(self, messages, settings, told, limited=True):
+        """[the answer] to a chat. A refusal is final where the prompt is longer than the window; one that leaves
+        some room, though less than `max_tokens`, is asked for again without a limit, and gets what room there is."""
+        limit = {self.limit: self.max_tokens} if limited else {}
+        reply = await self.post("/chat/completions", told, messages=messages, **limit, **settings)
+        if not isinstance(reply, Answer):
+            return [answer_of(reply)]
+        if reply.finish.startswith(REFUSED):
+            long = bool(TOO_LONG.search(reply.finish))
             if limit and long:
-                return self.ask(messages, seed, temperature, {})
-            if "max_tokens" in limit and "max_completion_tokens" in str(e):       # OpenAI's o-series
+                return await self.by_chat(messages, settings, told, limited=False)
+            if "max_tokens" in limit and "max_completion_tokens" in reply.finish:         # OpenAI's o-series
                 self.limit = "max_completion_tokens"
-                return self.ask(messages, seed, temperature)
-            return Answer("", f"{REFUSED}: {self.said(e)}", failed=not long)
-        except (self.openai.OpenAIError, ValueError, RecursionError) as e:
-            return Answer("", f"no answer from the server: {self.said(e)}", failed=True)
-        return answer_of(done)
+                return await self.by_chat(messages, settings, told)
+            reply.failed = not long
+            if not long and (prompt := json.dumps(messages)) in self.first:
+                self.first[prompt] = re.sub(r"\d+", "", reply.finish)
+                if len(self.first) == 3 and len(set(self.first.values())) == 1:
+                    raise Refused(f"{self.url}: {reply.finish} (so were the first three prompts)")
+        return [reply]
+
+    async def post(self, route, told, **body):
+        """The server's reply to a request, or an `Answer` that says why there is none. What stays so for every
+        request, a wrong key or model, is raised."""
+        body |= {"model": self.model} | ({"stream": True} if told else {})
+        wait, end = 0.5, time.monotonic() + self.patience
+        while True:
+            status = 0
+            try:
+                async with self.session.post(self.url + route, json=body) as r:
+                    if r.status == 200:
+                        streams = told and r.content_type == "text/event-stream"
+                        return await streamed(r.content, told) if streams else json.loads(await r.read())
+                    status, said = r.status, f"{r.status}: {self.said(await r.text(errors='replace'))}"
+                    wait = int(after) if (after := r.headers.get("Retry-After", "")).isdigit() else wait
+            except (ValueError, RecursionError):
+                return no_answer("not JSON")
+            except (self.aiohttp.ClientError, asyncio.TimeoutError, OSError, EOFError) as e:
+                said = self.said(e) or type(e).__name__
+            if status in (401, 403, 404):
+                raise Refused(f"{self.url}: {said} (the key is read from OPENAI_API_KEY, the model is {self.model})")
+            if 400 <= status < 500 and status not in (408, 409, 425, 429):
+                return Answer("", f"{REFUSED}: {said}", failed=True)
+            if time.monotonic() + wait > end:
+                return no_answer(said)
+            await asyncio.sleep(wait * random.uniform(0.5, 1))      # not all of them at once
+            wait = min(2 * wait, 8)
 
     def said(self, error):
         text = str(error)
@@ -172,24 +339,43 @@ def without_user(url):
     return USER.sub("", url)
 
 
-def answer_of(done):
-    """A server's reply as an `Answer`. Status 200 promises nothing: a proxy's page, a number, a stream or a
-    message of other parts than text is no answer."""
-    choices = getattr(done, "choices", None)
+async def streamed(lines, told):
+    """A reply that comes in parts, as if it had come at once. told(text): what there is of it so far."""
+    ids, text, thought, finish = [], "", "", None
+    async for line in lines:
+        for c in json.loads(line[5:]).get("choices") or () if line.startswith(b"data: {") else ():
+            delta = c.get("delta") or {}
+            text += c.get("text") or delta.get("content") or ""
+            thought += delta.get("reasoning_content") or delta.get("reasoning") or ""
+            ids += c.get("token_ids") or ()
+            finish = c.get("finish_reason") or finish
+            told(with_thought(thought, text))
+    if finish is None:
+        raise EOFError("the answer broke off")
+    message = {"content": text, "reasoning_content": thought}
+    return {"choices": [{"index": 0, "token_ids": ids, "message": message, "finish_reason": finish}],
+            "usage": {"completion_tokens": len(ids)}}
+
+
+def with_thought(thought, text):
+    return f"<think>\n{thought}\n</think>\n{text}" if isinstance(thought, str) and thought else text
+
+
+def answer_of(reply):
+    """A chat completion as an `Answer`. Status 200 promises nothing: a proxy's page, a number, a stream or a message
+    of other parts than text is no answer."""
+    get = lambda x, name: x.get(name) if isinstance(x, dict) else None
+    choices = get(reply, "choices")
     choice = choices[0] if isinstance(choices, list) and choices else None
-    said, usage = getattr(choice, "message", None), getattr(done, "usage", None)
-    text = getattr(said, "content", None)
+    said, usage = get(choice, "message"), get(reply, "usage")
+    text = get(said, "content")
     if not isinstance(text, str):
-        why = "not a chat completion" if choice is None else "an empty message" if text is None else \
-            "a message that is not a text"
-        return Answer("", f"no answer from the server: {why}", failed=True)
-    thought = getattr(said, "reasoning_content", None) or getattr(said, "reasoning", None)
-    if isinstance(thought, str) and thought:
-        text = f"<think>\n{thought}\n</think>\n{text}"
-    tokens, prompt = (n if isinstance(n := getattr(usage, f"{kind}_tokens", 0), int) else 0
+        return no_answer("not a chat completion" if choice is None else "an empty message" if text is None else
+                         "a message that is not a text")
+    tokens, prompt = (n if isinstance(n := get(usage, f"{kind}_tokens"), int) else 0
                       for kind in ("completion", "prompt"))
-    finish = "cut off" if getattr(choice, "finish_reason", None) == "length" else "stop"
-    return Answer(text, finish, tokens, prompt)
+    return Answer(with_thought(get(said, "reasoning_content") or get(said, "reasoning"), text),
+                  "cut off" if get(choice, "finish_reason") == "length" else "stop", tokens, prompt)
 
 
 class Scalar:
@@ -248,7 +434,7 @@ class Journal:
 
     def found(self, asked):
         row = self.answers[asked]
-        return Answer(row["text"], row["finish"], row["tokens"], row["prompt_tokens"])
+        return Answer(row["text"], row["finish"], row["tokens"], row["prompt_tokens"], cached=True)
 
     def add(self, asked, answer, **about):
         """about: what else the line says, for people to read."""

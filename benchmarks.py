@@ -13,7 +13,9 @@ has no items has no value: parts of a benchmark are never averaged as if they we
 Text and arithmetic only, no model.
 """
 import hashlib
+import itertools
 import math
+import operator
 import re
 from collections import defaultdict
 from dataclasses import dataclass, field
@@ -25,126 +27,121 @@ from files import fail, files_under, json_object, rows_of
 from rubrics import Pair, messages_of
 
 
-# ---------------------------------------------------------------- rows to pairs
+# ---------------------------------------------------------------- rows to items
 
 @dataclass(frozen=True)
 class Row:
     """One item. responses: texts; compare: [(i, j), ...] of them, i better than j unless `tied` says neither
-    is; subset: the part of the benchmark it belongs to; group: what a sample must take together."""
+    is; subset: the part of the benchmark it belongs to; group: what a sample takes together, such as a tied
+    and a ref prompt of RewardBench 2."""
     item: str
     subset: str
     context: list
     responses: list
     compare: list
-    group: str = ""
     about: dict = field(default_factory=dict)
 
+    @property
+    def group(self):
+        return re.sub("^(ref|tied):", "", self.item)
 
-def field_of(row, *names):
-    for name in names:
-        if row.get(name) is not None:
-            return row[name]
-    raise ValueError(f"no field {names[0]}")
-
-
-def texts(value):
-    if not isinstance(value, (list, tuple)) or not all(isinstance(x, str) for x in value):
-        raise ValueError("subset or responses are not texts")
-    return list(value)
-
-
-def answer(value):
-    """RMB's {"llm_name", "answer"}, or the answer itself in the hub's flat copy."""
-    value = value.get("answer") if isinstance(value, dict) else value
-    if not isinstance(value, str):
-        raise ValueError("a response is not a text")
-    return value
+    def __post_init__(self):
+        if not isinstance(self.responses, list) or not all(
+                isinstance(x, str) for x in (self.subset, *self.responses)):
+            raise ValueError("subset or responses are not texts")
 
 
 def rewardbench_row(row):
-    subset, = texts([field_of(row, "subset")])
-    return Row(f"{subset}/{field_of(row, 'id')}", subset, messages_of(field_of(row, "prompt")),
-               texts([field_of(row, "chosen"), field_of(row, "rejected")]), [(0, 1)])
+    return Row(f"{row['subset']}/{row['id']}", row["subset"], messages_of(row["prompt"]),
+               [row["chosen"], row["rejected"]], [(0, 1)])
 
 
 def rm_bench_row(row):
-    chosen, rejected = texts(field_of(row, "chosen")), texts(field_of(row, "rejected"))
-    if len(chosen) != 3 or len(rejected) != 3:
+    if len(row["chosen"]) != 3 or len(row["rejected"]) != 3:
         raise ValueError("chosen and rejected are not three responses each")
-    domain = next((d for d in RM_BENCH if field_of(row, "domain").startswith(d)), None)
-    if domain is None:
-        raise ValueError(f"unknown domain {row['domain']!r}")
-    return Row(str(field_of(row, "id")), domain, messages_of(field_of(row, "prompt")), chosen + rejected,
-               [(c, 3 + r) for c in range(3) for r in range(3)])
+    return Row(str(row["id"]), part_of("domain", row["domain"], RM_BENCH), messages_of(row["prompt"]),
+               row["chosen"] + row["rejected"], [(c, 3 + r) for c in range(3) for r in range(3)])
+
+
+def part_of(name, value, parts):
+    """The one of the parts whose name begins a field's value."""
+    for part in parts:
+        if value.startswith(part):
+            return part
+    raise ValueError(f"unknown {name} {value!r}")
 
 
 def rmb_row(row):
-    kind, goal, *scenario = field_of(row, "category_path").split("/")
+    """A row of the authors' files, whose answers are {"llm_name", "answer"}, or of the hub's flat copy, where
+    they are texts under other names."""
+    of_many = "bon_uid" in row
+    best = row.get("bon_best", row.get("chosen"))
+    losers = row.get("loser_list", row.get("reject", row.get("rejected")))
+    responses = [best, *losers] if of_many else [best, losers]
+    _, goal, *scenario = row["category_path"].split("/")
     context = messages_of([{"role": m["role"], "content": m["content"]}
-                           for m in field_of(row, "conversation_input", "conversation")])
-    if "bon_uid" in row:
-        losers = [answer(x) for x in field_of(row, "loser_list", "rejected")]
-        return Row(f"bon/{row['bon_uid']}", f"{goal.lower()} best-of-N", context,
-                   [answer(field_of(row, "bon_best", "chosen")), *losers],
-                   [(0, 1 + k) for k in range(len(losers))], about={"scenario": "/".join(scenario)})
-    return Row(f"pair/{field_of(row, 'pair_uid')}", f"{goal.lower()} pairwise", context,
-               [answer(field_of(row, "chosen")), answer(field_of(row, "reject", "rejected"))], [(0, 1)],
-               about={"scenario": "/".join(scenario)})
+                           for m in row.get("conversation_input", row.get("conversation"))])
+    return Row(f"bon/{row['bon_uid']}" if of_many else f"pair/{row['pair_uid']}",
+               f"{goal.lower()} {'best-of-N' if of_many else 'pairwise'}", context,
+               [x["answer"] if isinstance(x, dict) else x for x in responses],
+               [(0, k) for k in range(1, len(responses))], about={"scenario": "/".join(scenario)})
 
 
 def judgebench_row(row):
-    source, label = field_of(row, "source"), field_of(row, "label")
-    if label not in ("A>B", "B>A"):
-        raise ValueError(f"unknown label {label!r}")
-    category = next((c for s, c in JUDGEBENCH.items() if source.startswith(s)), None)
-    if category is None:
-        raise ValueError(f"unknown source {source!r}")
-    split = "gpt" if "gpt" in field_of(row, "response_model") else "claude"
-    return Row(f"{split}/{field_of(row, 'pair_id')}", f"{split} {category}",
-               messages_of(field_of(row, "question")),
-               texts([field_of(row, "response_A"), field_of(row, "response_B")]),
-               [(0, 1) if label == "A>B" else (1, 0)])
+    if row["label"] not in ("A>B", "B>A"):
+        raise ValueError(f"unknown label {row['label']!r}")
+    category = JUDGEBENCH[part_of("source", row["source"], JUDGEBENCH)]
+    split = "gpt" if "gpt" in row["response_model"] else "claude"
+    return Row(f"{split}/{row['pair_id']}", f"{split} {category}", messages_of(row["question"]),
+               [row["response_A"], row["response_B"]], [(0, 1) if row["label"] == "A>B" else (1, 0)])
 
 
 def rewardbench2_row(row):
-    chosen, rejected = texts(field_of(row, "chosen")), texts(field_of(row, "rejected"))
-    (subset,), item, n = texts([field_of(row, "subset")]), str(field_of(row, "id")), len(chosen + rejected)
-    if subset == "Ties":                            # a round robin: its rule needs a score for every response
+    item, right, n = str(row["id"]), len(row["chosen"]), len(row["chosen"] + row["rejected"])
+    compare = [(i, j) for i in range(right) for j in range(right, n)]
+    if row["subset"] == "Ties":                     # a round robin: its rule needs a score for every response
         if not re.fullmatch(r"(ref|tied):\d+", item):
             raise ValueError(f"a Ties row with the id {item!r}, expected ref:NUMBER or tied:NUMBER")
-        compare = [(i, j) for i in range(n) for j in range(i + 1, n)]
-    else:
-        compare = [(i, j) for i in range(len(chosen)) for j in range(len(chosen), n)]
-    return Row(item, subset, messages_of(field_of(row, "prompt")), chosen + rejected, compare,
-               group=item.split(":")[-1], about={"correct": len(chosen)})
+        compare = list(itertools.combinations(range(n), 2))
+    return Row(item, row["subset"], messages_of(row["prompt"]), row["chosen"] + row["rejected"], compare,
+               about={"correct": right})
 
 
 # ---------------------------------------------------------------- numbers
 
+def mean(values):
+    """The plain mean; None of nothing."""
+    values = list(values)
+    return sum(values) / len(values) if values else None
+
+
 def value(metric):
     """Weighted sum of the strata's means; None where one has no items."""
-    if not metric or not all(values for _, values in metric.values()):
+    if not metric or missing(metric):
         return None
-    return sum(w * sum(v.values()) / len(v) for w, v in metric.values())
+    return sum(weight * mean(values.values()) for weight, values in metric.values())
 
 
 def missing(metric):
     return [stratum for stratum, (_, values) in metric.items() if not values]
 
 
-def interval(metric, minus=None, draws=1000, seed=0):
-    """95 % interval by a bootstrap over items, stratum by stratum; with `minus`, of the difference between
-    two runs on the items that both have, paired. -> low, high, share of draws above 0"""
-    rng, total = np.random.default_rng(seed), np.zeros(draws)
+def common(metric, other):
+    """A metric on the items that another run has as well."""
+    return {s: (weight, {k: v for k, v in values.items() if k in other.get(s, (0, {}))[1]})
+            for s, (weight, values) in metric.items()}
+
+
+def interval(metric, minus=None):
+    """95 % interval by a bootstrap over items, stratum by stratum; with `minus`, another run's metric on the
+    same items, of the difference between the two. -> low, high"""
+    rng, total = np.random.default_rng(0), np.zeros(1000)
     for stratum, (weight, values) in metric.items():
-        if minus is None:
-            x = np.array(list(values.values()), float)
-        else:
-            other = minus.get(stratum, (0, {}))[1]
-            x = np.array([v - other[k] for k, v in values.items() if k in other], float)
-        for at in range(0, draws, 50) if len(x) else ():
-            total[at:at + 50] += weight * x[rng.integers(len(x), size=(50, len(x)))].mean(1)
-    return *np.quantile(total, (0.025, 0.975)).tolist(), float((total > 0).mean())
+        other = minus[stratum][1] if minus else dict.fromkeys(values, 0)
+        x = np.array([v - other[k] for k, v in values.items()], float)
+        if len(x):
+            total += [weight * x[rng.integers(len(x), size=len(x))].mean() for _ in total]
+    return tuple(np.quantile(total, (0.025, 0.975)).tolist())
 
 
 @dataclass
@@ -156,26 +153,29 @@ class Item:
     scores: dict = field(default_factory=dict)
 
 
-def won(share):
-    return float(share > 0.5)
-
-
 def split(items, key=lambda it: it.subset, score=lambda it: float(all(s > 0.5 for s in it.wins.values()))):
-    """{subset: {item: score}}; the plain score of an item is 1 if its response beats every other it meets."""
+    """{subset: {item: score}}, without items whose score is None. The plain score of an item is 1 if its
+    response beats every other it meets."""
     out = defaultdict(dict)
     for name, it in items.items():
-        out[key(it)][name] = score(it)
+        if (points := score(it)) is not None:
+            out[key(it)][name] = points
     return out
 
 
-def each(by, names):
-    """One metric for each name, its own plain mean."""
-    return {name: {name: (1, by[name])} for name in names if by.get(name)}
+def each(kind, by, names=None):
+    """{kind/part: metric}, one for each part (of the names) that has items: its own plain mean."""
+    return {f"{kind}/{name}": {name: (1, by[name])} for name in names or by if by.get(name)}
 
 
 def macro(by, names):
     """The plain mean of the names' means."""
     return {name: (1 / len(names), by.get(name, {})) for name in names}
+
+
+def overall(by, names):
+    """The plain mean of all names, and every name."""
+    return {"overall": macro(by, names)} | {name: macro(by, [name]) for name in names}
 
 
 # RewardBench's subsets with the published counts (allenai/reward-bench, constants.py). math-prm has 447 items
@@ -201,12 +201,13 @@ def rewardbench(items):
     out = {"overall": {s: (w / 4, v) for section in sections.values() for s, (w, v) in section.items()},
            "micro": {s: (n / 2985, by.get(s, {})) for s, n in sizes.items()}}
     for section, metric in sections.items():
-        out |= {section: metric} | {f"{section}/{s}": m for s, m in each(by, metric).items()}
+        out |= {section: metric} | each(section, by, metric)
     return out
 
 
 RM_BENCH = ("chat", "math", "code", "safety")
-HARD, NORMAL, EASY = [(0, 1), (0, 2), (1, 2)], [(0, 0), (1, 1), (2, 2)], [(1, 0), (2, 0), (2, 1)]
+# Styles of the right and the wrong response, 0 the plainest: hard is where the right one is plainer.
+VIEWS = {"hard": operator.lt, "normal": operator.eq, "easy": operator.gt}
 
 
 def rm_bench(items):
@@ -218,17 +219,17 @@ def rm_bench(items):
     official: what the released script computes. It reads its third file twice and its second never, so that
     in its place stand (0,1) := (0,2), (1,2) := (1,0), (2,0) := (2,1)."""
     def metric(cells, domains=RM_BENCH):
-        mean = lambda it: [won(it.wins[c, 3 + r]) for c, r in cells if (c, 3 + r) in it.wins]
-        by = split({k: it for k, it in items.items() if mean(it)},
-                   score=lambda it: sum(mean(it)) / len(mean(it)))
-        return macro(by, domains)
+        points = lambda it: mean(it.wins[c, 3 + r] > 0.5 for c, r in cells if (c, 3 + r) in it.wins)
+        return macro(split(items, score=points), domains)
+
+    cells = list(itertools.product(range(3), repeat=2))
+    views = {"overall": cells} | {name: [c for c in cells if keep(*c)] for name, keep in VIEWS.items()}
     slip = {(0, 1): (0, 2), (1, 2): (1, 0), (2, 0): (2, 1)}
-    official = lambda cells: [slip.get(c, c) for c in cells]
-    return {"overall": metric(HARD + NORMAL + EASY), "hard": metric(HARD), "normal": metric(NORMAL),
-            "easy": metric(EASY), **{d: metric(HARD + NORMAL + EASY, (d,)) for d in RM_BENCH},
-            **{f"cell/{c}{r}": metric([(c, r)]) for c in range(3) for r in range(3)},
-            **{f"official script/{name}": metric(official(cells)) for name, cells in (
-                ("overall", HARD + NORMAL + EASY), ("hard", HARD), ("normal", NORMAL), ("easy", EASY))}}
+    return {**{name: metric(some) for name, some in views.items()},
+            **{domain: metric(cells, [domain]) for domain in RM_BENCH},
+            **{f"cell/{c}{r}": metric([(c, r)]) for c, r in cells},
+            **{f"official script/{name}": metric([slip.get(c, c) for c in some])
+               for name, some in views.items()}}
 
 
 RMB = ("helpfulness best-of-N", "helpfulness pairwise", "harmlessness best-of-N", "harmlessness pairwise")
@@ -239,11 +240,9 @@ def rmb(items):
     Overall: plain mean of the four sets."""
     by = split(items)
     scenes = split(items, key=lambda it: f"{it.subset}/{it.about.get('scenario', '')}")
-    losers = lambda it: sum(won(s) for s in it.wins.values()) / len(it.wins)
-    pairs = split(items, score=losers)
-    return {"overall": macro(by, RMB), **{s: macro(by, (s,)) for s in RMB},
-            **{f"losers beaten, a query's mean/{s}": {s: (1, pairs[s])} for s in RMB[::2] if pairs.get(s)},
-            **{f"scenario/{s}": {s: (1, scenes[s])} for s in sorted(scenes)}}
+    beaten = split(items, score=lambda it: mean(s > 0.5 for s in it.wins.values()))
+    return (overall(by, RMB) | each("losers beaten, a query's mean", beaten, RMB[::2])
+            | each("scenario", scenes, sorted(scenes)))
 
 
 JUDGEBENCH = {"mmlu-pro": "knowledge", "livebench-reasoning": "reasoning", "livebench-math": "math",
@@ -258,9 +257,9 @@ def judgebench(items):
     by = split(items)
     out = {"overall": {f"gpt {c}": (n / 350, by.get(f"gpt {c}", {})) for c, n in JUDGEBENCH_GPT.items()}}
     for kind in ("gpt", "claude"):
-        out |= {f"{kind}/{c}": {c: (1, by[f"{kind} {c}"])} for c in JUDGEBENCH_GPT if f"{kind} {c}" in by}
-    claude = {k: v for s, part in by.items() if s.startswith("claude") for k, v in part.items()}
-    return out | ({"claude/all": {"claude": (1, claude)}} if claude else {})
+        out |= each(kind, {c: by[f"{kind} {c}"] for c in JUDGEBENCH_GPT})
+    claude = {k: it for k, it in items.items() if it.subset.startswith("claude")}
+    return out | each("claude", split(claude, key=lambda it: "all"))
 
 
 REWARDBENCH2 = ("Factuality", "Focus", "Math", "Precise IF", "Safety", "Ties")
@@ -272,9 +271,8 @@ def rewardbench2(items):
     subsets."""
     by = split({k: it for k, it in items.items() if it.subset != "Ties"})
     parts = ties({k: it for k, it in items.items() if it.subset == "Ties"})
-    by["Ties"] = parts.pop("Ties")
-    return {"overall": macro(by, REWARDBENCH2), **{s: macro(by, (s,)) for s in REWARDBENCH2},
-            **{f"Ties/{name}": {name: (1, values)} for name, values in parts.items() if values}}
+    by["Ties"] = parts.pop("Ties", {})
+    return overall(by, REWARDBENCH2) | each("Ties", parts)
 
 
 def ties(items):
@@ -286,8 +284,7 @@ def ties(items):
     smaller gap of tied and ref does. score = .3 tied + .3 ref + .2 preferred + .2 hard + .01
     tanh(gap / spread - 1)
     -> {part: {prompt number: value}}, "Ties" being the score"""
-    parts = {name: {} for name in ("Ties", "ref accurate", "tied accurate", "preferred", "preferred, hard")}
-    gaps = {}
+    parts, gaps = defaultdict(dict), {}
     for name, it in items.items():
         n = it.about["correct"]
         scores = it.scores or round_robin(it.wins)
@@ -301,10 +298,10 @@ def ties(items):
         (ref, _), (tied, spread) = gaps[f"ref:{number}"], gaps[f"tied:{number}"]
         low = min(ref, tied)
         margin = math.tanh(low / spread - 1) if spread else float(np.sign(low))
-        values = (ref > 0, tied > 0, tied > spread, low > spread)
-        for part, v in zip(list(parts)[1:], values):
-            parts[part][number] = float(v)
-        parts["Ties"][number] = sum(w * v for w, v in zip((.3, .3, .2, .2), values)) + .01 * margin
+        for part, weight, holds in (("ref accurate", .3, ref > 0), ("tied accurate", .3, tied > 0),
+                                    ("preferred", .2, tied > spread), ("preferred, hard", .2, low > spread)):
+            parts[part][number] = float(holds)
+            parts["Ties"][number] = parts["Ties"].get(number, .01 * margin) + weight * holds
     return parts
 
 
@@ -314,23 +311,21 @@ def round_robin(wins):
     for (i, j), share in wins.items():
         shares[i].append(share)
         shares[j].append(1 - share)
-    return {i: sum(s) / len(s) for i, s in shares.items()}
+    return {i: mean(s) for i, s in shares.items()}
 
 
 def pair_file(items):
     """Accuracy over pairs, by type and by source, and where responses have styles (the synthetic world)
     RM-Bench's view of them: hard, normal, easy as above, each the mean of its cells."""
-    by = split(items, key=lambda it: "all")
-    out = {"accuracy": {"all": (1, by["all"])}}
+    out = {"accuracy": macro(split(items, key=lambda it: "all"), ["all"])}
     for key in ("type", "source"):
         part = split(items, key=lambda it: str(it.about.get(key) or ""))
         if len(part) > 1:
-            out |= {f"{key}/{k}": {k: (1, v)} for k, v in sorted(part.items()) if k}
+            out |= each(key, part, sorted(filter(None, part)))
     if all(type(s) is int for it in items.values() for s in it.about.get("styles", [None])):
         cells = split(items, key=lambda it: tuple(it.about["styles"]))
-        for name, keep in (("hard", int.__lt__), ("normal", int.__eq__), ("easy", int.__gt__)):
-            some = [c for c in cells if keep(*c)]
-            if some:
+        for name, keep in VIEWS.items():
+            if some := [c for c in cells if keep(*c)]:
                 out[f"style/{name}"] = macro(cells, some)
     return out
 
@@ -346,60 +341,17 @@ class Bench:
     row: object
     score: object
     orders: str
-    items: int = 0
 
 
 BENCHES = {
-    "rewardbench": Bench([("allenai/reward-bench", "filtered")], rewardbench_row, rewardbench, "first", 2985),
-    "rm-bench": Bench([("THU-KEG/RM-Bench", "train")], rm_bench_row, rm_bench, "first", 1327),
+    "rewardbench": Bench([("allenai/reward-bench", "filtered")], rewardbench_row, rewardbench, "first"),
+    "rm-bench": Bench([("THU-KEG/RM-Bench", "train")], rm_bench_row, rm_bench, "first"),
     # A flat copy of the authors' repository, which is on no hub itself.
-    "rmb": Bench([("ilgee/RMB-Pairwise", "test"), ("ilgee/RMB-BoN", "test")], rmb_row, rmb, "first", 20917),
+    "rmb": Bench([("ilgee/RMB-Pairwise", "test"), ("ilgee/RMB-BoN", "test")], rmb_row, rmb, "first"),
     "judgebench": Bench([("ScalerLab/JudgeBench", "gpt"), ("ScalerLab/JudgeBench", "claude")], judgebench_row,
-                        judgebench, "join", 620),
-    "rewardbench2": Bench([("allenai/reward-bench-2", "test")], rewardbench2_row, rewardbench2, "first",
-                          1865)}
+                        judgebench, "join"),
+    "rewardbench2": Bench([("allenai/reward-bench-2", "test")], rewardbench2_row, rewardbench2, "first")}
 FILE = Bench([], None, pair_file, "mean")
-
-# Papers' numbers (RM-R1 v4, tables 1 and 6 to 8), in percent: model -> {benchmark or benchmark/part: number}.
-SECTIONS = {"rewardbench": ("Chat", "Chat Hard", "Safety", "Reasoning"),
-            "rm-bench": ("chat", "math", "code", "safety", "easy", "normal", "hard"), "rmb": RMB}
-
-
-def published(overall, rb=(), rm=(), rmb=()):
-    out = dict(zip(("rewardbench", "rm-bench", "rmb"), overall))
-    for bench, numbers in zip(SECTIONS, (rb, rm, rmb)):
-        out |= {f"{bench}/{part}": n for part, n in zip(SECTIONS[bench], numbers)}
-    return out
-
-
-PAPER = {
-    "RM-R1-Qwen-Instruct-7B": published((85.2, 70.2, 66.4), (94.1, 74.6, 85.2, 86.7),
-        (66.6, 67.0, 54.6, 92.6, 79.2, 71.7, 59.7), (54.3, 74.0, 60.8, 76.5)),
-    "RM-R1-Qwen-Instruct-14B": published((88.2, 76.1, 69.2), (93.6, 80.5, 86.9, 92.0),
-        (75.6, 75.4, 60.6, 93.6, 82.6, 77.5, 68.8), (59.4, 77.6, 62.0, 77.8)),
-    "RM-R1-Qwen-Instruct-32B": published((91.4, 79.1, 73.0), (95.3, 83.1, 91.9, 95.2),
-        (75.3, 80.2, 66.8, 93.9, 86.3, 80.5, 70.4), (63.6, 79.1, 68.2, 80.9)),
-    "RM-R1-DeepSeek-Distilled-Qwen-7B": published((80.1, 72.4, 55.1), (88.9, 66.2, 78.4, 87.0),
-        (64.0, 83.9, 56.2, 85.3, 75.9, 73.1, 68.1), (45.1, 65.8, 42.9, 66.4)),
-    "RM-R1-DeepSeek-Distilled-Qwen-14B": published((88.9, 81.5, 68.5), (91.3, 79.4, 89.3, 95.5),
-        (71.8, 90.5, 69.5, 94.1, 86.2, 83.6, 74.4), (59.3, 76.5, 61.3, 76.9)),
-    "RM-R1-DeepSeek-Distilled-Qwen-32B": published((90.9, 83.9, 69.8), (95.3, 80.3, 91.1, 96.8),
-        (74.2, 91.8, 74.1, 95.4, 89.5, 85.4, 76.7), (62.0, 78.2, 61.8, 77.1)),
-    "GPT-4o-0806": published(
-        (86.7, 72.5, 73.8), (96.1, 76.1, 86.6, 88.1), (67.2, 67.5, 63.6, 91.7, 83.4, 75.6, 58.7)),
-    "Gemini-1.5-pro": published(
-        (88.2, 75.2, 56.5), (92.3, 80.6, 87.9, 92.0), (71.6, 73.9, 63.7, 91.3, 83.1, 77.6, 64.7)),
-    "Claude-3.5-sonnet-0620": published((84.2, 61.0, 70.6), (), (), (70.5, 83.8, 51.8, 76.4)),
-    "INF-ORM-Llama3.1-70B (scalar)": published((95.1, 70.9, 70.5), (96.6, 91.0, 93.6, 99.1),
-        (66.3, 65.6, 56.8, 94.8, 91.8, 76.1, 44.8), (65.0, 79.8, 60.7, 76.7)),
-    "Skywork-Reward-Llama-3.1-8B (scalar)": published(
-        (92.5, 70.1, 69.3), (), (69.5, 60.6, 54.5, 95.7, 89.0, 74.7, 46.6)),
-    "Skywork-Critic-Llama-3.1-70B": published((93.3, 71.9, 65.5), (96.6, 87.9, 93.1, 95.5)),
-    "Self-taught-evaluator-70B": published((90.2, 71.4, 67.0), (96.9, 85.1, 89.6, 88.4),
-        (73.4, 65.7, 56.3, 90.4, 80.2, 74.5, 59.7), (61.6, 78.6, 54.6, 73.3)),
-    "DeepSeek-GRM-27B": published((86.0, None, 69.0), (94.1, 78.3, 88.0, 83.8), (), (62.3, 80.5, 57.0, 76.1)),
-    "JudgeLRM": published((75.2, 64.7, 53.1), (92.9, 56.4, 78.2, 73.6),
-        (59.9, 59.9, 51.9, 87.3, 73.2, None, 54.8), (36.3, 69.9, 36.3, 67.4))}
 
 
 # ---------------------------------------------------------------- load
@@ -418,12 +370,11 @@ def load(name, data_dir=None, limit=None, seed=0):
         rows += [(source, r) for r in some]
         left_out |= bad
     if limit:
-        groups = defaultdict(set)
+        groups = defaultdict(dict)                         # of a subset: their lots
         for _, r in rows:
-            groups[r.subset].add(r.group or r.item)
-        drawn = {(s, g) for s, some in groups.items() for g in sorted(
-            some, key=lambda g: hashlib.sha256(f"{seed}/{g}".encode()).digest())[:limit]}
-        rows = [(source, r) for source, r in rows if (r.subset, r.group or r.item) in drawn]
+            groups[r.subset][r.group] = hashlib.sha256(f"{seed}/{r.group}".encode()).digest()
+        drawn = {subset: set(sorted(lots, key=lots.get)[:limit]) for subset, lots in groups.items()}
+        rows = [(source, r) for source, r in rows if r.group in drawn[r.subset]]
     pairs, seen = [], {}
     for source, r in rows:
         if r.item in seen:
@@ -452,7 +403,7 @@ def understood(bench, source, numbered):
         try:
             rows.append(bench.row({"domain": Path(source).stem} | json_object(raw)))
         except (ValueError, TypeError, AttributeError, KeyError) as e:
-            bad[f"{source}:{number}"] = f"wrong schema: {e}"
+            bad[f"{source}:{number}"] = f"wrong schema: {'no field ' if isinstance(e, KeyError) else ''}{e}"
     if len(bad) > 1 and not rows:
         bad = {source: f"a file without a row of the benchmark: {len(bad)} rows, {min(bad.values())}"}
     return rows, bad

@@ -16,6 +16,7 @@ import weakref
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -23,25 +24,13 @@ from torch.utils._pytree import tree_leaves
 
 import policy as P
 import ranks as R
-from files import fail, number
+from files import fail
 
-FLAG = dict(nargs="*", type=number(float, 0, above=True), metavar=("RANKS", "GB"), help=(
-    "do everything but the run: count data and steps, and trace what a card of so many GB (default: this "
-    "one, else 80) will hold on so many ranks (default: those that are started)"))
 GB = 2**30
 # The allocator keeps the blocks of embedding and head, gathered and reduced on streams of their own: 3.8
 # times their fp32 bytes (7B, 14B and 32B, to a tenth), 2.4 times with expandable segments. Beside it are the
 # driver, NCCL and vLLM's graphs.
 KEPT, BESIDE = {True: 2.5, False: 4.0}, 3 * GB
-
-
-def ranks(args):
-    """How many ranks a dry run is for; None where it is none. One process does it for all that are started."""
-    if args.dry_run is None:
-        return None
-    if int(os.environ.get("RANK", 0)):
-        raise SystemExit(0)
-    return int(args.dry_run[0]) if args.dry_run else int(os.environ.get("WORLD_SIZE", 1))
 
 
 class Memory(TorchDispatchMode):
@@ -115,33 +104,32 @@ def made_up(prompts, group, longest, tokens, world):
 
 def trace(args, config, shard, world, shown, rehearse):
     """-> bytes of a rank: what lives after loading (weights, reference, Adam), peaks by phase"""
-    meshes = P.mesh_of(torch.device("cpu"), shard)
-    device, dtype, cuda, memory = torch.device("cpu"), P.DTYPES[args.dtype], R.CUDA, MEMORY
-    lives = {}
+    device, dtype, cuda, lives = torch.device("cpu"), P.DTYPES[args.dtype], R.CUDA, {}
+    meshes = P.mesh_of(device, shard)
 
-    def more(name, before=0):
-        lives[name] = memory.now - sum(lives.values())
+    def loaded(name):
+        lives[name] = MEMORY.now - sum(lives.values())
 
     R.CUDA = True
     try:
-        with FakeTensorMode(allow_non_fake_inputs=True), memory:
+        with FakeTensorMode(allow_non_fake_inputs=True), MEMORY:
             policy = P.sharded(config, meshes, device, dtype, recompute=args.recompute)
-            more("weights")
+            loaded("weights")
             reference = P.sharded(config, meshes, device, dtype, trainable=False) \
                 if getattr(args, "beta", 0) else None
-            more("reference")
+            loaded("reference")
             optim = P.adamw(policy, 1e-6, (0.9, 0.95), 0.0)
             for p in policy.parameters():
                 optim.state[p] = {"step": torch.tensor(0.0), "exp_avg": torch.zeros_like(p),
                                   "exp_avg_sq": torch.zeros_like(p)}
-            more("Adam")
+            loaded("Adam")
             rehearse(policy, reference, optim, shown, args, world)
             phase("syncing")
             for _ in policy.weights(dtype):
                 pass
     finally:
         R.CUDA = cuda
-    return lives, memory.peaks
+    return lives, MEMORY.peaks
 
 
 def show(args, config, shard, steps, prompts, group, longest, rehearse):
@@ -151,25 +139,26 @@ def show(args, config, shard, steps, prompts, group, longest, rehearse):
     prompts  [prompt ids, ...] of the data; group: judgments (or traces) a prompt, of `longest` tokens at most
     rehearse (policy, reference, optim, groups, args, world): one update by the script's own code
     """
-    world, dtype, grpo = ranks(args), P.DTYPES[args.dtype], hasattr(args, "engine_memory")
+    world, grpo = dist.get_world_size(), hasattr(args, "engine_memory")
     lengths = np.sort([len(p) for p in prompts])
-    R.print0(f"prompts: half have up to {lengths[len(lengths) // 2]:,} tokens, 90 % up to "
-           f"{lengths[len(lengths) * 9 // 10]:,}, the longest {lengths[-1]:,}")
+    print(f"prompts: half have up to {lengths[len(lengths) // 2]:,} tokens, 90 % up to "
+          f"{lengths[len(lengths) * 9 // 10]:,}, the longest {lengths[-1]:,}")
     rows = args.pairs if grpo else args.batch
     what, does = (f"pairs x {group} judgments, {rows // args.mini} updates each", "writes") if grpo else \
         ("traces", "learns from")
-    R.print0(f"steps: {steps:,} of {rows:,} {what}; a step reads about {rows * int(lengths.mean()):,} tokens "
-             f"and {does} up to {rows * group * longest:,}")
-    lm = P.build(config, dtype, torch.device("cpu"))[0].lm
+    print(f"steps: {steps:,} of {rows:,} {what}; a step reads about {rows * int(lengths.mean()):,} tokens "
+          f"and {does} up to {rows * group * longest:,}")
+    lm = P.build(config, P.DTYPES[args.dtype], torch.device("cpu"))[0].lm
     n = sum(p.numel() for p in lm.parameters())
-    R.print0(f"model: {config.model_type}, {n / 1e9:.3g} billion parameters, {len(lm.model.layers)} blocks of "
-           f"width {config.hidden_size:,}, {config.vocab_size:,} words")
+    print(f"model: {config.model_type}, {n / 1e9:.3g} billion parameters, {len(lm.model.layers)} blocks of "
+          f"width {config.hidden_size:,}, {config.vocab_size:,} words")
 
     tokens = max(args.micro_tokens, min(P.window_of(config), int(lengths[-1]) + longest))
     start = time.monotonic()
-    lives, peaks = trace(args, config, shard, world, made_up(prompts, group, longest, tokens, world), rehearse)
-    R.print0(f"traced on fake tensors in {time.monotonic() - start:.0f} s: rank 0 of {world}, shards of {shard}, "
-           f"{args.dtype}, micro-batches of {tokens:,} tokens")
+    shown = made_up(prompts, group, longest, tokens, world)
+    lives, peaks = trace(args, config, shard, world, shown, rehearse)
+    print(f"traced on fake tensors in {time.monotonic() - start:.0f} s: rank 0 of {world}, shards of {shard}"
+          f", {args.dtype}, micro-batches of {tokens:,} tokens")
     blocks = sum(p.numel() for p in lm.model.layers.parameters())
     judge(args, lives, peaks, (n, n - blocks), config, longest + int(lengths[-1]), shard)
 
@@ -177,7 +166,8 @@ def show(args, config, shard, steps, prompts, group, longest, rehearse):
 def judge(args, lives, peaks, parameters, config, window, shard):
     """From living bytes to a card's, and what to change where they do not fit. parameters: of the model, and
     of what lies outside of its blocks."""
-    weights = parameters[0] * P.DTYPES[args.dtype].itemsize
+    each = P.DTYPES[args.dtype].itemsize
+    weights = parameters[0] * each
     card = args.dry_run[1] * 1e9 if len(args.dry_run) > 1 else \
         torch.cuda.get_device_properties(0).total_memory if R.CUDA else 80e9
     grpo, away = hasattr(args, "engine_memory"), getattr(args, "offload", False)
@@ -190,10 +180,9 @@ def judge(args, lives, peaks, parameters, config, window, shard):
         # vLLM's weights wake before a sync, its cache after it.
         sampling = max(idle + peaks["syncing"] - sum(lives.values()) + weights / args.tp, idle + share)
         held["sampling"] = sampling, sampling + BESIDE
-    R.print0("a rank has " + ", ".join(f"{k} {v / GB:.1f} GB" for k, v in lives.items() if v))
-    for name, (live, all_of_it) in held.items():
-        R.print0(f"  {name:<9} {live / GB:6.1f} GB live, about {all_of_it / GB:.0f} GB of the card's "
-               f"{card / GB:.0f}")
+    print("a rank has " + ", ".join(f"{k} {v / GB:.1f} GB" for k, v in lives.items() if v))
+    for name, (live, all_) in held.items():
+        print(f"  {name:<9} {live / GB:6.1f} GB live, about {all_ / GB:.0f} GB of the card's {card / GB:.0f}")
     has = f"more than the card's {card / GB:.0f} GB"
     more = ("" if away or not grpo else ", give --offload") + f", or use more than {shard} ranks"
     if held["learning"][1] > card:
@@ -202,11 +191,11 @@ def judge(args, lives, peaks, parameters, config, window, shard):
              + ("" if tight else ", set PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True") + more)
     if grpo:
         keys = config.num_key_value_heads * P.head_width(config) * config.num_hidden_layers
-        cache = window * 2 * P.DTYPES[args.dtype].itemsize * keys
+        cache = window * 2 * each * keys
         needs = (weights + cache) / args.tp + 2 * GB
         if needs > share:
-            fail(f"vLLM needs about {needs / GB:.0f} GB, more than --engine-memory {args.engine_memory:g} of the "
-                 f"card: raise it, or spread an engine over more ranks than --tp {args.tp}")
+            fail(f"vLLM needs about {needs / GB:.0f} GB, more than --engine-memory {args.engine_memory:g} of "
+                 f"the card: raise it, or spread an engine over more ranks than --tp {args.tp}")
         if held["sampling"][1] > card:
             fail(f"sampling would take {has}: lower --engine-memory {args.engine_memory:g}{more}")
-    R.print0(f"it fits, with {(card - max(x for _, x in held.values())) / GB:.0f} GB to spare")
+    print(f"it fits, with {(card - max(x for _, x in held.values())) / GB:.0f} GB to spare")

@@ -37,6 +37,14 @@ def check_version(version):
         fail(f"vllm {version}: 0.32 and 0.33 are known to work; pip install -r requirements.txt")
 
 
+def on_cpu(max_len):
+    """vLLM's settings on a CPU. Eager: it starts in 2 s instead of 28, and without a C++ compiler. No chunked prefill:
+    a chunked, seeded request crashes its CPU sampler, so a prompt must fit into one batch. Blocks of 32 tokens, not
+    128: the samples of a prompt share whole blocks only."""
+    return dict(enforce_eager=True, enable_chunked_prefill=False, block_size=32,
+                max_num_batched_tokens=max(max_len, 8192))
+
+
 class Engine:
     """vLLM, driven by token ids.
 
@@ -68,13 +76,8 @@ class Engine:
             # which happens anyway, brings the weights back.
             kw = dict(gpu_memory_utilization=memory, enable_sleep_mode=weights == "dummy")
         else:
-            # Eager, and no compiled sampler: starts in 2 s instead of 28, and without a C++ compiler.
-            # No chunked prefill: a chunked, seeded request crashes vLLM's CPU sampler, so a prompt
-            # must fit into one batch. Blocks of 32 tokens, not 128: the samples of a prompt share
-            # whole blocks only.
-            torch._dynamo.config.disable = True
-            kw = dict(enforce_eager=True, enable_chunked_prefill=False, block_size=32,
-                      max_num_batched_tokens=max(max_len, 8192))
+            torch._dynamo.config.disable = True              # no compiled sampler, as `on_cpu`
+            kw = on_cpu(max_len)
         rng = torch.get_rng_state()
         self.llm = vllm.LLM(
             model=str(model), dtype=dtype, max_model_len=max_len, load_format=weights,
@@ -93,7 +96,8 @@ class Engine:
     def stream(self, requests, max_tokens, stop=(), logprobs=True):
         """Sample for an iterable of (prompt ids, seed, temperature), 0 being greedy. Yields (place, Sample)
         in the order in which they finish. The iterable is read a little ahead of the sampling, so that
-        whoever makes the prompts works while the card does.
+        whoever makes the prompts works while the card does; a None in it says that there is nothing more for now,
+        and takes a place.
 
         Texts are a function of (weights, prompt, seed): not of the other requests, the rank or what was
         sampled before. On a card that holds for the draws, but not for the last bits of the logits, which
@@ -110,7 +114,10 @@ class Engine:
                 more = itertools.islice(requests, 2 * self.at_once - len(waiting))
                 # Flat log-probs are a few lists a sample; the default is two objects a token, which takes
                 # 2.5 times the memory and 3.6 times the time.
-                for place, (prompt, seed, temperature) in more:
+                for place, request in more:
+                    if request is None:
+                        break
+                    prompt, seed, temperature = request
                     if len(prompt) >= self.max_len:
                         raise ValueError(f"a prompt of {len(prompt)} tokens leaves no room in a window of "
                                          f"{self.max_len}")

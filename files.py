@@ -91,18 +91,17 @@ def beside(*paths):
     names. So a reader sees the old file or the new one, and a refusal leaves nothing behind."""
     files = {}
     try:
-        try:
-            for path in paths:
-                files[path] = open(f"{path}.tmp", "w", encoding="utf-8")
-            yield files
-            for f in files.values():
-                f.close()
-            for path in paths:
-                os.rename(f"{path}.tmp", path)
-        except OSError as e:
-            if e.errno is None:             # the network's errors are such, too
-                raise
-            fail(f"{paths[0]}: cannot be written ({e.strerror})")
+        for path in paths:
+            files[path] = open(f"{path}.tmp", "w", encoding="utf-8")
+        yield files
+        for f in files.values():
+            f.close()
+        for path in paths:
+            os.rename(f"{path}.tmp", path)
+    except OSError as e:
+        if e.errno is None:                 # the network's errors are such, too
+            raise
+        fail(f"{paths[0]}: cannot be written ({e.strerror})")
     finally:
         for path, f in files.items():
             with contextlib.suppress(OSError):
@@ -122,18 +121,19 @@ def read_text(path, flag=""):
     try:
         return Path(path).read_text(encoding="utf-8-sig")
     except FileNotFoundError:
-        fail(f"{flag} {path}: no such file".strip())
+        why = "no such file"
     except OSError as e:
-        fail(f"{flag} {path}: cannot be read ({e.strerror})".strip())
+        why = f"cannot be read ({e.strerror})"
     except UnicodeDecodeError:
-        fail(f"{flag} {path}: not UTF-8 text".strip())
+        why = "not UTF-8 text"
+    fail(f"{flag} {path}: {why}".strip())
 
 
-def read_object(path, flag=""):
+def read_object(path):
     """The JSON object that is a whole file."""
-    value = value_of(read_text(path, flag))
+    value = value_of(read_text(path))
     if not isinstance(value, dict):
-        fail(f"{flag} {path}: not a JSON object; the file is damaged".strip())
+        fail(f"{path}: not a JSON object; the file is damaged")
     return value
 
 
@@ -168,11 +168,11 @@ def files_under(folder, above=()):
 
 
 def rows_of(source, split="train", revision=None):
-    """(number, row) of a JSONL, JSON or parquet file, of "-" (JSON lines on standard input, as they come), or of a
-    split of a hub dataset. What is not JSON in a
-    text file is handed on as its text, what is not UTF-8 as its bytes (see `json_object`)."""
-    path = Path(str(source))
-    if str(source) == "-":
+    """(number, row) of a JSONL, JSON or parquet file, of "-" (JSON lines on standard input, as they come), or
+    of a split of a hub dataset. What is not JSON is handed on as its text, what is not UTF-8 as its bytes
+    (see `json_object`)."""
+    source, path = str(source), Path(source)
+    if source == "-":
         sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
         yield from ((line, value_of(text)) for line, text in enumerate(sys.stdin, 1) if text.strip())
     elif path.is_file() and path.suffix == ".parquet":
@@ -184,17 +184,16 @@ def rows_of(source, split="train", revision=None):
             fail(f"{source}: not a parquet file ({str(e)[:100]})")
     elif path.is_file():
         try:
-            f = open(path, encoding="utf-8-sig", errors="surrogateescape")
+            with open(path, encoding="utf-8-sig", errors="surrogateescape") as f:
+                yield from rows_of_text(f, source)
         except OSError as e:
             fail(f"{source}: cannot be read ({e.strerror})")
-        with f:
-            yield from rows_of_text(f, source)
     elif path.exists():
         fail(f"{source}: {'is a folder; name a file in it' if path.is_dir() else 'is no plain file'}")
-    elif re.fullmatch(r"[\w-]+/[\w.-]+", str(source)) and path.suffix not in (".jsonl", ".json", ".parquet"):
+    elif re.fullmatch(r"[\w-]+/[\w.-]+", source) and path.suffix not in (".jsonl", ".json", ".parquet"):
         from datasets import load_dataset
         try:
-            rows = load_dataset(str(source), split=split, revision=revision)
+            rows = load_dataset(source, split=split, revision=revision)
         except Exception as e:              # the hub raises a dozen types; each means: cannot be had
             fail(f"{source}: no such file, and the hub could not give it as a dataset ({type(e).__name__})")
         yield from enumerate(rows, 1)
@@ -230,20 +229,16 @@ def rows_of_text(f, source):
     start = f.buffer.peek(4)[:4]
     if start[:2] in (b"\xff\xfe", b"\xfe\xff", b"\x1f\x8b") or start == b"PK\3\4":
         fail(f"{source}: {'UTF-16' if start[0] > 0x80 else 'compressed'}; UTF-8 text is read")
-    first = value_of(next(filter(str.strip, f), ""))
+    first, named = value_of(next(filter(str.strip, f), "")), source.endswith(".json")
     f.seek(0)
-    named = str(source).endswith(".json")
-    if named or not isinstance(first, dict):
-        whole = value_of(f.read())
-        if named and (isinstance(whole, (dict, list)) or first and isinstance(first, (str, bytes))):
-            yield from enumerate(whole if isinstance(whole, list) else [whole], 1)
-            return
-        if isinstance(whole, (dict, list)):
-            fail(f"{source}: one JSON value, not one a line; name it .json")
-        f.seek(0)
-    for number, line in enumerate(f, 1):
-        if line.strip():
-            yield number, value_of(line)
+    whole = value_of(f.read()) if named or not isinstance(first, dict) else None
+    f.seek(0)
+    if named and (isinstance(whole, (dict, list)) or first and isinstance(first, (str, bytes))):
+        yield from enumerate(whole if isinstance(whole, list) else [whole], 1)
+    elif isinstance(whole, (dict, list)):
+        fail(f"{source}: one JSON value, not one a line; name it .json")
+    else:
+        yield from ((number, value_of(line)) for number, line in enumerate(f, 1) if line.strip())
 
 
 def value_of(text):
@@ -265,3 +260,15 @@ def json_object(row):
     if not isinstance(row, dict):
         raise ValueError("not a JSON object")
     return {key: value for key, value in row.items() if value is not None}
+
+
+def lines_of(source, read, rejects=None):
+    """read(row) of every line, as they come. A line that cannot be read ends the command, or goes to the
+    file `rejects` with its reason."""
+    for line, row in rows_of(source):
+        try:
+            yield line, read(json_object(row))
+        except (ValueError, TypeError) as e:
+            if rejects is None:
+                fail(f"{source}:{line}: {e}")
+            rejects.write(json.dumps({"line": line, "reason": str(e)}) + "\n")

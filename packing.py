@@ -7,11 +7,12 @@ responses. What a micro-batch computes is what transformers would compute on one
 
 Letters: T packed tokens of a micro-batch, R response tokens among them, H heads, D head size.
 """
+import functools
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AttentionInterface
 
 import ranks
@@ -53,15 +54,13 @@ def pack(groups, budget, device):
         opened = False                       # is this prompt already in the current micro-batch?
         for response in responses:
             need = len(response) + (0 if opened else len(prompt))
-            if not bins or (used + need > budget and used > 0):
+            if not bins or used + need > budget:
                 bins, used, opened = bins + [[]], 0, False
-                need = len(response) + len(prompt)
             if not opened:
                 bins[-1].append((prompt, []))
-                opened = True
+                used, opened = used + len(prompt), True
             bins[-1][-1][1].append((row, response))
-            used += need
-            row += 1
+            used, row = used + len(response), row + 1
     return [assemble(b, device) for b in bins]
 
 
@@ -100,10 +99,9 @@ def assemble(groups, device):
         positions += range(P)
         for i, (row, response) in enumerate(responses):
             at, n = len(tokens), len(response)
-            # The first response follows its prompt as in any sequence; the others meet the
-            # prompt's keys again.
-            spans.append((start, P + n, range(start, P + start + n)) if i == 0 else
-                         (at, n, [*range(start, start + P), *range(at, at + n)]))
+            # The first response is one span with its prompt; the others meet the prompt's keys again.
+            keys = [*range(start, start + P), *range(at, at + n)]
+            spans.append((start, P + n, keys) if i == 0 else (at, n, keys))
             tokens += response
             positions += range(P, P + n)
             src += [start + P - 1, *range(at, at + n - 1)][:n]
@@ -127,7 +125,7 @@ class Plan:
     def __init__(self, spans, device):
         self.spans, self.device, self.masks = spans, device, {}
 
-    @cached_property
+    @functools.cached_property
     def varlen(self):
         """For the kernel of CUDA: (key rows one after the other, or None where they are the tokens as they
         stand, cumulative lengths of queries and of keys, longest of both)."""
@@ -136,7 +134,7 @@ class Plan:
         rows = None if q == k else torch.tensor([i for *_, keys in self.spans for i in keys], device=self.device)
         return rows, cu(q), cu(k), max(q), max(k)
 
-    @cached_property
+    @functools.cached_property
     def buckets(self):
         """For SDPA: spans of like shape are padded into one batched call (a call a span would cost more than
         its arithmetic at small sizes). Padding lives inside attention only: its outputs are never read.
@@ -145,20 +143,18 @@ class Plan:
            q, k     rows of all their queries (sum of S Q,) and keys (sum of S K,), bucket after bucket
            inverse  (T,) where each token's output is among those of the queries
         """
-        buckets, q_all, k_all, base = [], [], [], 0
-        inverse = [0] * sum(n for _, n, _ in self.spans)
+        pad = functools.partial(pad_sequence, batch_first=True, padding_value=-1)
+        buckets, q_all, k_all = [], [], []
         for group in alike(self.spans):
-            Q, K = (max(sizes) for sizes in zip(*((n, len(keys)) for _, n, keys in group)))
-            q_rows, k_rows = (torch.zeros(len(group), size, dtype=torch.long) for size in (Q, K))
-            for s, (start, n, keys) in enumerate(group):
-                q_rows[s, :n] = torch.arange(start, start + n)
-                k_rows[s, :len(keys)] = torch.tensor(keys)
-                inverse[start:start + n] = range(base + s * Q, base + s * Q + n)
+            q = pad([torch.arange(start, start + n) for start, n, _ in group])                # (S, Q)
+            k = pad([torch.tensor(keys) for *_, keys in group])                                # (S, K)
             offsets = torch.tensor([len(keys) - n for _, n, keys in group], device=self.device)
-            buckets.append((len(group), Q, K, offsets))
-            q_all, k_all, base = q_all + [q_rows.flatten()], k_all + [k_rows.flatten()], base + len(group) * Q
-        return (buckets, torch.cat(q_all).to(self.device), torch.cat(k_all).to(self.device),
-                torch.tensor(inverse, device=self.device))
+            buckets.append((*q.shape, k.shape[1], offsets))
+            q_all.append(q.flatten())
+            k_all.append(k.flatten())
+        q, k = torch.cat(q_all), torch.cat(k_all)
+        inverse = q.argsort()[-sum(n for _, n, _ in self.spans):]          # behind the padding, in order
+        return buckets, *(x.to(self.device) for x in (q.clamp(min=0), k.clamp(min=0), inverse))
 
     def mask(self, number, window):
         """Which keys a bucket's queries see, (S, 1, Q, K); None where that is plainly causal. Padded keys lie
@@ -176,15 +172,14 @@ class Plan:
 def alike(spans, waste=1.05, call=4096):
     """Groups of spans that one padded call may take: the plainly causal ones apart, and as many of like shape
     as cost less padding than a call of their own would."""
-    groups, area, cap, was_plain = [], 0, (0, 0), None
-    for span in sorted(spans, key=lambda s: (len(s[2]) != s[1], len(s[2]))):
-        q, k = span[1], len(span[2])
-        q_max, k_max, plain = max(cap[0], q), max(cap[1], k), q == k
-        count = len(groups[-1]) + 1 if groups else 0
-        if not groups or plain != was_plain or q_max * k_max * count > waste * (area + q * k) + call:
-            groups, area, q_max, k_max = groups + [[]], 0, q, k
-        groups[-1].append(span)
-        area, cap, was_plain = area + q * k, (q_max, k_max), plain
+    groups = []
+    for start, q, keys in sorted(spans, key=lambda s: (len(s[2]) != s[1], len(s[2]))):
+        k, plain = len(keys), q == len(keys)                          # k is the group's largest so far
+        if not groups or plain != was_plain or (
+                max(longest, q) * k * (len(groups[-1]) + 1) > waste * (area + q * k) + call):
+            groups, area, longest = groups + [[]], 0, 0
+        groups[-1].append((start, q, keys))
+        area, longest, was_plain = area + q * k, max(longest, q), plain
     return groups
 
 

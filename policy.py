@@ -7,7 +7,6 @@ are always FSDP2 shards, also when there is one rank.
 
 Letters: T packed tokens of a micro-batch, R response tokens among them, V vocabulary.
 """
-import contextlib
 import copy
 import json
 import math
@@ -23,7 +22,8 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import distribute_tensor
+from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import ranks
@@ -60,10 +60,9 @@ class Policy(nn.Module):
 
     @torch.no_grad()
     def weights(self, dtype=None):
-        """Stream the full tensors in module order under their Hugging Face names. A collective: every
-        rank iterates to the end. Casting before gathering halves the traffic. For a tied model
-        `lm_head.weight` comes last, as its own name: vLLM's CPU build packs a copy of it, which the
-        embedding's name does not reach."""
+        """Stream the full tensors in module order under their Hugging Face names. A collective: every rank
+        iterates to the end. Casting before gathering halves the traffic. A tied head comes last, by its own
+        name: vLLM's CPU build packs a copy of it, which the embedding's name does not reach."""
         tied = self.lm.config.tie_word_embeddings
         for name, p in self.lm.named_parameters():
             full = p.detach().to(dtype or p.dtype).full_tensor()
@@ -190,21 +189,11 @@ def window_of(config):
     return short if rope.get("rope_type") in ("dynamic", "longrope") else config.max_position_embeddings
 
 
-@contextlib.contextmanager
 def on_meta():
-    """Modules made here have their parameters on the meta device; their buffers (rotary tables, scales) are
-    real, because no file brings them."""
-    register = nn.Module.register_parameter
-
-    def to_meta(module, name, p):
-        # One that is there already is being tied: it stays the same object.
-        register(module, name, p if p is None or p.is_meta else nn.Parameter(p.to("meta"), p.requires_grad))
-
-    nn.Module.register_parameter = to_meta
-    try:
-        yield
-    finally:
-        nn.Module.register_parameter = register
+    """Modules made within have their parameters on the meta device; their buffers (rotary tables, scales) are
+    real, because no file brings them. One that is there already is being tied: it stays the same object."""
+    return register_module_parameter_registration_hook(
+        lambda module, name, p: p if p.is_meta else nn.Parameter(p.to("meta"), p.requires_grad))
 
 
 def build(config, dtype, device):
@@ -239,10 +228,10 @@ def fill(policy, buffers, device):
 @torch.no_grad()
 def check_family(config, device):
     """Does packed training compute what `transformers` does? Log-probs of a few packed rows through `Policy`
-    and of the same rows through the model's own forward pass, one at a time, in fp32: a model of this family
-    with random weights, a block of each kind and its own width, but few words, a narrow MLP, and a window that
-    the rows are longer than. Every run begins with it, because a family that does something of its own (a
-    window, a cap, a bias in a place of its choice) would else be trained on wrong numbers without a word."""
+    and, one by one, through the model's own forward pass, in fp32: random weights, a block of each kind and
+    the model's width, but few words, a narrow MLP, and a window shorter than the rows. Every run begins with
+    it: a family that does something of its own (a window, a cap, a bias in a place of its choice) would else
+    be trained on wrong numbers without a word. -> largest difference"""
     small, layers = copy.deepcopy(config), config.num_hidden_layers
     by_layer = {k: v for k, v in vars(small).items() if isinstance(v, list) and len(v) == layers}
     kinds = list(zip(*by_layer.values())) or [()] * layers
@@ -263,10 +252,11 @@ def check_family(config, device):
     ids = lambda n: torch.randint(256, (n,), generator=noise).tolist()
     groups = [(ids(7), [ids(5), ids(9)]), (ids(3), [ids(6)])]
     try:
-        ours = torch.cat([policy(batch) for batch in pack(groups, 1000, device)])
+        batch, = pack(groups, 1000, device)
+        ours = policy(batch)
         small._attn_implementation = "eager"
-        gap = (ours - torch.cat([own_logprobs(policy.lm, prompt, response, device)
-                                 for prompt, responses in groups for response in responses])).abs().max().item()
+        own = torch.cat([own_logprobs(policy.lm, p, r, device) for p, responses in groups for r in responses])
+        gap = (ours - own).abs().max().item()
     except Exception as e:
         fail(f"--model: a forward pass of {config.model_type} over packed rows ends in {type(e).__name__} "
              f"({str(e)[:100]}); see the table of families in docs/training.md")
@@ -304,9 +294,8 @@ def load(model, device, dtype, seed=0, trainable=True, recompute=True, shard=Non
 
 
 def mesh_of(device, shard=None):
-    """The ranks as FSDP wants them. shard: how many hold one copy of the weights together, all unless said
-    otherwise: the ranks of a node, say, so that weights travel inside nodes and only gradients between them
-    (HSDP)."""
+    """The ranks as FSDP wants them. shard: how many hold one copy of the weights together, default all; with
+    those of a node weights travel inside nodes, and only gradients between them (HSDP)."""
     world = dist.get_world_size()
     if shard in (None, world):
         return dist.init_device_mesh(device.type, (world,))
@@ -358,9 +347,9 @@ def check_weights(model, folder, wanted=None):
             return
     if missing := sorted(set(wanted) - set(stored)):
         fail(f"--model {model}: the weights lack {len(missing)} tensors, the first is {missing[0]}")
-    if other := [k for k, v in wanted.items() if tuple(stored[k].size) != tuple(v.shape)]:
-        fail(f"--model {model}: {other[0]} has the shape {tuple(stored[other[0]].size)}, its config.json says "
-             f"{tuple(wanted[other[0]].shape)}")
+    for name, tensor in wanted.items():
+        if (has := tuple(stored[name].size)) != tuple(tensor.shape):
+            fail(f"--model {model}: {name} has the shape {has}, its config.json says {tuple(tensor.shape)}")
 
 
 @torch.no_grad()
@@ -409,14 +398,11 @@ def schedule(step, steps, kind, warmup=0):
 def optimizer_step(policy, optim, lr, clip):
     """Clip the global gradient norm, step, clear. A norm that is not finite skips the step.
     -> the norm before clipping"""
-    norm = nn.utils.clip_grad_norm_(policy.parameters(), clip, foreach=True)
-    norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
-    if not math.isfinite(norm):                            # the norm is global, so all ranks skip together
-        optim.zero_grad()
-        return norm
-    for group in optim.param_groups:
-        group["lr"] = lr
-    optim.step()
+    norm = nn.utils.clip_grad_norm_(policy.parameters(), clip, foreach=True).full_tensor().item()
+    if math.isfinite(norm):                                # the norm is global, so all ranks skip together
+        for group in optim.param_groups:
+            group["lr"] = lr
+        optim.step()
     optim.zero_grad()
     return norm
 
@@ -429,30 +415,26 @@ def save_model(policy, source, out, dtype, form=None):
     how the judge wants to be asked, goes into judge.json (`rubrics.prompt_form` reads it).
     Written beside and renamed, so that `out` is whole or absent."""
     out, tmp = Path(out), Path(f"{out}.tmp")
-    rank, shards, pending, size, index = dist.get_rank(), 0, {}, 0, {}
+    rank, part, index = dist.get_rank(), {}, {}            # part: the tensors of the next file
 
-    def flush():
-        nonlocal shards, pending, size
-        shards += 1
-        file = f"model-{shards:05d}.safetensors"
-        save_file(pending, tmp / file, metadata={"format": "pt"})
+    def write():
+        file = f"model-{len(set(index.values())) + 1:05d}.safetensors"
+        save_file(part, tmp / file, metadata={"format": "pt"})
         (tmp / file).chmod(0o644)                          # it is made for its owner alone
-        index.update(dict.fromkeys(pending, file))
-        pending, size = {}, 0
+        index.update(dict.fromkeys(part, file))
+        part.clear()
 
     if rank == 0:
         shutil.rmtree(tmp, ignore_errors=True)
         tmp.mkdir(parents=True)
-    tied = policy.lm.config.tie_word_embeddings
+    wanted = names(policy.lm)                              # a stray head would make vLLM untie the model
     for name, tensor in policy.weights(dtype):
-        # A stray head would make vLLM untie the model.
-        if rank == 0 and not (tied and name == "lm_head.weight"):
-            pending[name] = tensor.cpu().contiguous()
-            size += tensor.nbytes
-            if size > 4 * 2**30:
-                flush()
+        if rank == 0 and name in wanted:
+            part[name] = tensor.cpu().contiguous()
+            if sum(x.nbytes for x in part.values()) > 4 * 2**30:
+                write()
     if rank == 0:
-        flush()
+        write()
         (tmp / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
         for file in Path(source).iterdir():
             if file.suffix in (".json", ".txt", ".jinja", ".model") and file.name not in (

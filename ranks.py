@@ -17,12 +17,12 @@ import re
 import resource
 import shutil
 import signal
-import socket
 import sys
 import threading
 import time
 import traceback
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +31,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from tqdm import tqdm
 
 from files import claim, fail, fingerprint, number, read_lines, write_lines
 from rubrics import PROTOCOLS
@@ -38,60 +39,63 @@ from rubrics import PROTOCOLS
 
 # ---------------------------------------------------------------- flags
 
-def flags(ap, save_every, seed):
-    """The flags that a training run has, whatever it trains."""
+def flags(ap, **defaults):
+    """The flags that a training run has, whatever it trains, with those defaults that are its own."""
+    arg, count, positive = ap.add_argument, number(int, 1), number(float, 0, above=True)
+    arg("--model", help="what it starts from: folder, hub id, or FOLDER/config.json for random weights")
+    arg("--data", help="pairs to learn from: JSONL file or hub dataset")
+    arg("--out", help="folder of this run")
+    arg("--lr", type=positive, help="peak learning rate (of other sizes: launch/rm-r1.sh)")
     arg = ap.add_argument_group("how it asks, and how it runs").add_argument
     arg("--protocol", choices=PROTOCOLS,
-        help="prompt form, for rows without published prompts; default: the model's (its judge.json), "
-             "else instruct")
-    arg("--system-prompt",
-        help="file with the system prompt, instead of the model's, the published row's or ours")
-    arg("--micro-tokens", type=number(int, 1), default=16384,
+        help="prompt form of rows without published prompts; default: the model's (judge.json) or instruct")
+    arg("--system-prompt", help="file with the system prompt, instead of the model's, the row's or ours")
+    arg("--micro-tokens", type=count, default=16384,
         help="tokens a rank computes at once: lower it when memory runs out")
     arg("--recompute", action=argparse.BooleanOptionalAction, default=True,
         help="recompute activations in the backward pass")
-    arg("--shard", type=number(int, 1),
-        help="ranks that hold one copy of the weights, e.g. a node's; default: all")
+    arg("--shard", type=count, help="ranks that hold one copy of the weights, e.g. a node's; default: all")
     arg("--dtype", choices=("float32", "bfloat16"), default="bfloat16",
         help="of the computation (weights are kept in fp32)")
-    arg("--max-bad", type=number(int, 1), default=5,
-        help="stop after so many updates in a row without a finite gradient")
-    arg("--save-every", type=number(int, 0), default=save_every,
-        help="steps between checkpoints for resuming, 0 for none")
-    arg("--timeout", type=number(float, 0, above=True), default=60,
-        help="minutes that a phase may take before the run is ended")
-    arg("--seed", type=number(int, 0), default=seed, help="of data order, samples and random weights")
+    arg("--max-bad", type=count, default=5, help="updates in a row without finite gradient that end a run")
+    arg("--save-every", type=number(int, 0), help="steps between checkpoints for resuming, 0 for none")
+    arg("--timeout", type=positive, default=60, help="minutes that a phase may take before the run is ended")
+    arg("--seed", type=number(int, 0), help="of data order, samples and random weights")
     arg("--skip-bad", action="store_true", help="report and leave out bad lines instead of stopping")
+    arg("--dry-run", nargs="*", type=positive, metavar=("RANKS", "GB"), help=(
+        "do everything but the run: count data and steps, and trace what a card of so many GB (default: this "
+        "one, else 80) will hold on so many ranks (default: those that are started)"))
+    ap.set_defaults(**defaults)
 
 
 # ---------------------------------------------------------------- ranks
 
-CUDA = torch.cuda.is_available()               # whose kernels are called; a dry run calls a card's without one
+CUDA = torch.cuda.is_available()              # whose kernels are called; a dry run calls a card's without one
 FOREVER = timedelta(days=7)                    # how long ranks wait for each other: `watch` knows better
 
 
-def start_ranks(minutes=None, pretend=None):
+def start_ranks(minutes=None, dry_run=None):
     """Join the process group that torchrun describes, or make one of a single rank. With `minutes`, no phase
-    (see `phase`) may take longer. pretend: a group of so many ranks that are not there, for a dry run.
-    -> rank, world, device"""
+    (see `phase`) may take longer. dry_run: the flag's value, for a group of ranks that are not there; one
+    process pretends to be all that were started. -> rank, world, device"""
     if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13):
         fail(f"torch {torch.__version__}: 2.13 or newer is needed, which the vllm of requirements.txt brings")
     phase("start")
-    if pretend:
+    if dry_run is not None:
+        if quiet():
+            raise SystemExit(0)
         from torch.testing._internal.distributed.fake_pg import FakeStore
-        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=pretend)
-        return 0, pretend, torch.device("cpu")
+        world = int(dry_run[0] if dry_run else os.environ.get("WORLD_SIZE", 1))
+        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
+        return 0, world, torch.device("cpu")
     if minutes:
         threading.Thread(target=watch, args=(minutes,), daemon=True).start()
-    if "RANK" not in os.environ:
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            port = s.getsockname()[1]
+    if "RANK" not in os.environ:                           # port 0: any that is free
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1",
-                          MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+                          MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     if CUDA and (cards := torch.cuda.device_count()) < int(os.environ.get("LOCAL_WORLD_SIZE", 1)):
-        fail(f"{os.environ['LOCAL_WORLD_SIZE']} ranks on a machine with {cards} cards: one card a rank, so start "
-             f"--nproc_per_node {cards}")
+        fail(f"{os.environ['LOCAL_WORLD_SIZE']} ranks on a machine with {cards} cards: one card a rank, so "
+             f"start --nproc_per_node {cards}")
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if CUDA else torch.device("cpu")
     if CUDA:
         torch.cuda.set_device(device)
@@ -105,25 +109,25 @@ def start_ranks(minutes=None, pretend=None):
     return dist.get_rank(), dist.get_world_size(), device
 
 
+def quiet():
+    """Is this a rank that draws no progress bars and says nothing but errors? One does it for all."""
+    return int(os.environ.get("RANK", 0)) != 0
+
+
 def print0(*args, **kw):
-    if int(os.environ.get("RANK", 0)) == 0:
+    if not quiet():
         print(*args, **kw, flush=True)
 
 
-def all_sum(values):
-    """Sum of a list of numbers over all ranks, as floats. In float64, so that counts stay exact."""
-    return all_reduce(values, dist.ReduceOp.SUM)
-
-
-def all_max(values):
-    """Maximum of a list of numbers over all ranks, as floats."""
-    return all_reduce(values, dist.ReduceOp.MAX)
-
-
-def all_reduce(values, op):
+def all_reduce(op, values):
+    """Sum or maximum of each of a list of numbers over all ranks, as floats. In float64, so that counts stay
+    exact."""
     t = torch.tensor([float(v) for v in values], dtype=torch.float64)
     dist.all_reduce(t, op)
     return t.tolist()
+
+
+all_sum, all_max = partial(all_reduce, dist.ReduceOp.SUM), partial(all_reduce, dist.ReduceOp.MAX)
 
 
 def all_gather(thing, group=None):
@@ -136,16 +140,12 @@ def all_gather(thing, group=None):
 def be_patient():
     """FOREVER for every group there is: those of FSDP's copies, of checkpoints and of vLLM would give up
     after 10 or 30 minutes, which a slow disk or a long judgment on one rank can take."""
-    set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout      # since 2.14
+    set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout     # since 2.14
     for group in list(dist.distributed_c10d._world.pg_map):
         set_timeout(FOREVER, group)
 
 
-def barrier():
-    """Wait for the others. Also the way to leave: a rank that exits early would look like a crash to them."""
-    dist.barrier()
-
-
+barrier = dist.barrier           # also the way to leave: a rank that exits early looks like a crash to others
 CAUGHT = []                                                # signals that asked this rank for an end
 
 
@@ -160,40 +160,6 @@ def catch_signals():
 
     for caught in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(caught, note)
-
-
-def asked_to_stop():
-    """Has any rank been asked for an end? A collective: all ranks leave at the same step."""
-    return all_max([len(CAUGHT)])[0] > 0
-
-
-def leave(state, out, step):
-    """The end that a signal asked for: a checkpoint after `step` steps, and OUT/stopped, which says so to
-    whoever starts jobs (torchrun's exit code cannot). state: the run's `Checkpoints`."""
-    state.save(step)
-    done = state.settle()
-    if dist.get_rank() == 0:
-        why = ", ".join(CAUGHT) or "a signal on another rank"
-        (Path(out) / "stopped").write_text(f"step {step}: {why}\n")
-    print0(f"stopped by a signal after {step} steps"
-           + ("; the same command goes on from there" if done else ""))
-    barrier()
-
-
-def goes_on(state, step, steps, bad, args):
-    """What follows every step, `step` of `steps` being done and the last `bad` updates in a row being without
-    a finite gradient: the end of a run that makes bad ones only, or ends on one, the end that a signal asked
-    for, or a checkpoint where one is due. -> False at the end"""
-    if bad >= args.max_bad or bad and step == steps:
-        state.save(step)
-        state.settle()
-        fail(f"{bad} updates in a row had no finite gradient (--max-bad), the last in step {step - 1}; they "
-             "were skipped, a checkpoint was written, and no model")
-    if asked_to_stop():
-        leave(state, args.out, step)
-        return False
-    state.after(step, args.save_every)
-    return True
 
 
 NOW = ["start", time.monotonic()]                          # what this rank is doing, and since when
@@ -242,27 +208,22 @@ def run(main):
         code = 130
         print0("\ninterrupted; the same command goes on from what is on disk", file=sys.stderr)
     except Exception as e:
-        code, rank = 1, os.environ.get("RANK", 0)
+        rank, where = os.environ.get("RANK", 0), f"in the phase '{NOW[0]}'"
         lost = re.search("(?i)connection (closed|reset|refused)|peer", str(e))
+        code, said = 1, f"error in rank {rank}, {where}:"
         if isinstance(e, torch.OutOfMemoryError):
-            said = (f"error in rank {rank}, in the phase '{NOW[0]}': {str(e).splitlines()[0]} Lower "
-                    "--micro-tokens (or --engine-memory, where vLLM asked), or give --offload; --dry-run says "
-                    "what a card will hold")
+            said += (f" {str(e).splitlines()[0]} Lower --micro-tokens (or --engine-memory, where vLLM asked),"
+                     " or give --offload; --dry-run says what a card will hold")
         elif getattr(e, "errno", None) == errno.ENOSPC or "No space left" in str(e):
-            said = f"error in rank {rank}, in the phase '{NOW[0]}': the disk is full; what is whole stays"
+            said += " the disk is full; what is whole stays"
         elif isinstance(e, RuntimeError) and lost and not alone:
-            said = f"rank {rank}: lost another rank in the phase '{NOW[0]}'; its own error says why"
+            said = f"rank {rank}: lost another rank {where}; its own error says why"
         else:
-            said = f"error in rank {rank}, in the phase '{NOW[0]}':\n{traceback.format_exc()}"
+            said += f"\n{traceback.format_exc()}"
         print(said, file=sys.stderr)
     if alone and code != 1:
         sys.exit(code)
     end()
-
-
-def quiet():
-    """Are progress bars off here? One rank draws them."""
-    return int(os.environ.get("RANK", 0)) != 0
 
 
 def draw(count, batch, step, seed):
@@ -278,7 +239,7 @@ def draw(count, batch, step, seed):
 def shards(asked):
     """How many ranks hold one copy of the weights together: all, unless --shard says otherwise."""
     world = dist.get_world_size()
-    if asked and (asked < 1 or world % asked):
+    if asked and world % asked:
         fail(f"--shard {asked} does not divide the {world} ranks")
     return asked or world
 
@@ -305,7 +266,7 @@ class Checkpoints:
 
     def __init__(self, policy, optim, folder, keep=2):
         self.policy, self.optim, self.folder, self.keep = policy, optim, Path(folder), keep
-        self.group = dist.new_group(backend="gloo", timeout=FOREVER)      # the writers of all ranks speak among themselves
+        self.group = dist.new_group(backend="gloo", timeout=FOREVER)            # in which their writers speak
         self.writing = None                              # (step, future) of a checkpoint under way
 
     def parts(self):
@@ -318,16 +279,18 @@ class Checkpoints:
             return 0
         step = int(states[-1].name.removeprefix("step_"))
         if step > steps:
-            fail(f"{self.folder}: the run there has made {step} steps already, and this one is to have {steps}")
+            fail(f"{self.folder}: the run there has made {step} steps already, and this one is to have "
+                 f"{steps}")
         try:
             check_table(states[-1] / ".metadata")
             parts = self.parts()
             dcp.load(parts, checkpoint_id=states[-1])
         except (Exception, CheckpointException) as e:        # a file of it is missing or cut
-            fail(f"{states[-1]}: this checkpoint is damaged, or of another model ({type(e).__name__}); remove "
-                 "it to go on from " + (str(states[-2]) if len(states) > 1 else "the beginning"))
+            fail(f"{states[-1]}: this checkpoint is damaged, or of another model ({type(e).__name__}); "
+                 "remove it to go on from " + (str(states[-2]) if len(states) > 1 else "the beginning"))
         set_state_dict(self.policy, self.optim, model_state_dict=parts["model"],
                        optim_state_dict=parts["optim"])
+        print0(f"resumed at step {step}")
         return step
 
     def save(self, step):
@@ -355,13 +318,12 @@ class Checkpoints:
         try:
             future.result()
         except (OSError, CheckpointException) as e:        # the latter where another rank's write failed
-            said = [line.strip() for line in str(e).splitlines() if line.strip()]
-            why = said[-1] if said else type(e).__name__
-        failed, = all_max([bool(why)])
+            why = (str(e).strip() or type(e).__name__).splitlines()[-1].strip()
+        failed = [theirs for theirs in all_gather(why) if theirs]
         if dist.get_rank() == 0 and failed:
             shutil.rmtree(tmp, ignore_errors=True)
-            print(f"warning: no checkpoint after step {step}: {why or 'a write failed on another rank'}; "
-                  "earlier ones are whole", file=sys.stderr, flush=True)
+            print(f"warning: no checkpoint after step {step}: {failed[0]}; earlier ones are whole",
+                  file=sys.stderr, flush=True)
         elif dist.get_rank() == 0:
             sync(tmp)                                      # its files were synced as they were written
             shutil.rmtree(final, ignore_errors=True)
@@ -409,8 +371,9 @@ def whole_states(folder):
 # ---------------------------------------------------------------- the run's diary
 
 # What of a run's settings changes neither its steps nor what is sampled: a run may go on with others.
-MAY_DIFFER = set("out model data val_data val_every system_prompt protocol micro_tokens recompute shard offload "
-                 "engine_memory tp max_gap max_bad save_every timeout skip_bad dry_run steps epochs".split())
+MAY_DIFFER = set("out model data val_data val_every system_prompt protocol micro_tokens recompute shard "
+                 "offload engine_memory tp max_gap max_bad save_every timeout skip_bad dry_run steps "
+                 "epochs".split())
 
 
 def open_run(args, folder, pairs, form):
@@ -431,13 +394,49 @@ def open_run(args, folder, pairs, form):
         old = json.loads((out / "config.json").read_text()) if (out / "config.json").is_file() else {}
         if differs := [k for k in config if k in old and k not in MAY_DIFFER and old[k] != config[k]]:
             was, now = (str(c[differs[0]])[:80] for c in (old, config))
-            fail(f"--out {out}: holds a run with another {differs[0]} ({was}, now {now}), which this one would "
-                 "continue; give another folder, or remove it")
+            fail(f"--out {out}: holds a run with another {differs[0]} ({was}, now {now}), which this one "
+                 "would continue; give another folder, or remove it")
     if model.exists() and not begun:
-        fail(f"--out {out}: holds a finished run, without a checkpoint to go on from; give another folder, or "
-             "remove it")
+        fail(f"--out {out}: holds a finished run, without a checkpoint to go on from; give another folder, "
+             "or remove it")
     claim(out)
     return config
+
+
+def steps_of(diary, state, first, steps, args):
+    """The numbers of a run's steps from `first`, and what comes between them: the end of a run that makes bad
+    updates only, or ends on one; the end that a signal to any rank asked for, with OUT/stopped to say so to
+    whoever starts jobs (torchrun's exit code cannot); or a checkpoint, where one is due. A collective."""
+    be_patient()
+    catch_signals()
+    # Python collects its garbage between steps, on all ranks at once, not in the middle of one rank's work
+    # while the others wait; what is there by now stays and is never looked through again.
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    for step in (bar := tqdm(range(first, steps), "steps", steps, initial=first, disable=quiet())):
+        yield step
+        gc.collect()
+        bar.set_postfix({k: f"{diary.last[k]:.3f}" for k in ("loss", "accuracy", "unread", "kl")
+                         if k in diary.last})
+        done, asked = step + 1, all_max([len(CAUGHT)])[0]
+        failed = diary.bad >= args.max_bad or diary.bad and done == steps
+        if not (asked or failed):
+            state.after(done, args.save_every)
+            continue
+        state.save(done)
+        whole = state.settle()
+        if failed:
+            fail(f"{diary.bad} updates in a row had no finite gradient (--max-bad), the last in step {step}; "
+                 "they were skipped, a checkpoint was written, and no model")
+        if dist.get_rank() == 0:
+            why = ", ".join(CAUGHT) or "a signal on another rank"
+            (Path(args.out) / "stopped").write_text(f"step {done}: {why}\n")
+        print0(f"stopped by a signal after {done} steps"
+               + ("; the same command goes on from there" if whole else ""))
+        barrier()
+        raise SystemExit(0)
+    state.settle()
 
 
 class Diary:
@@ -445,18 +444,12 @@ class Diary:
     `config.json`, written by rank 0. A resumed run drops the lines that it is about to write again."""
 
     def __init__(self, out, first_step, config):
-        self.out, self.seconds, self.timed, self.peak = Path(out), {}, None, 0.0
-        be_patient()
+        self.out, self.seconds, self.timed, self.peak, self.bad, self.last = Path(out), {}, None, 0.0, 0, {}
         if dist.get_rank() == 0:
             write_lines(self.out / "config.json", [json.dumps(config, indent=2)])
             (self.out / "stopped").unlink(missing_ok=True)
             for path in (self.out / "metrics.jsonl", *self.out.glob("samples.jsonl")):
                 write_lines(path, (json.dumps(r) for r in read_lines(path) if r["step"] < first_step))
-        # Python collects its garbage between steps, on all ranks at once, not in the middle of one rank's
-        # work while the others wait; what is there by now stays and is never looked through again.
-        gc.collect()
-        gc.freeze()
-        gc.disable()
 
     def phase(self, name):
         """The next phase of a step begins, "" for what is not timed."""
@@ -466,15 +459,17 @@ class Diary:
             self.seconds[f"seconds_{self.timed}"] = self.seconds.get(f"seconds_{self.timed}", 0) + seconds
         self.timed = name
 
-    def write(self, **row):
+    def write(self, norms=(), **row):
         """One line: the row, the seconds of the phases since the last line, tokens a second, and the most
-        memory that this rank's card (on a CPU: this process) has held at the end of any phase so far."""
+        memory that this rank's card (on a CPU: this process) has held at the end of any phase so far.
+        norms: of the step's updates, to count how many in a row had no finite gradient."""
+        for norm in norms:
+            self.bad = 0 if math.isfinite(norm) else self.bad + 1
         self.phase("")
         if "tokens" in row:
             row["tokens_per_second"] = row["tokens"] / sum(self.seconds.values())
         self.append("metrics.jsonl", [row | self.seconds | {"peak_gb": self.peak}])
-        self.seconds = {}
-        gc.collect()
+        self.seconds, self.last = {}, row
 
     def append(self, name, rows):
         if dist.get_rank() == 0:

@@ -15,10 +15,10 @@ The judge you use: compare two responses, rank several, reward a group; and the 
 The demo's judge knows the kinds of question that data/toy.py asks, in its few words, and no others.
 """
 import asyncio
-import contextlib
+import functools
+import itertools
 import json
 import os
-import queue
 import re
 import shutil
 import sys
@@ -34,10 +34,11 @@ from tqdm import tqdm
 
 import ranking
 import rubrics
-from askers import Journal, Local, Server, without_user
+from askers import Journal, Local, Refused, Server, judged
 from engine import seed_of
-from files import Flags, digest, fail, fingerprint, json_object, number, rows_of
-from rubrics import Judgment, Pair, chat_messages, messages_of, parse, prompt_form, read_pairs, verbatim
+from files import Flags, digest, fail, fingerprint, lines_of, number
+from rubrics import (Judgment, Pair, chat_messages, messages_of, prompt_form, read_pairs, response_of, text_in,
+                     verbatim)
 
 
 @dataclass
@@ -49,6 +50,8 @@ class Vote:
     verdict: str | None
     judgment: Judgment
     tokens: int = 0
+    prompt_tokens: int = 0
+    cached: bool = False            # it was in the journal
 
 
 @dataclass
@@ -87,88 +90,83 @@ class Ranking:
 class Judge:
     """A judge to compare, rank and reward with. Everything that can run together does, whoever asks for it.
 
-    model        a folder, a hub id, or the URL of an OpenAI-compatible server (`name`: what it calls the model,
-                 its first one unless given); or anything that answers as they do (`answers` in askers.py)
+    model        a folder or hub id; or a server's URL, which is asked for its first model
+    base_url     an OpenAI-compatible server that has the model. It is asked in token ids where model is a folder,
+                 else in chats, model being the server's name for it
     protocol     how it wants to be asked, where the model does not say so itself; system_prompt: a file
     journal      a file that keeps every judgment: what is in it is not asked again
     temperature  of the second and further votes in an order; the first is greedy, unless greedy=False
     seed         numbers are functions of it and of the texts: other responses' places change nothing
-    more         max_len, dtype, memory, tp of a local model (see `askers.Local`); at_once of a server
+    more         max_len, dtype, memory of a local model (see `askers.Local`); at_once, patience of a server
 
     compare, rank and reward may be called anywhere; acompare, arank and areward are the same to await.
     """
 
-    def __init__(self, model, protocol=None, system_prompt=None, name=None, journal=None, temperature=1.0, seed=0,
-                 max_tokens=8192, greedy=True, **more):
-        folder = None
-        if hasattr(model, "answers"):
-            self.asker, about = model, [getattr(model, "url", None), name]
-        elif "://" in str(model):
-            self.asker = Server(model, name, max_tokens, **more)
-            self.asker.model = name or self.asker.client.models.list().data[0].id
-            about = [without_user(model), self.asker.model]
+    def __init__(self, model, protocol=None, system_prompt=None, base_url=None, journal=None, temperature=1.0,
+                 seed=0, max_tokens=8192, greedy=True, **more):
+        if "://" in str(model):
+            model, base_url = None, model
+        if hasattr(model, "submit"):                        # or anything else that answers as askers.py does
+            self.asker, folder, about = model, None, None
+        elif base_url:
+            folder = model if model and Path(model).is_dir() else None
+            self.asker = Server(base_url, None if folder else model, max_tokens, folder=folder, **more)
+            folder, model = self.asker.folder, self.asker.model
+            about = fingerprint(folder, folder) or [self.asker.url, model]
         else:
             self.asker = Local(str(model), max_tokens, **more)
             folder, about = self.asker.folder, fingerprint(model, self.asker.folder)
-        self.form = prompt_form(folder, name or model, protocol, system_prompt)
+        self.form = prompt_form(folder, model, protocol, system_prompt)
         self.about, self.temperature, self.seed, self.greedy = [about, max_tokens], temperature, seed, greedy
         self.journal = Journal(Path(journal) if journal else None)
-        # A model here does one thing after another; a server's requests need not wait for other callers'.
-        self.lock = contextlib.nullcontext() if isinstance(self.asker, Server) else threading.Lock()
-        self.inbox, self.waiting, self.pool = queue.SimpleQueue(), {}, ThreadPoolExecutor(64)
+        self.under_way, self.lock = {}, threading.Lock()
+        self.bar, self.used = tqdm(disable=True), Counter()
 
     # --- asking
 
-    def together(self, asked):
-        """Answers to [(messages, seed, temperature), ...], from the journal or else from the model. Of callers in
-        several threads whoever comes first asks for all who wait, in one call."""
-        mine = Future()
-        self.inbox.put((asked, mine))
+    async def answers(self, asked, heard=None):
+        """Answers to [(messages, seed, temperature), ...], from the journal or else from the model, which is asked once
+        for what several callers want. Who leaves cancels nothing: the answer still goes into the journal."""
+        keys = [digest([*self.about, *request]) for request in asked]
         with self.lock:
-            batch = []
-            with contextlib.suppress(queue.Empty):
-                while True:
-                    batch.append(self.inbox.get_nowait())
-            try:
-                keyed = [[(digest([*self.about, *r]), r) for r in requests] for requests, _ in batch]
-                todo = {key: r for some in keyed for key, r in some if key not in self.journal.answers}
-                failed, places = {}, list(todo)
-                answers = self.asker.answers(todo.values()) if todo else ()
-                for at, answer in tqdm(answers, "judge", len(todo), leave=False, disable=len(todo) < 100):
-                    if answer.failed:
-                        failed[places[at]] = answer
-                    else:
-                        self.journal.add(places[at], answer)
-                for (_, future), some in zip(batch, keyed):
-                    future.set_result([failed.get(key) or self.journal.found(key) for key, _ in some])
-            except BaseException as e:                      # nobody may wait for ever
-                for _, future in batch:
-                    future.set_exception(e)
-        return mine.result()
+            known = self.journal.answers.keys() | self.under_way.keys()
+            new = {key: n for n, key in reversed([*enumerate(keys)]) if key not in known}
+            self.under_way |= {key: Future() for key in new}
+            waiting = [self.under_way.get(key) or self.journal.found(key) for key in keys]
+            self.used["cached"] += len(keys) - len(new)
+        try:
+            told = {"heard": lambda n, text: heard([*new.values()][n], text)} if heard else {}
+            futures = self.asker.submit([asked[n] for n in new.values()], **told)
+        except BaseException as e:                              # nobody may wait for ever
+            futures = [Future() for _ in new]
+            for future in futures:
+                future.set_exception(e)
+        for key, future in zip(new, futures, strict=True):
+            future.add_done_callback(functools.partial(self.keep, key))
+        return [await asyncio.shield(asyncio.wrap_future(w)) if isinstance(w, Future) else w for w in waiting]
 
-    async def gathered(self, asked):
-        """`together` for what several coroutines of one loop ask for at about the same time: they come here in one
-        turn of the loop, and the first of them waits for the others."""
-        loop = asyncio.get_running_loop()
-        waiting, mine = self.waiting.setdefault(loop, []), loop.create_future()
-        waiting.append((asked, mine))
-        if len(waiting) == 1:
-            await asyncio.sleep(0)
-            del self.waiting[loop]
-            try:
-                answers = iter(await loop.run_in_executor(
-                    self.pool, self.together, [r for requests, _ in waiting for r in requests]))
-                for requests, future in waiting:
-                    future.set_result([next(answers) for _ in requests])
-            except BaseException as e:
-                for _, future in waiting:
-                    future.set_exception(e)
-        return await mine
+    def keep(self, key, future):
+        """An answer has come: into the journal, then to all who wait for it."""
+        try:
+            answer, error = future.result(), None
+            if not answer.failed:
+                self.journal.add(key, answer)
+        except BaseException as e:
+            answer, error = None, e
+        with self.lock:
+            kept = self.under_way.pop(key)
+            self.bar.update()
+            if answer:
+                self.used.update(judgments=1, prompt_tokens=answer.prompt_tokens, completion_tokens=answer.tokens)
+        if error:
+            kept.set_exception(error)
+        else:
+            kept.set_result(answer)
 
-    async def play(self, shown, game):
-        """A schedule of ranking.py, played. shown: (i, j) -> the `Pair` that shows response i as A and j as B.
-        All games that are under way in a loop ask in one call. -> what was played [(i, j, result), ...],
-        [Vote, ...]"""
+    async def play(self, shown, game, heard=None):
+        """A schedule of ranking.py, played, all of a round together. shown: (i, j) -> the `Pair` that shows response i
+        as A and j as B. heard(k, i, what) is told of vote k, which shows response i first: "" as it begins, what
+        there is of its text, at last the `Vote`. -> what was played [(i, j, result), ...], [Vote, ...]"""
         before, votes = Counter(), []
 
         async def ask(places):
@@ -178,30 +176,34 @@ class Judge:
                 heat = 0.0 if self.greedy and not n else self.temperature
                 asked.append((messages, seed_of(self.seed, digest(messages), n), heat))
                 before[place] += 1
-            for place, a in zip(places, await self.gathered(asked)):
-                judgment = parse(a.text, a.finish == "stop")
-                if a.finish not in ("stop", "cut off"):
-                    judgment.reason = a.finish
-                votes.append(Vote(*place, judgment.verdict, judgment, a.tokens))
+            told = heard and (lambda n, text, k=len(votes): heard(k + n, places[n][0], text))
+            for n in range(len(places)) if heard else ():
+                told(n, "")
+            for n, a in enumerate(await self.answers(asked, told)):
+                judgment = judged(a)
+                votes.append(Vote(*places[n], judgment.verdict, judgment, a.tokens, a.prompt_tokens, a.cached))
+                if heard:
+                    told(n, votes[-1])
             return [None if v.verdict is None else float(v.verdict == "A") for v in votes[-len(places):]]
 
         return await ranking.play(game, ask), votes
 
     # --- what is done with answers
 
-    async def acompare(self, prompt, a, b, budget=8):
+    async def acompare(self, prompt, a, b, budget=8, heard=None):
         """Which of two responses is better? prompt: a text or messages; a, b: texts, or messages that end in one.
-        One vote in each order, more only while neither is two ahead and the budget lasts. -> `Comparison`"""
+        One vote in each order, more only while neither is two ahead and the budget lasts. heard: see `play`.
+        -> `Comparison`"""
         pair = Pair("", messages_of(prompt), response_of(a), response_of(b), None)
         if pair.a == pair.b:
             return Comparison("tie", "the responses are equal", 0.5, 0.5, 0.5, None, None, None, [])
-        return await self.apair(pair, budget)
+        return await self.apair(pair, budget, heard)
 
-    async def apair(self, pair, budget=8):
+    async def apair(self, pair, budget=8, heard=None):
         """`acompare` for a `Pair`, in its published prompt if it has one; where its responses cannot be told apart
         in that, there is one vote, in the order that it has."""
         played, votes = await self.play(lambda i, _: pair.swapped() if i else pair,
-                                        ranking.votes(budget if pair.a else 1))
+                                        ranking.votes(budget if pair.a else 1), heard)
         says = ranking.verdict(played)
         speaks = [v for v in votes if v.verdict and says["verdict"] == "AB"[(v.verdict == "B") != (v.first == 1)]]
         reason = {"tie": "as many votes for each", None: votes[0].judgment.reason}.get(says["verdict"], "")
@@ -224,7 +226,8 @@ class Judge:
             numbers = ranking.rewards([f"{self.seed}/{t}" for t in keys], played)
             read = {i for *pair, won in played if won is not None for i in pair}
         place = {t: texts.index(t) for t in keys}
-        votes = [Vote(place[keys[v.first]], place[keys[v.second]], v.verdict, v.judgment, v.tokens) for v in votes]
+        for v in votes:
+            v.first, v.second = place[keys[v.first]], place[keys[v.second]]
         alone = dict(reward=0.5, stderr=0.0, low=0.5, high=0.5, best=1.0)    # all are equal
         out = {name: [float(numbers[name][i]) if i in read else None if numbers else alone[name]
                       for i in map(keys.index, texts)] for name in alone}
@@ -235,22 +238,24 @@ class Judge:
         """A reward for every completion: its expected win rate against the others to the same prompt, which stand in
         a row, as trainers have them. None where nothing could be read, or where a completion is empty or alone: TRL
         then gives it no advantage. Goes into TRL's `reward_funcs`, and into verifiers' as a group reward."""
-        groups = []
-        for prompt, completion in zip(prompts, completions, strict=True):
-            if not groups or groups[-1][0] != prompt:
-                groups.append((prompt, []))
-            groups[-1][1].append(completion)
+        groups = self.groups(prompts, completions)
         if any(len(some) == 1 for _, some in groups):
             warnings.warn("a completion is the only one to its prompt, so there is nothing to compare it with; let "
                           "per_device_train_batch_size x steps_per_generation be a multiple of num_generations")
-        return sum(await all_of([self.agroup(*group) for group in groups]), [])
+        return [r for some, _ in await all_of([self.agroup(*group) for group in groups]) for r, _ in some]
+
+    @staticmethod
+    def groups(prompts, completions):
+        """-> [(prompt, [completion, ...]), ...]: runs of equal prompts"""
+        runs = itertools.groupby(zip(prompts, completions, strict=True), key=lambda both: both[0])
+        return [(prompt, [completion for _, completion in run]) for prompt, run in runs]
 
     async def agroup(self, prompt, completions):
-        """Rewards of the completions to one prompt."""
-        known = [i for i, c in enumerate(completions) if has_text(c)]
+        """-> [(reward, stderr), ...] of the completions to one prompt, and the votes"""
+        known = [i for i, c in enumerate(completions) if text_in(c)]
         ranked = await self.arank(prompt, [completions[i] for i in known]) if len(known) > 1 else None
-        reward = dict(zip(known, ranked.reward)) if ranked else {}
-        return [reward.get(i) for i in range(len(completions))]
+        found = dict(zip(known, zip(ranked.reward, ranked.stderr))) if ranked else {}
+        return [found.get(i, (None, None)) for i in range(len(completions))], ranked.votes if ranked else []
 
     def verl(self):
         """A `compute_score` for verl, which shows a reward function one sample at a time: the share of votes that it
@@ -287,21 +292,6 @@ def now(coroutine):
         return asyncio.run(coroutine)
     with ThreadPoolExecutor(1) as pool:
         return pool.submit(asyncio.run, coroutine).result()
-
-
-def text_in(response):
-    """What a response says; of messages, the last one."""
-    return response[-1].get("content") if isinstance(response, list) and response else response
-
-
-def has_text(response):
-    return isinstance(text := text_in(response), str) and bool(text.strip())
-
-
-def response_of(response):
-    if not has_text(response):
-        raise ValueError("a response is empty, or not a text")
-    return text_in(response)
 
 
 # ---------------------------------------------------------------- the command line
@@ -341,18 +331,38 @@ def show(pair, found):
           + (f", people preferred {pair.label}" if pair.label else ""))
 
 
-def as_json(found):
-    """A `Comparison` as a program wants it."""
-    votes = [{"order": "BA" if v.first else "AB", "verdict": v.verdict, "reason": v.judgment.reason,
-              "tokens": v.tokens, "text": v.judgment.text} for v in found.votes]
+def judgment_as_json(j, pair, first):
+    """A judgment for a program, in the words of `pair`: a and b are its responses, first of them was shown as A."""
+    shown = pair.swapped() if first else pair
+    quotes = [("ab"[(side == "B") != first], quote.strip()) for side in "AB" for quote in j.quotes[side]]
+    return {"type": j.type, "rubric": [dict(zip(("name", "weight", "text"), item)) for item in j.rubric],
+            "justify": j.justify, "solution": j.solution, "eval": j.eval,
+            "quotes": [{"of": of, "text": quote, "found": found}
+                       for (of, quote), found in zip(quotes, verbatim(j, shown))]}
+
+
+def vote_as_json(v, pair):
+    """A `Vote`; its verdict is in the words of what was shown, prefers in those of `pair`."""
+    prefers = v.verdict and "ab"[(v.verdict == "B") != v.first]
+    return {"order": "BA" if v.first else "AB", "verdict": v.verdict, "prefers": prefers, "reason": v.judgment.reason,
+            "tokens": v.tokens, "text": v.judgment.text, "judgment": judgment_as_json(v.judgment, pair, v.first)}
+
+
+def as_json(found, pair):
+    """A `Comparison`."""
     return {k: getattr(found, k) for k in ("verdict", "reason", "win", "low", "high", "consistent", "share")} | {
-        "votes": votes}
+        "votes": [vote_as_json(v, pair) for v in found.votes]}
 
 
-def judge_of(args):
-    model = Server(args.base_url, args.model, args.max_tokens) if args.base_url else args.model
-    return Judge(model, args.protocol, args.system_prompt, args.model, args.journal, args.temperature, args.seed,
-                 args.max_tokens, **({} if args.base_url else {"dtype": args.dtype}))
+def judge_of(args, what, least=None):
+    """The judge that is named. Says first what it will do; how long that takes, a bar shows after the first answers."""
+    print(f"{what}, by {args.base_url or args.model}"
+          + (f", less what is in {args.journal}" if args.journal and os.path.exists(args.journal) else ""),
+          file=sys.stderr)
+    judge = Judge(args.model, args.protocol, args.system_prompt, args.base_url, args.journal, args.temperature,
+                  args.seed, args.max_tokens, **({} if args.base_url else {"dtype": args.dtype}))
+    judge.bar = tqdm(total=least, unit=" judgments", leave=False, disable=None)      # on a terminal only
+    return judge
 
 
 def judge(args):
@@ -368,22 +378,11 @@ def judge(args):
             fail("--a and --b are equal")
     else:
         fail("name a pair: --question, --a and --b, or --data")
-    for pair, found in zip(pairs, judge_of(args).compare_all(pairs, args.budget)):
+    judge = judge_of(args, f"{len(pairs)} pairs, up to {args.budget} judgments each", len(pairs))
+    for pair, found in zip(pairs, judge.compare_all(pairs, args.budget)):
         if all(v.verdict is None and not v.judgment.text for v in found.votes):
             fail(found.reason)
-        print(json.dumps({"id": pair.id} | as_json(found))) if args.json else show(pair, found)
-
-
-def lines_of(args, read, rejects=None):
-    """read(row) of every line of --data, as they come. A line that cannot be read ends the command, or goes to the
-    file `rejects` with its reason."""
-    for line, row in rows_of(args.data):
-        try:
-            yield line, read(json_object(row))
-        except (ValueError, TypeError) as e:
-            if rejects is None:
-                fail(f"{args.data}:{line}: {e}")
-            rejects.write(json.dumps({"line": line, "reason": str(e)}) + "\n")
+        print(json.dumps({"id": pair.id} | as_json(found, pair))) if args.json else show(pair, found)
 
 
 def rank(args):
@@ -395,7 +394,9 @@ def rank(args):
                              f"up to {args.budget or 4 * len(responses)} judgments")
         return row.get("id"), messages_of(row.get("prompt")), responses
 
-    rows, judge = list(lines_of(args, read)) or fail(f"{args.data}: no lines in it"), judge_of(args)
+    rows = list(lines_of(args.data, read)) or fail(f"{args.data}: no lines in it")
+    most = sum(args.budget or 4 * len(some) for _, (*_, some) in rows)
+    judge = judge_of(args, f"{len(rows)} lines of responses, up to {most:,} judgments")
     ranked = now(all_of([judge.arank(prompt, some, args.goal, args.budget) for _, (_, prompt, some) in rows]))
     for (line, (id, *_)), r in zip(rows, ranked):
         print(json.dumps({"id": line if id is None else id} | {k: getattr(r, k) for k in (
@@ -404,7 +405,7 @@ def rank(args):
 
 def reward(args):
     """Reward every line's completion beside the others to its prompt, which stand in a row: a line for each."""
-    judge, batch = judge_of(args), []
+    judge, batch = judge_of(args, "up to four judgments a completion"), []
 
     def flush():
         rewards = judge.reward([p for _, (p, _) in batch], [c for _, (_, c) in batch])
@@ -413,7 +414,7 @@ def reward(args):
 
     with open(args.rejects or os.devnull, "w") as rejects:
         read = lambda row: (messages_of(row.get("prompt")), response_of(row.get("completion")))
-        for item in lines_of(args, read, rejects if args.rejects else None):
+        for item in lines_of(args.data, read, rejects if args.rejects else None):
             # Between two groups, and as many of them together as keep an engine busy.
             if len(batch) >= args.at_once and batch[-1][1][0] != item[1][0]:
                 flush()
@@ -430,13 +431,14 @@ def select(args):
         return row, Pair("", context, response_of(row.get("a")), response_of(row.get("b")), row.get("label"))
 
     once = {}                                            # of pairs that differ in case and punctuation only, one
-    for _, (row, pair) in lines_of(args, read):
+    for _, (row, pair) in lines_of(args.data, read):
         words = re.findall(r"\w+", json.dumps([pair.context, *sorted((pair.a, pair.b))]).lower())
         if pair.a != pair.b:
             once.setdefault(" ".join(words), (row, pair))
     if not once:
         fail(f"{args.data}: no pairs in it")
-    found = judge_of(args).compare_all([pair for _, pair in once.values()], args.budget)
+    judge = judge_of(args, f"{len(once)} pairs, up to {args.budget} judgments each", len(once))
+    found = judge.compare_all([pair for _, pair in once.values()], args.budget)
     rows, wins = [row for row, _ in once.values()], [f.win for f in found]
     for why, places in zip(("drawn", "disputed"), ranking.select(list(once), wins, min(args.count, len(rows)))):
         for i in places:
@@ -490,7 +492,10 @@ def main():
         arg("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the computation")
         one.set_defaults(run=run)
     args = ap.parse_args()
-    args.run(args)
+    try:
+        args.run(args)
+    except Refused as e:
+        fail(str(e))
 
 
 if __name__ == "__main__":

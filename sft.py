@@ -23,24 +23,18 @@ from rubrics import chat_messages, encode, form_of, prompt_form, read_pairs
 
 def arguments():
     ap = Flags(__doc__)
+    R.flags(ap, model="Qwen/Qwen2.5-7B-Instruct", data="gaotang/RM-R1-Distill-SFT", out="runs/sft", lr=5e-6,
+            save_every=50, seed=42)
     arg = ap.add_argument
-    arg("--model", default="Qwen/Qwen2.5-7B-Instruct",
-        help="folder, hub id, or FOLDER/config.json for random weights")
-    arg("--data", default="gaotang/RM-R1-Distill-SFT", help="pairs with traces: JSONL file or hub dataset")
-    arg("--out", default="runs/sft", help="folder of this run")
     arg("--max-len", type=number(int, 1), default=12288,
         help="longest prompt + trace in tokens; longer rows are left out")
     arg("--batch", type=number(int, 1), default=128, help="rows in an optimizer step, over all ranks")
     arg("--epochs", type=number(float, 0, above=True), default=1, help="passes over the data")
-    arg("--lr", type=number(float, 0, above=True), default=5e-6,
-        help="peak learning rate (paper: 5e-6, 3e-6, 2e-6 for 7B, 14B, 32B)")
     arg("--warmup", type=number(float, 0, 1), default=0.03,
         help="share of the steps with rising learning rate")
     arg("--betas", type=number(float, 0, 0.99999), nargs=2, default=(0.9, 0.95), help="AdamW betas")
     arg("--weight-decay", type=number(float, 0), default=0.0, help="AdamW weight decay")
     arg("--grad-clip", type=number(float, 0, above=True), default=1.0, help="largest gradient norm")
-    R.flags(ap, save_every=50, seed=42)
-    arg("--dry-run", **dryrun.FLAG)
     return ap.parse_args()
 
 
@@ -49,17 +43,13 @@ def tokenize(pairs, tokenizer, form, args):
     belongs to the prompt, exactly as the model will meet them when it writes. Rows longer than
     --max-len are left out and counted: cutting them and closing with an end of turn would teach it to
     stop in mid-sentence."""
-    rows, overlong = [], 0
     if without := [p.id for p in pairs if p.trace is None]:
         fail(f"{args.data}: {len(without)} pairs have no trace to learn from, the first is {without[0]}")
-    for pair in tqdm(pairs, desc="tokenize", disable=R.quiet(), leave=False):
-        prompt = encode(tokenizer, chat_messages(pair, *form))
-        trace = tokenizer.encode(pair.trace, add_special_tokens=False) + [tokenizer.eos_token_id]
-        if len(prompt) + len(trace) > args.max_len:
-            overlong += 1
-        else:
-            rows.append((prompt, trace))
-    R.print0(f"{len(rows)} traces, {overlong} left out as longer than --max-len {args.max_len}")
+    whole = [(encode(tokenizer, chat_messages(pair, *form)),
+              tokenizer.encode(pair.trace, add_special_tokens=False) + [tokenizer.eos_token_id])
+             for pair in tqdm(pairs, desc="tokenize", disable=R.quiet(), leave=False)]
+    rows = [(prompt, trace) for prompt, trace in whole if len(prompt) + len(trace) <= args.max_len]
+    R.print0(f"{len(rows)} traces, {len(whole) - len(rows)} left out as longer than --max-len {args.max_len}")
     if len(rows) < args.batch:
         fail(f"--batch {args.batch}: more than the {len(rows)} rows in {args.data}")
     return rows
@@ -91,14 +81,14 @@ def rehearse(policy, _, optim, shown, args, world):
 
 def main():
     args = arguments()
-    pairs = read_pairs(args.data, args.skip_bad)
     folder = P.resolve(args.model, weights=args.dry_run is None)
     tokenizer, _ = P.load_tokenizer(folder)
-    rank, world, device = R.start_ranks(args.timeout, dryrun.ranks(args))
+    rank, world, device = R.start_ranks(args.timeout, args.dry_run)
     form = prompt_form(folder, args.model, args.protocol, args.system_prompt, default="instruct")
     config, dtype, shard = P.config_of(folder), P.DTYPES[args.dtype], R.shards(args.shard)
     if args.max_len > P.window_of(config):
         fail(f"--max-len {args.max_len}: more than the model's window of {P.window_of(config)} tokens")
+    pairs = read_pairs(args.data, args.skip_bad)
     rows = tokenize(pairs, tokenizer, form, args)
     steps = int(args.epochs * len(rows)) // args.batch
     if not steps:
@@ -108,38 +98,31 @@ def main():
         longest = max(len(trace) for _, trace in rows)
         return dryrun.show(args, config, shard, steps, [p for p, _ in rows], 1, longest, rehearse)
     about = R.open_run(args, folder, pairs, form)
+
     policy = P.load(args.model, device, dtype, args.seed, recompute=args.recompute, shard=shard)
     optim = P.adamw(policy, args.lr, args.betas, args.weight_decay)
     state = R.Checkpoints(policy, optim, f"{args.out}/state")
     first = state.load(steps)
-    diary, bad = R.Diary(args.out, first, about), 0
-    R.catch_signals()
-    R.print0(f"{world} ranks on {device.type}, {steps} steps of {args.batch} rows"
-             + (f", resumed at step {first}" if first else ""))
+    diary = R.Diary(args.out, first, about)
+    R.print0(f"{world} ranks on {device.type}, {steps} steps of {args.batch} rows")
 
-    bar = tqdm(range(first, steps), initial=first, total=steps, desc="sft", disable=R.quiet())
-    for step in bar:
+    for step in R.steps_of(diary, state, first, steps, args):
         # Every rank takes its share of the step's rows, and as many micro-batches as the busiest one.
         diary.phase("step")
         drawn = R.draw(len(rows), args.batch, step, args.seed)
         batch = [(prompt, [trace]) for prompt, trace in (rows[i] for i in drawn)]
         mine = packing.deal(batch, world, policy.lm.config.hidden_size)[rank]
-        micros = packing.pack([batch[i] for i in mine], args.micro_tokens, device)
+        micros = packing.level(packing.pack([batch[i] for i in mine], args.micro_tokens, device), device)
         tokens = sum(len(trace) for _, (trace,) in batch)
         lr = args.lr * P.schedule(step, steps, "cosine", int(args.warmup * steps + 0.999))
-        total, norm = learn(policy, optim, packing.level(micros, device), tokens, lr, args, world)
+        total, norm = learn(policy, optim, micros, tokens, lr, args, world)
         loss, = R.all_sum([total])
-        diary.write(step=step, loss=loss, grad_norm=norm, lr=lr, trace_tokens=tokens,
+        diary.write([norm], step=step, loss=loss, grad_norm=norm, lr=lr, trace_tokens=tokens,
                     tokens=tokens + sum(len(prompt) for prompt, _ in batch),
                     skipped_rows=[] if math.isfinite(norm) else drawn)
-        bar.set_postfix(loss=f"{loss:.3f}")
-        bad = 0 if math.isfinite(norm) else bad + 1
-        if not R.goes_on(state, step + 1, steps, bad, args):
-            return
-    state.settle()
+
     P.save_model(policy, folder, f"{args.out}/model", dtype, form_of(chat_messages(pairs[0], *form)))
     R.print0(f"wrote {args.out}/model")
-    R.barrier()
 
 
 if __name__ == "__main__":

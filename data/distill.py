@@ -29,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from askers import Journal, Local, Server
 from engine import seed_of
 from files import Flags, claim, digest, fail, number, read_lines, write_lines
+from prepare import row_of
 from rubrics import chat_messages, encode, parse, read_pairs, read_system
 
 # What pass 2 adds to the user's message.
@@ -52,39 +53,27 @@ LEAK = re.compile(
 
 # ---------------------------------------------------------------- checks
 
-def fault(text, finished, label, told=False):
-    """Why a judgment cannot be a trace, "" if it can. One parser for everything: the verdict is right and the
-    parts that its task type asks for are there (section 3.2: solution for reasoning, weighted rubric for
-    chat)."""
-    j = parse(text, finished)
-    if j.verdict is None:
-        return j.reason
-    if j.verdict != label:
-        return "wrong verdict"
-    if j.type not in ("Chat", "Reasoning"):
-        return "no task type"
-    if j.type == "Reasoning" and not j.solution:
-        return "no solution"
-    if j.type == "Chat" and not any(weight is not None for _, weight, _ in j.rubric):
-        return "no weighted rubric"
-    if not j.eval:
-        return "no comparison"
-    if told and LEAK.search(text):
-        return "it lets on that it was told"
-    return ""
-
-
-def fault_of(row, label, told=False):
-    """`fault` of an answer in the journal; one without a text has its own."""
-    if row["finish"] not in ("stop", "cut off"):
-        return row["finish"].split(":")[0]
-    return fault(row["text"], row["finish"] == "stop", label, told)
+def fault(text, finish, label, told=False):
+    """Why an answer cannot be a trace, "" if it can; finish as in `askers.Answer`. One parser for everything:
+    the verdict is right and the parts that its task type asks for are there (section 3.2: solution for
+    reasoning, weighted rubric for chat)."""
+    if finish not in ("stop", "cut off"):
+        return finish.split(":")[0]
+    j = parse(text, finish == "stop")
+    weighted = any(weight is not None for _, weight, _ in j.rubric)
+    faults = {j.reason: j.verdict is None,
+              "wrong verdict": j.verdict != label,
+              "no task type": j.type not in ("Chat", "Reasoning"),
+              "no solution": j.type == "Reasoning" and not j.solution,
+              "no weighted rubric": j.type == "Chat" and not weighted,
+              "no comparison": not j.eval,
+              "it lets on that it was told": told and LEAK.search(text)}
+    return next((why for why, found in faults.items() if found), "")
 
 
 def trace_of(text):
     """What SFT learns to write: the answer without thoughts before it and without an end-of-turn token."""
-    return re.sub(r"<\|[^|<>]*\|>\s*$", "",
-                  text[text.rfind("</think>") + len("</think>"):] if "</think>" in text else text).strip()
+    return re.sub(r"<\|[^|<>]*\|>\s*$", "", text.rpartition("</think>")[2]).strip()
 
 
 def hint(messages, label, judgment, reason):
@@ -96,75 +85,66 @@ def hint(messages, label, judgment, reason):
 
 # ---------------------------------------------------------------- asking, with a journal
 
-def ask(teacher, wanted, journal, name, args, desc):
-    """Answers for [(key, messages), ...], from the journal or else from the teacher. -> {key: row}; keys
-    without an answer are missing. teacher() builds one, when there is something to ask."""
-    seeds = {key: seed_of(args.seed, *key) for key, _ in wanted}
+def ask(teacher, wanted, journal, args, desc):
+    """Answers for {key: messages}, from the journal or else from the teacher: its name, and a function that
+    builds it when there is something to ask. -> {key: row}; keys without an answer are missing."""
+    name, build = teacher
+    seeds = {key: seed_of(args.seed, *key) for key in wanted}
     asked = {key: digest([name, messages, seeds[key], args.temperature, args.max_tokens])
-             for key, messages in wanted}
-    todo = [(key, messages) for key, messages in wanted if asked[key] not in journal.answers]
+             for key, messages in wanted.items()}
+    todo = [key for key in wanted if asked[key] not in journal.answers]
+    requests = ((wanted[key], seeds[key], args.temperature) for key in todo)
     bar = tqdm(total=len(wanted), initial=len(wanted) - len(todo), desc=desc)
-    cost = 0.0
-    requests = ((messages, seeds[key], args.temperature) for key, messages in todo)
-    for at, answer in teacher().answers(requests) if todo else ():
-        key = todo[at][0]
+    read = written = 0
+    for at, answer in build().answers(requests) if todo else ():
         if answer.failed:
             journal.failed = answer.finish
         else:
-            journal.add(asked[key], answer, key=list(key), teacher=name)
-            cost += price_of(answer.prompt_tokens, answer.tokens, args.price)
+            journal.add(asked[todo[at]], answer, key=list(todo[at]), teacher=name)
+            read, written = read + answer.prompt_tokens, written + answer.tokens
         bar.update()
-        bar.set_postfix_str(f"${cost:.2f}" if any(args.price) else "", refresh=False)
+        bar.set_postfix_str(cost(read, written, args.price), refresh=False)
     bar.close()
-    return {key: journal.answers[asked[key]] for key, _ in wanted if asked[key] in journal.answers}
+    return {key: journal.answers[asked[key]] for key in wanted if asked[key] in journal.answers}
 
 
-def price_of(prompt_tokens, tokens, price):
-    """Dollars; price: dollars a million tokens, read and written."""
-    return (prompt_tokens * price[0] + tokens * price[1]) / 1e6
+def cost(read, written, price, before=""):
+    """Dollars of so many tokens as a text, "" without a price: dollars a million tokens, read and written."""
+    return f"{before}${(read * price[0] + written * price[1]) / 1e6:,.2f}" if any(price) else ""
 
 
 # ---------------------------------------------------------------- the two passes
 
 def distill(pairs, first, second, journal, args):
     """-> traces {pair id: (text, pass)}, failures {pair id: (text, reason)}, counts by reason.
-    first, second: (name, function that builds the teacher)."""
+    first, second: teachers as in `ask`; without a second one there is no second pass."""
     system = read_system(args.system_prompt)
     messages = {p.id: chat_messages(p, "instruct", system) for p in pairs}
     traces, failures, why = {}, {}, Counter()
-
-    answers = ask(first[1], [((p.id, 1, k), messages[p.id]) for p in pairs for k in range(args.samples)],
-                  journal, first[0], args, "pass 1")
-    again = []
-    for p in pairs:
-        rows = [answers[p.id, 1, k] for k in range(args.samples) if (p.id, 1, k) in answers]
-        if not rows:
-            why["pass 1: no answer from the teacher"] += 1
-            continue
-        faults = [fault_of(r, p.label) for r in rows]
-        good = [r for r, f in zip(rows, faults) if not f]
-        if good and len(good) >= args.agree * len(rows):
-            traces[p.id] = trace_of(good[0]["text"]), 1
-        elif good:                                         # right, but not often enough: a guess
-            why["pass 1: too few of its samples agree"] += 1
-            failures[p.id] = good[0]["text"], "too few of its samples agree"
-        else:
-            why[f"pass 1: {faults[0]}"] += 1
-            again.append((p, rows[0]["text"], faults[0]))
-
-    if second is not None:
-        answers = ask(second[1], [((p.id, 2, 0), hint(messages[p.id], p.label, text, reason))
-                                  for p, text, reason in again], journal, second[0], args, "pass 2")
-    for p, text, reason in again:
-        if second is None:
-            failures[p.id] = text, reason
-        elif (row := answers.get((p.id, 2, 0))) is None:
-            why["pass 2: no answer from the teacher"] += 1
-        elif reason := fault_of(row, p.label, told=True):
-            why[f"pass 2: {reason}"] += 1
-            failures[p.id] = row["text"], reason
-        else:
-            traces[p.id] = trace_of(row["text"]), 2
+    for number, teacher, samples in ((1, first, args.samples), (2, second, 1)):
+        if teacher is None:
+            break
+        answers = ask(teacher, {(p.id, number, k): messages[p.id] for p in pairs for k in range(samples)},
+                      journal, args, f"pass {number}")
+        asked, pairs = pairs, []
+        for p in asked:
+            failures.pop(p.id, None)                       # it gets a second chance
+            rows = [answers[p.id, number, k] for k in range(samples) if (p.id, number, k) in answers]
+            if not rows:
+                why[f"pass {number}: no answer from the teacher"] += 1
+                continue
+            faults = [fault(r["text"], r["finish"], p.label, told=number == 2) for r in rows]
+            good = [r["text"] for r, f in zip(rows, faults) if not f]
+            if good and len(good) >= args.agree * len(rows):
+                traces[p.id] = trace_of(good[0]), number
+            elif good:                                     # right, but not often enough: a guess
+                failures[p.id] = good[0], "too few of its samples agree"
+            else:
+                failures[p.id] = rows[0]["text"], faults[0]
+                messages[p.id] = hint(messages[p.id], p.label, *failures[p.id])
+                pairs.append(p)
+            if p.id in failures:
+                why[f"pass {number}: {failures[p.id][1]}"] += 1
     return traces, failures, why
 
 
@@ -172,25 +152,12 @@ def too_long(traces, args):
     """The length filter: ids whose trace has more than --max-trace tokens (of --tokenizer) or words."""
     if not args.max_trace:
         return set()
+    count = lambda text: len(text.split())
     if args.tokenizer:
         import policy
         tokenizer, _ = policy.load_tokenizer(args.tokenizer)
         count = lambda text: len(tokenizer.encode(text, add_special_tokens=False))
-    else:
-        count = lambda text: len(text.split())
     return {i for i, (text, _) in traces.items() if count(text) > args.max_trace}
-
-
-def row_of(p, **more):
-    """A pair as a row again; one that came as a finished prompt stays one (`winner` is then the trace, as
-    published)."""
-    row = {"id": p.id, "source": p.source, "type": p.type}
-    if p.messages is None:
-        return row | {"context": p.context, "a": p.a, "b": p.b, "label": p.label} | more
-    winner = "model_" + p.label.lower()
-    row |= {"context_messages": p.messages} | more
-    return row | ({"winner": row.pop("trace"), "ground_truth": winner} if "trace" in more
-                  else {"winner": winner})
 
 
 def write_results(out, pairs, traces, failures, why, journal, args):
@@ -207,7 +174,7 @@ def write_results(out, pairs, traces, failures, why, journal, args):
     print(f"{out}/sft.jsonl: {len(traces)} traces of {len(pairs)} pairs, {passes[1]} from pass 1, "
           f"{passes[2]} from pass 2; {len(failures)} failed\n"
           f"{len(rows)} answers, {read:,} tokens read, {written:,} written"
-          + (f", ${price_of(read, written, args.price):.2f}" if any(args.price) else ""))
+          + cost(read, written, args.price, ", "))
     for reason, n in why.most_common():
         print(f"  {n:>7,}  {reason}")
     if missing := len(pairs) - len(traces) - len(failures):
@@ -247,11 +214,10 @@ def main():
         return dry_run(pairs, out, args)
 
     def teacher(model, url, key):
-        def build():
-            if url:
-                return Server(url, model, args.max_tokens, args.at_once, key=os.environ.get(key))
-            return Local(model, args.max_tokens, args.max_len, args.dtype)
-        return model if url else f"{model} in {args.dtype}, window {args.max_len or 'its own'}", build
+        if url:
+            return model, lambda: Server(url, model, args.max_tokens, args.at_once, key=os.environ.get(key))
+        return (f"{model} in {args.dtype}, window {args.max_len or 'its own'}",
+                lambda: Local(model, args.max_tokens, args.max_len, args.dtype))
 
     first = teacher(args.teacher, args.base_url, "OPENAI_API_KEY")
     second = None if args.teacher2 == "none" else teacher(
@@ -270,12 +236,11 @@ def dry_run(pairs, out, args):
     """What a run would ask and cost: prompts are counted by --tokenizer, else at 4 characters a token; a
     judgment is taken to have 800 tokens, and a quarter to need pass 2 (the paper's share)."""
     system = read_system(args.system_prompt)
+    count = lambda m: sum(len(x["content"]) for x in m) // 4
     if args.tokenizer:
         import policy
         tokenizer, _ = policy.load_tokenizer(args.tokenizer)
         count = lambda m: len(encode(tokenizer, m))
-    else:
-        count = lambda m: sum(len(x["content"]) for x in m) // 4
     prompt = sum(count(chat_messages(p, "instruct", system)) for p in tqdm(pairs, desc="count", leave=False))
     done = len(read_lines(out / "journal.jsonl"))
     read = prompt * args.samples + (prompt + 800 * len(pairs)) // 4
@@ -283,8 +248,7 @@ def dry_run(pairs, out, args):
     print(f"{len(pairs)} pairs: {len(pairs) * args.samples} requests in pass 1, "
           f"about {len(pairs) // 4} in pass 2; {done} answers are in the journal\n"
           f"about {read:,} tokens to read and {written:,} to write"
-          + (f", ${price_of(read, written, args.price):,.2f}" if any(args.price)
-             else "; give --price for the cost"))
+          + (cost(read, written, args.price, ", ") or "; give --price for the cost"))
 
 
 if __name__ == "__main__":

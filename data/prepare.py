@@ -25,7 +25,8 @@ import hashlib
 import json
 import re
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +35,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import benchmarks
 from files import Flags, beside, claim, fail, json_object, number, read_lines, rows_of
-from rubrics import about, chat_messages, encode, messages_of, pair_of, text_of
+from rubrics import Pair, about, chat_messages, encode, messages_of, other, pair_of, text_of
 
 # The published mixture (RM-R1, appendix F and table 5): hub id, and what kind of task a source holds.
 PUBLISHED = {"math": "xinlai/Math-Step-DPO-10K", "code": "Vezora/Code-Preference-Pairs",
@@ -47,42 +48,38 @@ WRITES = ("distill.jsonl", "rl.jsonl", "rejects.jsonl", "summary.txt", "card.md"
 
 # ---------------------------------------------------------------- rows to two conversations
 
+ROLES = {"human": "user", "Human": "user", "gpt": "assistant", "Assistant": "assistant"}
+
+
 def conversations(row):
     """(preferred messages, other messages) of a row in any known form; ValueError says what is wrong."""
     if "full_chosen" in row:
-        start = row.get("initial_reason_steps", "")
-        return tuple(messages_of(row["prompt"]) + reply(start + row.get(k, ""))
-                     for k in ("full_chosen", "full_rejected"))
-    if "accepted" in row:
-        return tuple(messages_of(row["input"]) + reply(text_of(row, k)) for k in ("accepted", "rejected"))
-    if "conversations" in row:
-        names = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant",
-                 "system": "system"}
-        turn = lambda t: {"role": names.get(t["from"], t["from"]), "content": t["value"]}
+        context, start = messages_of(row["prompt"]), row.get("initial_reason_steps", "")
+        said = [start + row.get(k, "") for k in ("full_chosen", "full_rejected")]
+    elif "accepted" in row:
+        context, said = messages_of(row["input"]), [text_of(row, k) for k in ("accepted", "rejected")]
+    elif "conversations" in row:
+        turn = lambda t: {"role": ROLES.get(t["from"], t["from"]), "content": t["value"]}
         start = [turn(t) for t in row["conversations"]]
         return tuple(start + [turn(row[k])] for k in ("chosen", "rejected"))
-    if "chosen" in row and "rejected" in row:
+    elif "chosen" in row and "rejected" in row:
         both = row["chosen"], row["rejected"]
         if all(isinstance(x, str) and "\n\nHuman:" in x for x in both):
             return tuple(map(transcript, both))
         if all(isinstance(x, list) and len(x) > 1 for x in both):  # whole conversations, prompt included
             return tuple([{"role": m["role"], "content": m["content"]} for m in x] for x in both)
         context = messages_of(row.get("context", row.get("prompt")))
-        return tuple(context + reply(text_of(row, k)) for k in ("chosen", "rejected"))
-    pair = pair_of(row, "")
-    a, b = (pair.context + reply(x) for x in (pair.a, pair.b))
-    return (a, b) if pair.label == "A" else (b, a)
-
-
-def reply(text):
-    return [{"role": "assistant", "content": text}]
+        said = [text_of(row, k) for k in ("chosen", "rejected")]
+    else:
+        pair = pair_of(row, "")
+        context, said = pair.context, [pair.a, pair.b] if pair.label == "A" else [pair.b, pair.a]
+    return tuple([*context, {"role": "assistant", "content": x}] for x in said)
 
 
 def transcript(text):
     """Messages of an HH transcript."""
     parts = re.split(r"\n\n(Human|Assistant): ?", text)
-    return [{"role": {"Human": "user", "Assistant": "assistant"}[who], "content": said.strip()}
-            for who, said in zip(parts[1::2], parts[2::2])]
+    return [{"role": ROLES[who], "content": said.strip()} for who, said in zip(parts[1::2], parts[2::2])]
 
 
 def split_turns(chosen, rejected):
@@ -95,10 +92,8 @@ def split_turns(chosen, rejected):
         n -= 1
     if not n:
         raise ValueError("the conversations do not begin alike")
-    for part in (chosen, rejected):
-        for m in part:
-            if not isinstance(m.get("content"), str):
-                raise ValueError("a message is not a text")
+    if not all(isinstance(m.get("content"), str) for m in (*chosen, *rejected)):
+        raise ValueError("a message is not a text")
     rest = []
     for part in (chosen[n:], rejected[n:]):
         if not part or part[-1]["role"] != "assistant":
@@ -113,227 +108,187 @@ def split_turns(chosen, rejected):
 def source_rows(name, where, published):
     """(place, row) of one source. Code is cut as published: shuffled with seed 42, the first 8,000."""
     rows = ((f"{where}:{n}", row) for n, row in rows_of(where))
-    if not (published and name == "code"):
-        yield from rows
-        return
-    count = sum(1 for _ in rows_of(where))
-    order = np.random.default_rng(42).permutation(count)[:CODE_ROWS]       # as `datasets` shuffles
-    place_of, kept = {int(i) + 1: at for at, i in enumerate(order)}, {}
-    for n, row in rows_of(where):
-        if n in place_of:
-            kept[place_of[n]] = f"{where}:{n}", row
-    yield from (kept[at] for at in sorted(kept))
+    if published and name == "code":
+        count = sum(1 for _ in rows_of(where))
+        order = np.random.default_rng(42).permutation(count)[:CODE_ROWS].tolist()   # as `datasets` shuffles
+        drawn = set(order)
+        kept = {at: row for at, row in enumerate(rows) if at in drawn}
+        rows = (kept[at] for at in order)
+    return rows
 
 
-def key_of(context, a, b):
-    """What a pair is, whichever response stands first."""
-    return hashlib.sha256(json.dumps([context, *sorted((a, b))]).encode()).digest()
+def grams(context):
+    """Hashes of a prompt (its user messages) as a whole and of every run of 13 words in it; they mean nothing
+    outside of this process. -> whole, {whole, run, ...}"""
+    words = re.findall(r"\w+", " ".join(m["content"] for m in context if m["role"] == "user").lower())
+    whole = hash((None, *words))                                    # None: not to be taken for a run
+    return whole, {whole, *(hash(tuple(words[at:at + 13])) for at in range(len(words) - 12))}
 
 
-class Grams:
-    """All runs of 13 words of the benchmarks' prompts, and the prompts themselves, as 64-bit hashes."""
-    N = 13
-
-    def __init__(self, folder):
-        self.words, grams, exact = {}, [], []
-        for name, bench in benchmarks.BENCHES.items():
-            for path in benchmarks.files_of(folder, name):
-                for row in benchmarks.understood(bench, path, rows_of(path))[0]:
-                    whole, runs = self.hashes(row.context)
-                    exact.append(whole)
-                    grams.append(runs)
-        if not exact:
-            fail(f"--decontaminate {folder}: no benchmark files in it")
-        self.exact = set(exact)
-        self.grams = np.unique(np.concatenate(grams)) if grams else np.zeros(0, np.uint64)
-
-    def hashes(self, context):
-        """Hash of a prompt (its user messages), and of each run of N words in it."""
-        words = re.findall(r"\w+", " ".join(m["content"] for m in context if m["role"] == "user").lower())
-        for w in words:
-            if w not in self.words:
-                self.words[w] = int.from_bytes(hashlib.blake2b(w.encode(), digest_size=8).digest())
-        ids = np.array([self.words[w] for w in words], np.uint64)
-        with np.errstate(over="ignore"):
-            powers = np.uint64(0x9E3779B97F4A7C15) ** np.arange(self.N, dtype=np.uint64)
-            runs = (np.lib.stride_tricks.sliding_window_view(ids, self.N) * powers).sum(1, dtype=np.uint64) \
-                if len(ids) >= self.N else np.zeros(0, np.uint64)
-        if len(self.words) > 10**6:
-            self.words.clear()
-        return hashlib.sha256(" ".join(words).encode()).digest(), runs
-
-    def overlap(self, context):
-        """ "exact", "13-gram" or "" """
-        whole, runs = self.hashes(context)
-        if whole in self.exact:
-            return "exact"
-        at = np.searchsorted(self.grams, runs)
-        at[at == len(self.grams)] = 0
-        return "13-gram" if len(self.grams) and (self.grams[at] == runs).any() else ""
+def benchmark_grams(folder):
+    """`grams` of all prompts of the benchmarks' files in a folder."""
+    known = set()
+    for name, bench in benchmarks.BENCHES.items():
+        for path in benchmarks.files_of(folder, name):
+            for row in benchmarks.understood(bench, path, rows_of(path))[0]:
+                known |= grams(row.context)[1]
+    if not known:
+        fail(f"--decontaminate {folder}: no benchmark files in it")
+    return known
 
 
 def difficulty(run):
     """{pair id: share of its judgments that are right} of an evaluation with votes."""
-    right, count = Counter(), Counter()
+    right = defaultdict(list)
     pairs, judgments = (read_lines(Path(run) / name) for name in ("pairs.jsonl", "judgments.jsonl"))
     try:
         names = {p["id"]: p["item"] for p in pairs}
         for line in judgments:
-            right[names[line["id"]]] += line["verdict"] == line["label"]
-            count[names[line["id"]]] += 1
+            right[names[line["id"]]].append(line["verdict"] == line["label"])
     except (KeyError, TypeError):
         fail(f"--rollouts {run}: its judgments are not those of its pairs")
-    if not count:
+    if not right:
         fail(f"--rollouts {run}: no judgments.jsonl in it; name the --out of an evaluation that has ended")
-    return {k: right[k] / n for k, n in count.items()}
+    return {item: sum(some) / len(some) for item, some in right.items()}
 
 
 # ---------------------------------------------------------------- the work
 
-def understood(row, published):
-    """(context, preferred response, other response, label) of a row; label is None where sides are still to
-    be dealt. A finished prompt has its label and no responses. ValueError says why a row cannot be used."""
+def candidate(row, name, published):
+    """(key, pair) of a source's row; ValueError says why it cannot be used. The key is what the pair is,
+    whichever response stands first; A is the preferred one, unless the pair is a finished prompt."""
+    row = json_object(row)
     if published and row.get("source") == "magpie_ultra":
         raise ValueError("magpie_ultra, dropped as published")
     if "context_messages" in row and not (pair := pair_of(row, "")).a:
-        return row["context_messages"], "", "", pair.label
-    context, good, bad = split_turns(*conversations(row))
-    if not good.strip() or not bad.strip():
-        raise ValueError("empty response")
-    if good == bad:
-        raise ValueError("equal responses")
-    return context, good, bad, None
+        context, good, bad = pair.messages, "", ""
+    else:
+        context, good, bad = split_turns(*conversations(row))
+        if not good.strip() or not bad.strip():
+            raise ValueError("empty response")
+        if good == bad:
+            raise ValueError("equal responses")
+        pair = Pair(context=context, a=good, b=bad, label="A", **about(row, ""))
+    key = hashlib.sha256(json.dumps([context, *sorted((good, bad))]).encode()).digest()
+    source = pair.source or name
+    return key, replace(pair, id=pair.id or key.hex()[:16], source=source,
+                        type=pair.type or TYPES.get(source, ""))
 
 
-def candidate(row, name, published):
-    """(key, label, row to write) of a source's row. Where sides are still to be dealt, the label is None and
-    the preferred response is A."""
-    row = json_object(row)
-    context, good, bad, label = understood(row, published)
-    key = key_of(context, good, bad)
-    pair = about(row, "")
-    pair["id"] = pair["id"] or key.hex()[:16]
-    pair["source"] = pair["source"] or name
-    pair["type"] = pair["type"] or TYPES.get(pair["source"], "")
-    return key, label, pair | ({"context_messages": context, "winner": f"model_{label.lower()}"} if label else
-                               {"context": context, "a": good, "b": bad, "label": "A"})
-
-
-def dealer(published, seed):
-    """Which side the preferred response of a kept pair gets. As published, sides alternate over the rows.
-    Else the first of every two rows is dealt by a hash of its content and the second gets the other side, so
-    that labels balance and cannot be foretold."""
-    dealt = 0
-    first = None
-
-    def deal(key):
-        nonlocal dealt, first
-        dealt += 1
-        if published:
-            return "BA"[dealt % 2]
-        if dealt % 2:
-            first = "AB"[hashlib.sha256(f"{seed}/side/".encode() + key).digest()[0] % 2]
-            return first
-        return "AB"[first == "A"]
-    return deal
+def row_of(p, **more):
+    """A pair as a row again; one that came as a finished prompt stays one (`winner` is then the trace, as
+    published)."""
+    row = {"id": p.id, "source": p.source, "type": p.type}
+    if p.messages is None:
+        return row | {"context": p.context, "a": p.a, "b": p.b, "label": p.label} | more
+    winner, trace = f"model_{p.label.lower()}", more.pop("trace", None)
+    return row | {"context_messages": p.messages} | more | (
+        {"winner": winner} if trace is None else {"winner": trace, "ground_truth": winner})
 
 
 def gate(args, overlaps):
-    """A function (id, context) that raises ValueError where --rollouts or --decontaminate leave a pair
-    out."""
-    grams = Grams(args.decontaminate) if args.decontaminate else None
+    """A function that raises ValueError where --rollouts or --decontaminate leave a pair out, and counts
+    overlaps with benchmarks."""
+    known = benchmark_grams(args.decontaminate) if args.decontaminate else None
     shares = difficulty(args.rollouts) if args.rollouts else None
 
-    def check(id, context):
-        if shares is not None and id not in shares:
+    def check(pair):
+        if shares is not None and pair.id not in shares:
             raise ValueError("difficulty unknown: no rollouts")
-        if shares is not None and not args.keep[0] <= shares[id] <= args.keep[1]:
-            raise ValueError(f"difficulty: {shares[id]:.2f} of its rollouts are right")
-        if grams and (overlap := grams.overlap(context)):
-            overlaps[overlap] += 1
-            if args.drop_contaminated:
-                raise ValueError(f"in a benchmark: {overlap}")
+        if shares is not None and not args.keep[0] <= shares[pair.id] <= args.keep[1]:
+            raise ValueError(f"difficulty: {shares[pair.id]:.2f} of its rollouts are right")
+        if args.decontaminate:
+            whole, some = grams(pair.messages or pair.context)
+            if not known.isdisjoint(some):
+                overlap = "exact" if whole in known else "13-gram"
+                overlaps[overlap] += 1
+                if args.drop_contaminated:
+                    raise ValueError(f"in a benchmark: {overlap}")
     return check
 
 
-def measure_by(args):
-    """(unit, function pair row -> its length): tokens of the prompt, or characters without a tokenizer."""
-    if not args.tokenizer:
-        return "characters", lambda row: len(json.dumps(
-            row.get("context_messages") or [row["context"], row["a"], row["b"]]))
-    import policy
-    tokenizer, _ = policy.load_tokenizer(args.tokenizer)
-    return "tokens", lambda row: len(encode(tokenizer, chat_messages(pair_of(row, ""))))
+def usable(args, sources, published, counts, left_out):
+    """(key, pair, length) of every row that can be used; of the others place and reason go to the open file
+    `left_out`. Length: tokens of the prompt, or characters without a tokenizer."""
+    check, seen = gate(args, counts["overlap"]), set()
+    length = lambda pair: len(json.dumps(pair.messages or [pair.context, pair.a, pair.b]))
+    if args.tokenizer:
+        import policy
+        tokenizer, _ = policy.load_tokenizer(args.tokenizer)
+        length = lambda pair: len(encode(tokenizer, chat_messages(pair)))
+    for name, where in sources:
+        for place, row in tqdm(source_rows(name, where, published), desc=name, unit=" rows"):
+            try:
+                key, pair = candidate(row, name, published)
+                if key in seen:
+                    raise ValueError("duplicate")
+                check(pair)
+                size = length(pair)
+                if args.max_prompt and size > args.max_prompt:
+                    raise ValueError(f"overlong: {size} tokens")
+            except (ValueError, TypeError, AttributeError, KeyError) as e:
+                reason = str(e) if isinstance(e, ValueError) else f"wrong schema: {type(e).__name__} {e}"
+                counts["left out"][name, reason.split(":")[0]] += 1
+                left_out.write(json.dumps({"place": place, "source": name, "reason": reason}) + "\n")
+                continue
+            seen.add(key)
+            yield key, pair, size
 
 
 def prepare(args):
     sources = [s.split("=", 1) if "=" in s else (Path(s).stem, s) for s in args.source]
     sources = sources or list(PUBLISHED.items())
     published = {name for name, _ in sources} <= set(PUBLISHED)
-    seen, counts, rejects, lengths, overlaps = set(), Counter(), Counter(), Counter(), Counter()
-    out = Path(args.out)
+    out, counts, owed = Path(args.out), defaultdict(Counter), None
     for path in (out / f"{name}{end}" for name in WRITES for end in ("", ".tmp")):
         for _, where in sources:
             if path.exists() and Path(where).exists() and path.samefile(where):
                 fail(f"--out {out}: would overwrite its own source {where}; give another folder")
     claim(out)
-    deal, check, (unit, length) = dealer(published, args.seed), gate(args, overlaps), measure_by(args)
+    drawn = lambda what, key: hashlib.sha256(f"{args.seed}/{what}/".encode() + key).digest()
     with beside(*(out / name for name in WRITES)) as files:
-        distill, rl, left_out, report, terms = files.values()
-        parts = {"distill": distill, "rl": rl}
-        for name, where in sources:
-            for place, row in tqdm(source_rows(name, where, published), desc=name, unit=" rows"):
-                try:
-                    key, label, ready = candidate(row, name, published)
-                    if key in seen:
-                        raise ValueError("duplicate")
-                    check(ready["id"], ready.get("context_messages") or ready["context"])
-                    size = length(ready)
-                    if args.max_prompt and size > args.max_prompt:
-                        raise ValueError(f"overlong: {size} tokens")
-                except (ValueError, TypeError, AttributeError, KeyError) as e:
-                    reason = str(e) if isinstance(e, ValueError) else f"wrong schema: {type(e).__name__} {e}"
-                    rejects[name, reason.split(":")[0]] += 1
-                    left_out.write(json.dumps({"place": place, "source": name, "reason": reason}) + "\n")
-                    continue
-                seen.add(key)
-                if label is None and (label := deal(key)) == "B":
-                    ready |= {"a": ready["b"], "b": ready["a"], "label": "B"}
-                # By content, so that a pair stays on its side of the split when rows are added around it.
-                draw = int.from_bytes(hashlib.sha256(f"{args.seed}/split/".encode() + key).digest()[:8])
-                part = "distill" if draw / 2**64 < args.split else "rl"
-                parts[part].write(json.dumps(ready) + "\n")
-                turns = ("finished" if "winner" in ready else
-                         "multi" if len(ready["context"]) > 1 else "single")
-                counts.update([("rows", part), ("source", ready["source"]), ("turns", turns),
-                               ("type", ready["type"] or "unknown"), ("label", label)])
-                lengths[size // 64] += 1
-        if not seen:
-            fail(f"{', '.join(w for _, w in sources)}: no pair is left"
-                 + (f"; most often: {rejects.most_common(1)[0][0][1]}" if rejects else ""))
-        summary = summarise(counts, rejects, lengths, overlaps if args.decontaminate else None, unit)
-        report.write(summary)
-        terms.write(card(args, sources, published, summary))
+        rows = usable(args, sources, published, counts, left_out=files[out / "rejects.jsonl"])
+        for key, pair, size in rows:
+            # As published, sides alternate. Else the first of every two pairs is dealt by a hash of its
+            # content and the second gets the other side: labels balance, and cannot be foretold.
+            if pair.messages is None:
+                label = owed or ("A" if published else "AB"[drawn("side", key)[0] % 2])
+                owed = None if owed else other(label)
+                pair = pair if label == "A" else pair.swapped()
+            # By content, so that a pair stays on its side of the split when rows are added around it.
+            part = "distill" if int.from_bytes(drawn("split", key)[:8]) / 2**64 < args.split else "rl"
+            files[out / f"{part}.jsonl"].write(json.dumps(row_of(pair)) + "\n")
+            turns = "finished" if pair.messages else "multi" if len(pair.context) > 1 else "single"
+            for what, value in (("rows", part), ("source", pair.source), ("turns", turns),
+                                ("type", pair.type or "unknown"), ("label", pair.label),
+                                ("length", size // 64)):
+                counts[what][value] += 1
+        if not counts["rows"]:
+            fail(f"{', '.join(where for _, where in sources)}: no pair is left" + "".join(
+                f"; most often: {reason}" for (_, reason), _ in counts["left out"].most_common(1)))
+        summary = summarise(args, counts)
+        files[out / "summary.txt"].write(summary)
+        files[out / "card.md"].write(card(args, sources, published, summary))
     print(summary)
 
 
-def summarise(counts, rejects, lengths, overlaps, unit):
-    """The summary as text: rows by part, source, type, turns and label; lengths; what was left out and
-    why."""
-    total = sum(n for (what, _), n in counts.items() if what == "rows")
+def summarise(args, counts):
+    """The summary as text: pairs by part, source, type, turns and label; lengths; rows left out, and why."""
+    total = counts["rows"].total()
     lines = [f"{total:,} pairs"]
     for what in ("rows", "source", "type", "turns", "label"):
         lines += [f"  {what:<8}{value:<43}{n:>9,}{n / total:>8.1%}"
-                  for (w, value), n in sorted(counts.items()) if w == what]
-    quantile = lambda q: next(size for size in sorted(lengths)
-                              if sum(n for s, n in lengths.items() if s <= size) >= q * total) * 64
-    lines.append(f"  length  median {quantile(.5):,}, 95 % below {quantile(.95) + 64:,}, longest about "
-                 f"{quantile(1):,} {unit} (prompt with both responses)")
-    if overlaps is not None:
-        lines.append(f"  in a benchmark: {overlaps['exact']:,} prompts word for word, "
-                     f"{overlaps['13-gram']:,} share 13 words")
-    lines.append(f"{sum(rejects.values()):,} rows left out")
-    lines += [f"  {source + ': ' + reason:<51}{n:>9,}" for (source, reason), n in sorted(rejects.items())]
+                  for value, n in sorted(counts[what].items())]
+    sizes = list(counts["length"].elements())
+    median, most, longest = 64 * np.quantile(sizes, (.5, .95, 1), method="inverted_cdf")
+    lines.append(f"  length  median {median:,}, 95 % below {most + 64:,}, longest about {longest:,} "
+                 f"{'tokens' if args.tokenizer else 'characters'} (prompt with both responses)")
+    if args.decontaminate:
+        lines.append(f"  in a benchmark: {counts['overlap']['exact']:,} prompts word for word, "
+                     f"{counts['overlap']['13-gram']:,} share 13 words")
+    lines.append(f"{counts['left out'].total():,} rows left out")
+    lines += [f"  {source + ': ' + reason:<51}{n:>9,}"
+              for (source, reason), n in sorted(counts["left out"].items())]
     return "\n".join(lines) + "\n"
 
 

@@ -18,11 +18,8 @@ import json
 import random
 import re
 import sys
-import tempfile
 from pathlib import Path
 from types import SimpleNamespace
-
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from distill import Journal, distill
@@ -46,10 +43,8 @@ def task(rng):
     kind = rng.choice(("add", "mul", "max", "count", "endw"))
     if kind in ("add", "mul"):
         x, y = rng.randint(2, 7), rng.randint(2, 7)
-        right = x + y if kind == "add" else x * y
-        near = [1, 2] if kind == "add" else [1, 2, x, y]
+        sign, right, near = ("+", x + y, [1, 2]) if kind == "add" else ("*", x * y, [1, 2, x, y])
         wrong = right + rng.choice([d * s for d in near for s in (1, -1) if right + d * s > 0])
-        sign = "+" if kind == "add" else "*"
         return kind, f"What is {x} {sign} {y} ?", str(right), str(wrong), f"{x} {sign} {y} = {right}"
     if kind == "max":
         numbers = rng.sample(range(10, 50), 3)
@@ -85,17 +80,15 @@ def make_pair(seed, split, index):
 
 def think(pair):
     """A judgment that solves, or writes the criterion down, and checks. Every quote is word for word."""
-    m, kind = pair.meta, pair.meta["kind"]
-    target = m["key"].split()[-1]
+    kind, key, a, b = (pair.meta[k] for k in ("kind", "key", "answer_a", "answer_b"))
+    target, last = key.split()[-1], lambda s: s.split()[-1]
+    quote, value = (str, lambda s: len(s.split())) if kind == "count" else (last, last)
     if pair.type == "reasoning":
-        head, quote, value = f"<type>Reasoning</type>\n<solution> {m['key']}</solution>", str, str
+        head = f"<type>Reasoning</type>\n<solution> {key}</solution>"
     else:
         criterion, noun = ("Count", "fruits") if kind == "count" else ("Ending", "last")
         head = (f"<type>Chat</type>\n<rubric>{criterion} 90%: {target} {noun}\nTone 10%: kind\n"
                 f"<justify>The client asks for {target}</justify></rubric>")
-        quote, value = ((str, lambda s: len(s.split())) if kind == "count" else
-                        (lambda s: s.split()[-1], lambda s: s.split()[-1]))
-    a, b = m["answer_a"], m["answer_b"]
     return (f"{head}\n<eval><quote_A> {quote(a)}</quote_A> {value(a)} is A and "
             f"<quote_B> {quote(b)}</quote_B> {value(b)} is B so {target} is {pair.label}</eval>\n"
             f"<answer>[[{pair.label}]]</answer>")
@@ -116,28 +109,21 @@ def oracle(pairs, seed, repair):
     """The traces of `pairs`, by data/distill.py's two passes with programs for teachers. The first has not
     been told the label and is lazy; the second, which has, thinks with probability `repair` and else repeats
     what it was shown. Unlike distill.py's user, who drops what failed twice, SFT gets it here."""
-    rngs = {p.id: random.Random(f"{seed}/oracle/{p.id}") for p in pairs}
-    drafts = {}
+    drafts, repairs = {}, {}
+    for p in pairs:
+        rng = random.Random(f"{seed}/oracle/{p.id}")
+        drafts[p.id] = look(p, rng.choice("AB")) if rng.random() < LAZY else think(p)
+        repairs[p.id] = think(p) if rng.random() < repair else drafts[p.id]
 
-    def first(pair):
-        rng = rngs[pair.id]
-        drafts[pair.id] = look(pair, rng.choice("AB")) if rng.random() < LAZY else think(pair)
-        return drafts[pair.id]
-
-    def second(pair):
-        return think(pair) if rngs[pair.id].random() < repair else drafts[pair.id]
-
-    def teacher(number, write):
-        known = {seed_of(seed, p.id, number, 0): p for p in pairs}        # a request is told by its seed
-        answers = lambda requests: (
-            (i, Answer(write(known[s]), "stop")) for i, (_, s, _) in enumerate(requests))
+    def teacher(number, texts):
+        known = {seed_of(seed, id, number, 0): text for id, text in texts.items()}
+        answers = lambda requests: (                                     # a request is told by its seed
+            (i, Answer(known[s], "stop")) for i, (_, s, _) in enumerate(requests))
         return f"pass {number}", lambda: SimpleNamespace(answers=answers)
 
     args = SimpleNamespace(system_prompt=None, samples=1, agree=0.0, seed=seed, temperature=1.0,
                            max_tokens=None, price=(0, 0))
-    with tempfile.TemporaryDirectory() as folder:
-        journal = Journal(Path(folder) / "journal.jsonl")
-        traces, failures, _ = distill(pairs, teacher(1, first), teacher(2, second), journal, args)
+    traces, failures, _ = distill(pairs, teacher(1, drafts), teacher(2, repairs), Journal(), args)
     return [(traces.get(p.id) or failures[p.id])[0] for p in pairs]
 
 
@@ -180,8 +166,8 @@ def write_tokenizer(folder):
 
 def write_model(folder, layers, hidden):
     """Tokenizer and configuration of a tiny Qwen2; no weights: `folder/config.json` stands for random ones.
-    initializer_range 0.1: at this width 0.02 learns far slower. Tied embeddings:
-    a model that copies one word can then copy them all (SFT loss after 800 steps: .02, untied .07)."""
+    initializer_range 0.1: at this width 0.02 learns far slower. Tied embeddings: a model that copies one word
+    can then copy them all (SFT loss after 800 steps: .02, untied .07)."""
     from transformers import Qwen2Config
     tokenizer = write_tokenizer(folder)
     Qwen2Config(architectures=["Qwen2ForCausalLM"], vocab_size=len(tokenizer), hidden_size=hidden,
@@ -194,23 +180,15 @@ def write_model(folder, layers, hidden):
 
 # ---------------------------------------------------------------- files
 
-def prompt_key(pair):
-    return pair.context[0]["content"], pair.a, pair.b
-
-
-def row(pair, trace=None):
-    out = {"id": pair.id, "context": pair.context, "a": pair.a, "b": pair.b, "label": pair.label,
-           "source": pair.source, "type": pair.type, "meta": pair.meta}
-    return out if trace is None else {**out, "trace": trace}
+def row(pair, **more):
+    return json.dumps({k: v for k, v in vars(pair).items() if v is not None} | more)
 
 
 def show():
     """Three examples: the idea of the paper on one screen."""
-    pairs = [make_pair(0, "show", i) for i in range(1000)]
-    tempting = lambda p: (p.meta["style_" + p.label.lower()]
-                          < p.meta["style_" + ("b" if p.label == "A" else "a")])
-    reasoning = next(p for p in pairs if p.type == "reasoning" and tempting(p))
-    chat = next(p for p in pairs if p.type == "chat" and tempting(p))
+    pairs = (make_pair(0, "show", i) for i in range(1000))
+    fooled = [p for p in pairs if parse(look(p, p.label)).verdict != p.label]
+    reasoning, chat = (next(p for p in fooled if p.type == kind) for kind in ("reasoning", "chat"))
     for title, pair, trace in (
             ("1. A reasoning pair, judged by thinking: solve it, then compare", reasoning, think(reasoning)),
             ("2. A chat pair, judged by thinking: write the rubric, then compare", chat, think(chat)),
@@ -246,25 +224,20 @@ def main():
     # Held-out pairs: none shares its prompt (question and both responses) with training. The facts (36 sums,
     # 36 products) are shared by construction, so this is a test of judging, not of new arithmetic.
     taken, splits = set(), {}
-    bar = tqdm(total=2 * args.test + args.sft + args.rl, desc="pairs", leave=False)
     for split, seed, count in (("test", args.test_seed, args.test), ("val", args.test_seed, args.test),
                                ("sft", args.seed, args.sft), ("rl", args.seed, args.rl)):
-        pairs, index = [], 0
-        while len(pairs) < count:
-            pair = make_pair(seed, split, index)
-            index += 1
-            key = prompt_key(pair)
+        splits[split], index = [], 0
+        while len(splits[split]) < count:
+            pair, index = make_pair(seed, split, index), index + 1
+            key = pair.context[0]["content"], frozenset((pair.a, pair.b))       # in either order
             if key not in taken:
-                pairs.append(pair)
-                bar.update()
+                splits[split].append(pair)
             if split in ("test", "val"):
-                taken |= {key, (key[0], key[2], key[1])}       # in either order
-        splits[split] = pairs
-    bar.close()
+                taken.add(key)
     traces = oracle(splits["sft"], args.seed, args.repair)
-    write_lines(out / "sft.jsonl", (json.dumps(row(p, t)) for p, t in zip(splits["sft"], traces)))
+    write_lines(out / "sft.jsonl", (row(p, trace=t) for p, t in zip(splits["sft"], traces)))
     for split in ("rl", "val", "test"):
-        write_lines(out / f"{split}.jsonl", (json.dumps(row(p)) for p in splits[split]))
+        write_lines(out / f"{split}.jsonl", map(row, splits[split]))
     tokenizer = write_model(out / "model", args.layers, args.hidden)
     (out / "model" / "judge.json").write_text(json.dumps({"protocol": "instruct", "system": SYSTEM}) + "\n")
     judgments = [parse(t) for t in traces]

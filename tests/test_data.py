@@ -310,8 +310,8 @@ GOOD = ("<type>Chat</type><rubric>Help 100%: helps<justify>it matters</justify><
     (GOOD.format(x="A").replace("it matters", "as you told me"), True, "it lets on that it was told"),
     (GOOD.format(x="A").replace("it matters", "the right answer to 6 * 7 is 42"), True, "")])
 def test_what_a_trace_must_have(text, told, why):
-    assert D.fault(text, True, "A", told) == why
-    assert D.fault(text, False, "A", told) == "cut off"
+    assert D.fault(text, "stop", "A", told) == why
+    assert D.fault(text, "cut off", "A", told) == "cut off"
 
 
 def test_a_trace_is_what_the_judge_should_write():

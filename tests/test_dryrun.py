@@ -21,7 +21,7 @@ folder, world, real = sys.argv[2], int(sys.argv[3]), sys.argv[4] == "real"
 sys.argv = ["grpo.py", "--micro-tokens", sys.argv[5], "--dtype", "float32", "--max-response", "60",
             *sys.argv[6:]]
 args = grpo.arguments()
-R.start_ranks(pretend=None if real else world)
+R.start_ranks(dry_run=None if real else [world])
 config = P.config_of(folder)
 shown = dryrun.made_up([[0] * 40], 3, 60, args.micro_tokens, world)
 if real:

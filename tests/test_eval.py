@@ -17,6 +17,7 @@ from conftest import ROOT, SHARED, Replies, call, environment, run
 
 import benchmarks as B
 import eval as E
+import report as R
 from askers import Answer, Local, Server
 from rubrics import Pair
 
@@ -41,7 +42,7 @@ def test_measures_by_hand():
     lines = [line("1", 0, False, "A", "A"), line("1", 1, True, "B", "B"),
              line("2", 0, False, "A", "A"), line("2", 1, True, "A", "B"),
              line("3", 0, True, None, "B"), line("3", 1, False, "A", "A")]
-    m = E.measure_one("f", {p["id"]: p for p in (pair("1", (0, 2)), pair("2", (1, 1)), pair("3", (1, 0)))},
+    m = R.measure_one("f", {p["id"]: p for p in (pair("1", (0, 2)), pair("2", (1, 1)), pair("3", (1, 0)))},
                       lines, [])
     assert m["accuracy, greedy"] == pytest.approx(4 / 6) and m["right in both orders"] == 1 / 3
     assert m["same verdict in both orders"] == 1 / 3
@@ -51,14 +52,16 @@ def test_measures_by_hand():
 
 
 def test_votes_are_a_majority_of_the_same_samples():
-    """Verdicts of five votes, right being A: A B B A A. One vote: right; three: wrong; five: right. Two of
-    each: none."""
+    """Verdicts of five votes, right being A: A B B A A. One vote: right; three: wrong; five: right. What could
+    not be read has no vote."""
     lines = [line("1", 0, False, v, "A", vote=k, t=1.0) for k, v in enumerate("ABBAA")]
-    m = E.measure_one("f", {"1": pair("1")}, lines, [])
+    m = R.measure_one("f", {"1": pair("1")}, lines, [])
     assert [m[f"votes/accuracy, best of {k}, T=1"] for k in (1, 3, 5)] == [1, 0, 1]
     assert [m[f"votes/tokens, best of {k}, T=1"] for k in (1, 3, 5)] == [10, 30, 50]
     assert m["accuracy, T=1"] == 1
-    assert E.majority(["A", "B", "A", "B"]) is None and E.majority([None, "B", None]) == "B"
+    lines = [line("1", 0, False, v, "A", vote=k, t=1.0) for k, v in enumerate((None, "B", "A", "A", None))]
+    m = R.measure_one("f", {"1": pair("1")}, lines, [])
+    assert [m[f"votes/accuracy, best of {k}, T=1"] for k in (1, 3, 5)] == [0, 0, 1]
 
 
 def test_at_a_tie_of_votes_the_first_decides():
@@ -66,7 +69,7 @@ def test_at_a_tie_of_votes_the_first_decides():
     decide nothing."""
     votes = "AB", "AB", "BA", (None, None)
     lines = [line(i, 0, False, v, "A", vote=k, t=1.0) for i in range(4) for k, v in enumerate(votes[i])]
-    m = E.measure_one("f", {i: pair(i) for i in range(4)}, lines[::-1], [])
+    m = R.measure_one("f", {i: pair(i) for i in range(4)}, lines[::-1], [])
     assert m["accuracy, T=1"] == m["votes/accuracy, best of 1, T=1"] == 1 / 2
 
 
@@ -80,7 +83,7 @@ def test_the_first_order_counts_as_published_and_the_mean_stands_beside_it():
             swap = n == 0                                  # the first subset of each section is shown swapped
             lines += [line(s, 0, swap, "A", "B" if swap else "A"),
                       line(s, 1, not swap, "A", "A" if swap else "B")]
-    m = E.measure_one("rewardbench", pairs, lines, [])
+    m = R.measure_one("rewardbench", pairs, lines, [])
     assert m["overall, mean of both orders"] == pytest.approx(.5) and m["right in both orders"] == 0
     assert m["Chat"] == pytest.approx(258 / 358) and m["overall, greedy"] > .6 and m["says A"] == 1
 
@@ -88,7 +91,7 @@ def test_the_first_order_counts_as_published_and_the_mean_stands_beside_it():
 def test_a_partial_benchmark_says_what_is_missing():
     pairs = {"x": {"id": "x", "bench": "rewardbench", "item": "x", "subset": "hep-go", "compare": [0, 1],
                    "label": "A"}}
-    m = E.measure_one("rewardbench", pairs, [line("x", 0, False, "A", "A")], [])
+    m = R.measure_one("rewardbench", pairs, [line("x", 0, False, "A", "A")], [])
     assert m["overall, greedy"] == "partial" == m["Reasoning"] and m["Reasoning/hep-go"] == 1
     assert "math-prm" in m["partial, without"]
 
@@ -354,7 +357,7 @@ def test_runs_compare_and_report(server, bench, tmp_path):
     for name in ("one", "two"):
         ask(server, bench, tmp_path / name)
     path = tmp_path / "two/judgments.jsonl"                  # the second judge gets hep-go wrong
-    rows = E.read_lines(path)
+    rows = R.read_lines(path)
     for x in rows:
         if "hep-go" in x["id"]:
             x["verdict"] = {"A": "B", "B": "A"}.get(x["verdict"])
@@ -403,7 +406,7 @@ def reply(text, **more):
 
 def answers(url, *prompts, **kw):
     """What `Server` makes of prompts, in their order."""
-    got = Server(url, "m", 9, retries=0, **kw).answers(
+    got = Server(url, "m", 9, patience=0, **kw).answers(
         ([{"role": "user", "content": p}], n, 0.0) for n, p in enumerate(prompts))
     return [a for _, a in sorted(got, key=lambda x: x[0])]
 
@@ -506,8 +509,8 @@ def test_nobody_listens(url, tmp_path):
 
 
 def test_a_server_that_hangs_is_not_waited_for_all_day(odd):
-    client = Server(odd, "m", 9).client
-    assert client.timeout.connect <= 10 and client.timeout.read * (client.max_retries + 1) <= 3600
+    limits = Server(odd, "m", 9).session.timeout
+    assert limits.sock_connect <= 10 and limits.sock_read <= 3600
 
 
 def test_ctrl_c_does_not_wait_for_a_server(odd):
@@ -559,7 +562,7 @@ def test_a_killed_evaluation_goes_on_and_ends_the_same(toy, tmp_path):
     process.wait()
     with open(part, "a") as f:
         f.write('{"id": "rl/rl-9", "order": 0, "te')          # cut in the middle of a line
-    before = len(E.read_lines(part))
+    before = len(R.read_lines(part))
     out = run(*args, "--out", tmp_path / "cut")
     assert 0 < before < 64 * 3 and f"/{64 * 3 - before}" in out.stderr.replace(" ", "")
     assert (tmp_path / "cut/judgments.jsonl").read_text() == whole and not part.exists()

@@ -138,9 +138,9 @@ def test_a_reward_that_fails_is_counted_and_costs_nothing_else(monkeypatch, caps
         return 1.0
     monkeypatch.setattr(grpo, "reward_of", reward_of)
     monkeypatch.setattr(grpo.R, "all_gather", lambda mine: [mine])
-    args = SimpleNamespace(group=2, seed=0, max_response=8)
-    groups = grpo.sample(engine, pairs, 0, 0, tokenizer, [], args, 0, 1)
-    assert [[str(r.reward) for r in g.rollouts] for g in groups] == [["nan"] * 2] * 2 + [["1.0"] * 2]
+    args = SimpleNamespace(seed=0, max_response=8)
+    groups = grpo.sample(engine, tokenizer, [], args, 0, 1, pairs, 0, group=2)
+    assert [[str(r.reward) for r in group] for group in groups] == [["nan"] * 2] * 2 + [["1.0"] * 2]
     said = capsys.readouterr().err
     assert "IndexError" in said and "AttributeError" in said
 
@@ -214,9 +214,9 @@ def test_overlong_traces_are_left_out_not_cut(toy, capsys):
 def test_a_gap_between_engine_and_trainer_stops_the_run(ranks, capsys):
     args = SimpleNamespace(max_gap=0.1)
     engine = torch.linspace(-3, 0, 50)
-    row = lambda logp, real: (SimpleNamespace(real=real), None, None, logp)
+    micro = lambda ours, engine, real: grpo.Micro(SimpleNamespace(real=real), None, None, engine, old=ours)
     gap = lambda ours: grpo.check_gap(
-        [[ours, torch.ones(2)]], [[row(engine, 1), row(torch.zeros(2), 0)]], args)
+        [[micro(ours, engine, 1), micro(torch.ones(2), torch.zeros(2), 0)]], args)
     assert gap(engine + 0.05) == {"gap_mean": pytest.approx(0.05, abs=1e-6),
                                   "gap_max": pytest.approx(0.05, abs=1e-6)}
     for broken in (engine + 0.2, engine * float("nan")):
@@ -237,8 +237,8 @@ def group(*rewards, label="A", verdicts=""):
     """A group whose judgments earned these rewards with these verdicts."""
     from rubrics import Pair
     pair = Pair("1", [{"role": "user", "content": "q"}], "a", "b", label)
-    return grpo.Group(pair, [1, 2], [grpo.Rollout(np.array([3]), np.array([-1.0]), True, v, r)
-                                     for r, v in zip(rewards, verdicts or [None] * len(rewards))])
+    return [grpo.Rollout(pair, [1, 2], np.array([3]), np.array([-1.0]), True, v, r)
+            for r, v in zip(rewards, verdicts or [None] * len(rewards))]
 
 
 def test_both_orders_right_earn_the_bonus():
@@ -246,32 +246,31 @@ def test_both_orders_right_earn_the_bonus():
     one = group(1.0, 1.0, -1.0, label="A", verdicts="AAB")
     two = group(1.0, -1.0, 1.0, label="B", verdicts="BAB")
     grpo.consistency([one, two], 0.5)
-    assert [r.reward for r in one.rollouts] == [1.5, 1.0, -1.0]
-    assert [r.reward for r in two.rollouts] == [1.5, -1.0, 1.0]
+    assert [r.reward for r in one] == [1.5, 1.0, -1.0]
+    assert [r.reward for r in two] == [1.5, -1.0, 1.0]
 
 
 def test_a_group_agrees_where_nothing_can_be_compared():
     nan = float("nan")
-    assert group(1.0, 1.0).agrees() and group(-1.0, nan).agrees() and group(nan, nan).agrees()
-    assert not group(1.0, -1.0, nan).agrees()
+    assert grpo.agree(group(1.0, 1.0)) and grpo.agree(group(-1.0, nan)) and grpo.agree(group(nan, nan))
+    assert not grpo.agree(group(1.0, -1.0, nan))
 
 
 @pytest.mark.parametrize("refill, rounds, kept", [(0, 1, [0, 1, 2, 3]), (1, 2, [1, 3, 5, 7]),
                                                   (3, 2, [1, 3, 5, 7])])
-def test_refill_takes_the_first_groups_that_do_not_agree(refill, rounds, kept, monkeypatch):
+def test_refill_takes_the_first_groups_that_do_not_agree(refill, rounds, kept):
     """Every other group agrees: two rounds of four fill up a step of four; without --refill all stay."""
-    def sample(engine, batch, first, step, *_):
+    def ask(batch, step, first, *_):
         return [group(1.0, -1.0 if (first + i) % 2 else 1.0, label=first + i) for i in range(len(batch))]
-    monkeypatch.setattr(grpo, "sample", sample)
     rows = [[(i, [i])] for i in range(20)]
-    args = SimpleNamespace(refill=refill, pairs=4, seed=0, both_orders=None)
-    groups, agreeing = grpo.collect(None, rows, 0, None, None, args, 0, 1)
-    assert len(agreeing) == rounds and [g.pair.label for g in groups] == kept
+    args = SimpleNamespace(refill=refill, pairs=4, group=2, seed=0, both_orders=None)
+    groups, agreeing = grpo.collect(ask, rows, 0, args)
+    assert len(agreeing) == rounds and [g[0].pair.label for g in groups] == kept
 
 
-def test_refill_falls_back_on_groups_that_agree(monkeypatch):
-    monkeypatch.setattr(grpo, "sample", lambda engine, batch, first, step, *_: [
-        group(1.0, -1.0 if (first, i) == (4, 2) else 1.0, label=first + i) for i in range(len(batch))])
-    args = SimpleNamespace(refill=2, pairs=4, seed=0, both_orders=None)
-    groups, agreeing = grpo.collect(None, [[(i, [i])] for i in range(20)], 0, None, None, args, 0, 1)
-    assert [g.pair.label for g in groups] == [6, 0, 1, 2] and agreeing == [4, 3, 4]
+def test_refill_falls_back_on_groups_that_agree():
+    ask = lambda batch, step, first, *_: [
+        group(1.0, -1.0 if (first, i) == (4, 2) else 1.0, label=first + i) for i in range(len(batch))]
+    args = SimpleNamespace(refill=2, pairs=4, group=2, seed=0, both_orders=None)
+    groups, agreeing = grpo.collect(ask, [[(i, [i])] for i in range(20)], 0, args)
+    assert [g[0].pair.label for g in groups] == [6, 0, 1, 2] and agreeing == [4, 3, 4]

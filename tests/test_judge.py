@@ -1,19 +1,31 @@
-"""The judge people use, on a simulated model: verdicts, rankings, rewards, one journal, one call for all."""
+"""The judge people use, on a simulated model: verdicts, rankings, rewards, one journal."""
 import asyncio
 import json
 import re
 import threading
+import time
 import warnings
+from concurrent.futures import Future, ThreadPoolExecutor
+from http.server import ThreadingHTTPServer
 
 import pytest
 
 import rmr1
 from askers import Answer
-from conftest import call
+from conftest import Replies, call
 from rmr1 import Judge
 from rubrics import Pair
 
-SHOWN = re.compile(r"Chatbot (?:A|B)'s Response\]\n(.*)\n\[The End")
+SHOWN = re.compile(r"(?:Response\]\n|Chatbot [AB]: )(.*)\n\[The End")
+
+
+def done(f, *args):
+    future = Future()
+    try:
+        future.set_result(f(*args))
+    except Exception as e:
+        future.set_exception(e)
+    return future
 
 
 class Model:
@@ -21,17 +33,17 @@ class Model:
     (A's number, B's number, seed) -> "A", "B" or another text."""
 
     def __init__(self, says=lambda a, b, seed: "A" if a > b else "B"):
-        self.says, self.calls, self.asked = says, 0, []
+        self.says, self.asked = says, []
 
-    def answers(self, requests):
-        self.calls += 1
-        for place, (messages, seed, temperature) in enumerate(requests):
-            a, b = (float(x.split()[-1]) for x in SHOWN.findall(messages[-1]["content"]))
-            self.asked.append((a, b, seed, temperature))
-            said = self.says(a, b, seed)
-            text = f"<type>Chat</type><rubric>Size 100%</rubric><eval>x</eval><answer>[[{said}]]</answer>" \
-                if said in "AB" else said
-            yield place, Answer(text, "stop", 7, 11)
+    def submit(self, requests, heard=None):
+        return [done(self.answer, *r) for r in requests]
+
+    def answer(self, messages, seed, temperature):
+        a, b = (float(x.split()[-1]) for x in SHOWN.findall(messages[-1]["content"]))
+        self.asked.append((a, b, seed, temperature))
+        said = self.says(a, b, seed)
+        return Answer(f"<type>Chat</type><rubric>Size 100%</rubric><eval>x</eval><answer>[[{said}]]</answer>"
+                      if said in "AB" else said, "stop", 7, 11)
 
 
 def judge(says=None, **more):
@@ -125,12 +137,12 @@ def test_rewards_go_by_runs_of_equal_prompts():
     with pytest.warns(UserWarning, match="multiple of num_generations"):
         rewards = one.reward(prompts=prompts, completions=completions, completion_ids=[[0]] * 6, trainer_state=None)
     assert rewards[0] < rewards[1] < rewards[2] and rewards[3] > rewards[4] and rewards[5] is None
-    assert model.calls == 1, "both groups in one call"
+    asked = len(model.asked)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         as_chat = asyncio.run(one.areward([chat("user", p) for p in prompts[:5]],
                                           [chat("assistant", c) for c in completions[:5]], answer=[1] * 5))
-    assert as_chat == rewards[:5] and model.calls == 1, "the same requests are in the journal"
+    assert as_chat == rewards[:5] and len(model.asked) == asked, "the same requests are in the journal"
 
 
 def test_an_empty_completion_ends_no_training():
@@ -146,33 +158,69 @@ def test_verl_sees_one_sample_at_a_time():
     assert ask("is 7")["score"] > 0.5 > ask("is 3")["score"] and ask("is 7")["read"] == 1.0
 
 
-def test_what_is_asked_together_is_one_call():
-    """Of one loop, and of several threads that wait for each other."""
-    one, model = judge()
-    found = one.compare_all([("q", f"is {n}", "is 50") for n in range(100)])
+class Slow(Model):
+    """Answers when it is told to."""
+    def __init__(self):
+        super().__init__()
+        self.waiting = []
+
+    def submit(self, requests, heard=None):
+        futures = [Future() for _ in requests]
+        self.waiting += zip(futures, requests)
+        return futures
+
+    def go_on(self):
+        while self.waiting:
+            future, request = self.waiting.pop()
+            future.set_result(self.answer(*request))
+
+
+def until(happens):
+    deadline = time.time() + 20
+    while not happens():
+        assert time.time() < deadline
+        time.sleep(0.001)
+
+
+def test_what_is_asked_at_the_same_time_is_under_way_together():
+    """By one call, and by several threads; what two of them want is asked for once."""
+    one, model = Judge(slow := Slow(), protocol="instruct"), slow
+    with ThreadPoolExecutor(9) as pool:
+        many = pool.submit(one.compare_all, [("q", f"is {n}", "is 50") for n in range(100)], 2)
+        until(lambda: len(model.waiting) == 198)                        # 50 against 50 is a tie
+        same = [pool.submit(one.compare, "q", f"is {n}", "is 50", 2) for n in range(4, 12)]
+        until(lambda: len(one.under_way) == 198 and sum(f.running() for f in same) == 8)
+        time.sleep(0.05)
+        model.go_on()
+        found = many.result()
+        assert [f.result().verdict for f in same] == [c.verdict for c in found[4:12]]
     assert [c.verdict for c in found] == ["A" if n > 50 else "tie" if n == 50 else "B" for n in range(100)]
-    assert model.calls == 1
-    slow = threading.Event()
-    one, model = judge(lambda a, b, seed: (slow.wait(5), "A")[1])
-    threads = [threading.Thread(target=one.compare, args=("q", f"is {n}", "is 50", 2)) for n in range(8)]
-    for t in threads:
-        t.start()
-    while one.inbox.qsize() < 7:
-        pass
-    slow.set()
-    for t in threads:
-        t.join()
-    assert model.calls == 2 and len(model.asked) == 16
+    assert len(model.asked) == 198
+
+
+def test_who_leaves_loses_no_judgment():
+    """A caller that is cancelled: what it asked for is in the journal when it comes again, and others still get it."""
+    async def go():
+        one = Judge(model := Slow(), protocol="instruct")
+        first, second = (asyncio.create_task(one.acompare("q", "is 5", "is 3")) for _ in range(2))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        first.cancel()
+        model.go_on()
+        assert (await second).verdict == (await one.acompare("q", "is 5", "is 3")).verdict == "A"
+        assert first.cancelled() and len(model.asked) == 2
+    asyncio.run(go())
 
 
 def test_a_failure_reaches_everybody_who_waits():
     class Broken:
-        def answers(self, requests):
-            list(requests)
+        def submit(self, requests):
             raise ConnectionError("gone")
-            yield
-    with pytest.raises(ConnectionError, match="gone"):
-        Judge(Broken(), protocol="instruct").compare_all([("q", "is 1", "is 2"), ("q", "is 3", "is 4")])
+    one = Judge(Broken(), protocol="instruct")
+    for _ in range(2):
+        with pytest.raises(ConnectionError, match="gone"):
+            one.compare_all([("q", "is 1", "is 2"), ("q", "is 3", "is 4")])
+    assert not one.under_way
 
 
 def test_a_journal_is_asked_before_the_model(tmp_path):
@@ -203,7 +251,7 @@ def test_in_a_running_loop_too():
 @pytest.fixture
 def cli(monkeypatch):
     """rmr1.py with the simulated model in place of the one that is named."""
-    monkeypatch.setattr(rmr1, "judge_of", lambda args: Judge(
+    monkeypatch.setattr(rmr1, "judge_of", lambda args, *_: Judge(
         Model(), protocol="instruct", journal=args.journal, seed=args.seed, temperature=args.temperature))
     return lambda *args, ok=True: call(rmr1, *args, "--model", "m", ok=ok)
 
@@ -226,8 +274,8 @@ def test_a_quote_that_is_not_in_its_response_is_flagged(capsys):
     text = ("<type>Chat</type><rubric>Size 60%: big\nTone 40%</rubric><eval><quote_A>is 7</quote_A> and "
             "<quote_B>is 9</quote_B></eval><answer>[[A]]</answer>")
     class Quotes(Model):
-        def answers(self, requests):
-            return ((n, Answer(text, "stop", 1, 1)) for n, _ in enumerate(requests))
+        def answer(self, *_):
+            return Answer(text, "stop", 1, 1)
     pair = Pair("1", [{"role": "user", "content": "q"}], "is 7", "is 5", None)
     rmr1.show(pair, Judge(Quotes(), protocol="instruct").compare_all([pair], budget=1)[0])
     out = capsys.readouterr().out
@@ -296,7 +344,7 @@ def test_standard_input_is_read_as_it_comes(cli, monkeypatch):
 
 def test_pairs_worth_a_label(cli, tmp_path, monkeypatch):
     """Those that the votes dispute come first, near-duplicates once, a tenth by lot; and what people may expect."""
-    monkeypatch.setattr(rmr1, "judge_of", lambda args: Judge(Model(noisy), protocol="instruct", temperature=1.0))
+    monkeypatch.setattr(rmr1, "judge_of", lambda args, *_: Judge(Model(noisy), protocol="instruct", temperature=1.0))
     data = tmp_path / "pairs.jsonl"
     pairs = [{"prompt": f"q{n}", "a": f"is {n / 100}", "b": "is 1", "label": "AB"[n < 100]} for n in range(0, 400, 2)
              if n != 100]
@@ -309,3 +357,37 @@ def test_pairs_worth_a_label(cli, tmp_path, monkeypatch):
     assert disputed == sorted(disputed) and disputed[0] == 0 and len({r["prompt"].lower().strip("!") for r in rows}) == 30
     assert "199 pairs have a label; with confidence .9, people agree with 0.8 of the verdicts for which at least" \
         in done.stderr
+
+
+@pytest.fixture
+def no_key():
+    """A server that knows nobody."""
+    class Closed(Replies):
+        def do_GET(self):
+            self.reply(401, {"error": {"message": "no such key"}})
+        do_POST = do_GET
+    s = ThreadingHTTPServer(("127.0.0.1", 0), Closed)
+    threading.Thread(target=s.serve_forever, args=(0.01,), daemon=True).start()
+    yield f"http://127.0.0.1:{s.server_port}/v1"
+    s.shutdown()
+
+
+@pytest.mark.parametrize("command", ["judge", "rank", "reward", "select"])
+def test_a_wrong_key_is_one_sentence(command, no_key, tmp_path):
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(
+        {"prompt": "q", "a": "x", "b": "y", "label": "A", "responses": ["x", "y"], "completion": c}) + "\n" for c in "xy"))
+    done = call(rmr1, command, "--model", "m", "--protocol", "instruct", "--base-url", no_key,
+                "--data", tmp_path / "rows.jsonl", ok=False)
+    assert done.returncode == 2 and done.stderr.count("error: ") == 1 and not done.stdout
+    assert "no such key" in done.stderr and "OPENAI_API_KEY" in done.stderr
+
+
+def test_a_model_that_does_not_say_how_it_wants_to_be_asked(no_key):
+    done = call(rmr1, "judge", "--model", "m", "--base-url", no_key, "--question", "q", "--a", "x", "--b", "y", ok=False)
+    assert done.returncode == 2 and "--model m: no judge.json says how it wants to be asked" in done.stderr
+
+
+def test_what_will_happen_is_said_first(no_key):
+    done = call(rmr1, "judge", "--model", "m", "--protocol", "instruct", "--base-url", no_key, "--question", "q",
+                "--a", "x", "--b", "y", ok=False)
+    assert done.stderr.startswith(f"1 pairs, up to 8 judgments each, by {no_key}\n")

@@ -215,7 +215,10 @@ def test_published_prompts_that_cannot_be_taken_apart_are_still_judged_as_they_a
     turns = [*USER, {"role": "assistant", "content": "For rice?"}, {"role": "user", "content": "Yes."}]
     twice = chat_messages(PAIR)                          # a response that holds a marker itself
     twice[-1]["content"] += "\nor so\n[The End of Chatbot B's Response]"
-    for messages in (chat_messages(Pair("m", turns, "Two.", "Some.", "A")), twice):
+    mixed = chat_messages(PAIR)                          # every marker once, but not in their order
+    question, responses = mixed[-1]["content"].split("\n\n", 1)
+    mixed[-1]["content"] = f"{responses}\n\n{question}\n"
+    for messages in (chat_messages(Pair("m", turns, "Two.", "Some.", "A")), twice, mixed):
         read = pair_of({"context_messages": messages, "winner": "model_b"}, "x")
         assert chat_messages(read) == messages and (read.a, read.b, read.label) == ("", "", "B")
         with pytest.raises(ValueError, match="cannot be told apart"):

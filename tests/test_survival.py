@@ -338,13 +338,13 @@ how = sys.argv.pop(1)
 import grpo
 sample = grpo.sample
 
-def sick(engine, batch, first, step, *more):
+def sick(engine, tokenizer, stop, args, rank, world, batch, step, *more):
     if os.environ["RANK"] == "1" and step == 2:
         print("SICK", file=sys.stderr, flush=True)
         if how == "hang":
             time.sleep(1000)
         raise AttributeError("a slip in the sampling")
-    return sample(engine, batch, first, step, *more)
+    return sample(engine, tokenizer, stop, args, rank, world, batch, step, *more)
 
 grpo.sample = sick
 grpo.R.run(grpo.main)

@@ -3,6 +3,7 @@ loop `Judge.verl`, an environment of verifiers `Judge.areward`. Each is skipped 
 environment of its own (see docs/judge.md): PYTHONPATH=. python -m pytest tests/test_trainers.py"""
 import asyncio
 import sys
+from concurrent.futures import Future
 from types import SimpleNamespace
 
 import pytest
@@ -18,12 +19,14 @@ class Longest:
     def __init__(self):
         self.asked = 0
 
-    def answers(self, requests):
-        for place, (messages, *_) in enumerate(requests):
+    def submit(self, requests):
+        futures = [Future() for _ in requests]
+        for future, (messages, *_) in zip(futures, requests):
             self.asked += 1
             a, b = (x.split("\n[The End")[0] for x in messages[-1]["content"].split("Response]\n")[1:4:2])
-            yield place, Answer(f"<type>Chat</type><rubric>x 100%</rubric><eval>x</eval>"
-                                f"<answer>[[{'A' if len(a) > len(b) else 'B'}]]</answer>", "stop", 1, 1)
+            future.set_result(Answer(f"<type>Chat</type><rubric>x 100%</rubric><eval>x</eval>"
+                                     f"<answer>[[{'A' if len(a) > len(b) else 'B'}]]</answer>", "stop", 1, 1))
+        return futures
 
 
 @pytest.mark.parametrize("way", ["reward", "areward"])
