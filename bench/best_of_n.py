@@ -1,5 +1,5 @@
 """
-What does a judgment buy: the best of N responses, and the better of two?
+What does a judgment buy: the best of N responses, the better of two; and what a label by people beside it?
 
     OMP_NUM_THREADS=2 python bench/best_of_n.py                                # the demo's judge
     OMP_NUM_THREADS=2 python bench/best_of_n.py --model runs/demo/sft/model    # one that mostly looks
@@ -14,6 +14,12 @@ error. judgments, seconds: a question, all of a row being ranked together.
 **Votes.** Pairs of --data, each with --seeds seeds. accuracy counts a tie half; se is over pairs, their seeds
 averaged; judgments: votes a pair. "T=1": all are sampled; "greedy first": all but the first in each order, as
 in `Judge.compare`. Adaptive votes stop when a response is two ahead; all are votes of the 8, not asked again.
+
+**Labels.** A share of the pairs gets people's label in place of the verdict of adaptive votes: those that
+`rmr1.py select` picks, or as many by lot. accuracy and se as above, means of --lots lots of each seed. drawn:
+how often the judge is right by the labels that were drawn by lot (of select's a tenth), sd over lots, seeds.
+decided: share of all verdicts that these labels guarantee to be right in --target, people being asked about
+the others; kept: share of the guarantees that are true of all pairs.
 """
 import random
 from statistics import mean, stdev
@@ -100,6 +106,45 @@ def votes(args, judge, how):
     return rows, f"{how}: adaptive less 8 fixed votes {apart['by']:+.4f}, standard error {apart['se']:.4f}"
 
 
+def bought(found, right, drawn, disputed, target):
+    """What labels of some pairs are worth. -> what is right then; by those drawn: accuracy, decided, kept"""
+    known = [(found[i].share, right[i] == 1) for i in drawn if found[i].share is not None]
+    lowest = ranking.guarantee(known, target)
+    sure = [r for f, r in zip(found, right) if lowest and f.share is not None and f.share >= lowest]
+    labelled = {*drawn, *disputed}
+    return ([1 if i in labelled else r for i, r in enumerate(right)], mean(right[i] for i in drawn),
+            len(sure) / len(found), mean(sure) >= target if sure else None)
+
+
+def labels(args, judge, how):
+    """A row for every share of pairs whose label is bought, picked by `select` or by lot."""
+    pairs, judge.greedy = read_pairs(args.data), how == "greedy first"
+    seeds = [judge.compare_all(pairs) for judge.seed in range(args.seeds)]
+    rights = [[float(f.verdict == p.label) if f.verdict in ("A", "B") else .5 for f, p in zip(found, pairs)]
+              for found in seeds]
+    rows = [{"": f"{how}: no labels"} | with_error("accuracy", [mean(x) for x in zip(*rights)])]
+    notes = []
+    for percent in (5, 10, 20, 30, 50):
+        after, count = {}, len(pairs) * percent // 100
+        for way in ("select", "by lot"):
+            some = []
+            for found, right in zip(seeds, rights):
+                for lot in range(args.lots):
+                    keys = [f"{lot}/{p.id}" for p in pairs]
+                    picked = (ranking.by_lot(keys)[:count], []) if way == "by lot" else \
+                        ranking.select(keys, [f.win for f in found], count)
+                    some.append(bought(found, right, *picked, args.target))
+            corrected, drawn, decided, kept = zip(*some)
+            after[way], kept = [mean(x) for x in zip(*corrected)], [k for k in kept if k is not None]
+            rows.append({"": f"{how}: {percent} % {way}"} | with_error("accuracy", after[way]) | {
+                "drawn": mean(drawn), "sd": stdev(drawn), "decided": mean(decided),
+                "kept": mean(kept) if kept else None})
+        apart = with_error("by", [a - b for a, b in zip(*after.values())])
+        notes.append(f"{how}: {percent} % by select less by lot {apart['by']:+.4f}, "
+                     f"standard error {apart['se']:.4f}")
+    return rows, "\n".join(notes)
+
+
 def main():
     ap = Flags(__doc__)
     arg = ap.add_argument
@@ -107,6 +152,8 @@ def main():
     arg("--data", default="runs/demo/data/test.jsonl", help="pairs to vote on")
     arg("--share", type=number(float, 0, 1), default=.3, help="chance of a response to be right")
     arg("--seeds", type=number(int, 1), default=4, help="of the votes")
+    arg("--lots", type=number(int, 2), default=25, help="of the labels, for each seed")
+    arg("--target", type=number(float, 0.5, 1), default=.9, help="agreement with people to be guaranteed")
     arg("--dtype", default="float32", help="of the judge")
     arg("--max-tokens", type=int, default=56, help="longest judgment")
     arg("--json", help="where the numbers go; default: runs/bench/best_of_n.json")
@@ -114,7 +161,7 @@ def main():
     judge = Judge(args.model, max_tokens=args.max_tokens, dtype=args.dtype, max_len=100)
     judge.compare_all(read_pairs(args.data)[:50])                                     # warms up
     found = [best_of(args, judge, n) for n in (2, 4, 8, 16)]
-    found += [votes(args, judge, how) for how in ("T=1", "greedy first")]
+    found += [table(args, judge, how) for table in (votes, labels) for how in ("T=1", "greedy first")]
     common.report("best_of_n", args, [row for rows, _ in found for row in rows], [note for _, note in found])
 
 

@@ -1,8 +1,7 @@
 """
-What the measurements share: the machine's name, a model to measure with, prompts, a table, a file.
+What the measurements share: fresh processes, memory, a model to measure with, prompts, a table, a file.
 """
 import ctypes
-import importlib.metadata
 import json
 import os
 import platform
@@ -35,17 +34,20 @@ def machine(peer=None):
     import torch
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    here = {p: importlib.metadata.version(p) for p in PACKAGES.split() if has(p)}
+    versions = lambda python: json.loads(subprocess.check_output([python, "-c", VERSIONS]))
     return {"cpu": names[0] if names else platform.processor(), "cores": len(os.sched_getaffinity(0)),
-            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None, "versions": here,
-            "peer": json.loads(subprocess.check_output([peer, "-c", VERSIONS])) if peer else "not run"}
+            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+            "versions": versions(sys.executable), "peer": versions(peer) if peer else "not run"}
 
 
-def has(package):
-    try:
-        return bool(importlib.metadata.version(package))
-    except importlib.metadata.PackageNotFoundError:
-        return False
+def model_flags(arg):
+    """Flags of the model that is made, of its arithmetic, and of where the numbers go."""
+    arg("--layers", type=int, default=6, help="of the model")
+    arg("--hidden", type=int, default=256, help="its width")
+    arg("--vocab", type=int, help="its vocabulary; default: the toy's few hundred")
+    arg("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the computation")
+    arg("--threads", type=int, default=2, help="of all ranks together")
+    arg("--json", help="where the numbers go; default: a file in runs/bench")
 
 
 def report(name, args, rows, notes=(), peer=None):
@@ -99,6 +101,14 @@ def run(python, ranks, threads, *command):
     return done.stdout
 
 
+def again(ranks, threads, case):
+    """This script once more, in fresh processes, with its flags and --case. -> the rows that it prints"""
+    print(case, file=sys.stderr, flush=True)
+    script = Path(sys.argv[0]).resolve()
+    out = run(sys.executable, ranks, threads, script, *sys.argv[1:], "--case", json.dumps(case))
+    return [json.loads(line) for line in out.splitlines() if line.startswith("{")]
+
+
 def run_ours(script, ranks, threads, **flags):
     """The diary of a run of ours: a row a step, the phases' seconds summed up in "seconds". Every rank holds
     the whole model, as TRL's do."""
@@ -117,43 +127,37 @@ def run_peer(python, ranks, threads, **told):
         return json.loads(Path(f"{out}/rows.json").read_text())
 
 
-def against(turns, measure):
-    """The ratio of `measure` of each turn, every way of ours against every one of TRL's, in words."""
-    ratio = lambda a, b: spread([measure(x) / measure(y) for x, y in zip(turns[a], turns[b])])
-    return [f"{a} / {b}, of each turn: {ratio(a, b)}"
-            for a in turns if a.startswith("ours") for b in turns if b.startswith("trl")]
-
-
 class Memory:
     """GB held at the most between `start` and `peak`, beyond what was held at the start: on the card,
     or of the process (Linux resets the mark of VmHWM when told so). For a measurement, a fresh process."""
 
-    def start(self):
+    def __init__(self):
         import torch
-        self.cuda = torch.cuda.is_available()
+        self.torch, self.cuda, self.held = torch, torch.cuda.is_available(), 0.0
+
+    def start(self):
         if self.cuda:
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-            self.held = torch.cuda.memory_allocated()
+            self.torch.cuda.synchronize()
+            self.torch.cuda.reset_peak_memory_stats()
         else:
             ctypes.CDLL(None).malloc_trim(0)         # what malloc keeps would hide what is taken next
             Path("/proc/self/clear_refs").write_text("5")
-            self.held = self.status("VmRSS")
+        self.held += self.now()
         return self
 
-    def peak(self):
-        import torch
-        top = torch.cuda.max_memory_allocated() if self.cuda else self.status("VmHWM")
-        return (top - self.held) / 2**30
-
     def now(self):
-        import torch
-        held = torch.cuda.memory_allocated() if self.cuda else self.status("VmRSS")
-        return (held - self.held) / 2**30
+        return (self.torch.cuda.memory_allocated() / 2**30 if self.cuda else self.status("VmRSS")) - self.held
+
+    def peak(self):
+        return self.top() - self.held
+
+    def top(self):
+        """The same with what was held at the start."""
+        return self.torch.cuda.max_memory_allocated() / 2**30 if self.cuda else self.status("VmHWM")
 
     def status(self, name):
         lines = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) for line in lines if line.startswith(name)) * 1024
+        return next(int(line.split()[1]) for line in lines if line.startswith(name)) / 2**20
 
 
 def spread(ratios):

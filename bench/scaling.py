@@ -16,12 +16,10 @@ pass; both ours and TRL's take one update.
 import json
 import random
 import statistics
-import sys
 import tempfile
 from pathlib import Path
 
 import common
-from common import ROOT
 
 import torch
 
@@ -41,21 +39,16 @@ def arguments():
     arg("--ranks", type=int, nargs="+", default=[1, 2], help="how many; --threads are shared among them")
     arg("--pairs", type=int, default=4, help="prompts a pass, over all ranks")
     arg("--micro-tokens", type=int, default=16384, help="tokens a rank computes at once")
-    arg("--layers", type=int, default=6, help="of the model")
-    arg("--hidden", type=int, default=256, help="its width")
-    arg("--vocab", type=int, help="its vocabulary; default: the toy's few hundred")
-    arg("--dtype", choices=P.DTYPES, default="float32", help="of the computation")
-    arg("--threads", type=int, default=2, help="of all ranks together")
     arg("--repeats", type=int, default=3, help="passes of each kind, after one that warms up")
-    arg("--worker", help="for its own use: the model's folder")
-    arg("--json", help="where the numbers go; default: runs/bench/scaling.json")
+    arg("--case", type=json.loads, help="for its own use: the model's folder")
+    common.model_flags(arg)
     return ap.parse_args()
 
 
 def work(args):
     """What every rank does; rank 0 prints the rows, the slowest rank's time and the largest memory."""
     rank, world, device = R.start_ranks()
-    policy = P.load(args.worker, device, P.DTYPES[args.dtype], recompute=False)
+    policy = P.load(args.case, device, P.DTYPES[args.dtype], recompute=False)
     optim, rng = P.adamw(policy, 1e-6, (0.9, 0.999), 0.01), random.Random(0)
     rate, = R.all_sum([matrix_rate(device, P.DTYPES[args.dtype], 8192 if device.type == "cuda" else 2048)])
     for answer in args.answer:
@@ -64,7 +57,8 @@ def work(args):
             groups = [(ids(args.prompt), [ids(answer) for _ in range(group)]) for _ in range(args.pairs)]
             separate = [(p, [r]) for p, rs in groups[rank::world] for r in rs]
             layouts = {"shared": groups[rank::world], "separate": separate}
-            micros = {n: packing.level(packing.pack(g, args.micro_tokens, device), device) for n, g in layouts.items()}
+            micros = {n: packing.level(packing.pack(g, args.micro_tokens, device), device)
+                      for n, g in layouts.items()}
             runs = {n: lambda m=m: one_pass(policy, optim, m) for n, m in micros.items()}
             turns = common.alternate(runs, args.repeats + 1)
             for name, results in turns.items():
@@ -125,8 +119,8 @@ def peer(args, folder, answer, group):
 
 def main():
     args = arguments()
-    if args.worker:
-        return work(args)
+    if args.case:
+        return R.run(lambda: work(args))
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
@@ -134,9 +128,7 @@ def main():
                                        args.vocab)
         common.write_prompts(folder / "pairs.jsonl", tokenizer, args.pairs * (args.repeats + 1), args.prompt)
         for ranks in args.ranks:
-            out = common.run(sys.executable, ranks, args.threads, ROOT / "bench/scaling.py", *sys.argv[1:],
-                             "--worker", folder)
-            rows += [json.loads(line) for line in out.splitlines() if line.startswith("{")]
+            rows += common.again(ranks, args.threads, str(folder))
         if args.trl:
             rows += [peer(args, folder, a, g) for a in args.answer for g in args.group]
     keyed = {(r["ranks"], r["answer"], r["group"], r[""]): r for r in rows}
@@ -148,4 +140,4 @@ def main():
 
 
 if __name__ == "__main__":
-    R.run(main)
+    main()
