@@ -35,8 +35,9 @@ class Cohorts:
     A sample joins the open cohort of its prompt, size and name, and is judged with it once `size` are there, or
     `timeout` seconds after the last one came: who is there then gets judged, and one alone gets None. Who leaves is
     still a member, so the others lose nothing. A retry finds its place: with an id by id and text, without one by its
-    text, if nobody waits there and nobody was told; for ten minutes after the judgment too. Rewards do not depend
-    on the order in which samples came. All of a cohort must come to one gateway."""
+    text, if nobody waits there and nobody was told; for ten minutes after the judgment too. A text that is waited
+    for already is looked at for a second: a retry, or a twin? Rewards do not depend on the order in which samples
+    came. All of a cohort must come to one gateway."""
 
     def __init__(self, judge, timeout, most=1 << 17):
         self.judge, self.timeout, self.most = judge, timeout, most
@@ -45,8 +46,11 @@ class Cohorts:
     async def reward(self, prompt, text, size, id=None, name=""):
         """-> reward, stderr of a sample, once its cohort has been judged"""
         key = digest([prompt, size, name])
-        if id is None and any(r.id is None and r.text == text and r.callers for r in self.members(key)):
-            await asyncio.sleep(0.1)          # its twin, or itself again, whose first caller's leaving is on its way
+        for _ in range(20):                   # its twin, or itself again, the first caller's leaving being on its way
+            same = [r for r in self.members(key) if r.id is None and r.text == text and not r.told]
+            if id is not None or not same or not all(r.callers for r in same):
+                break
+            await asyncio.sleep(0.05)
         rollout = self.place(key, prompt, text, size, id)
         rollout.callers += 1
         self.waiting += 1

@@ -260,7 +260,9 @@ class Judge:
     def verl(self):
         """A `compute_score` for verl, which shows a reward function one sample at a time: the share of votes that it
         wins against `ground_truth`, for the prompt in `extra_info["question"]`."""
-        async def compute_score(data_source, solution_str, ground_truth, extra_info):
+        async def compute_score(data_source, solution_str, ground_truth, extra_info, **_):
+            if not text_in(solution_str):
+                return {"score": 0.0, "read": 0.0}
             found = await self.acompare(extra_info["question"], solution_str, ground_truth)
             return {"score": found.win if found.verdict else 0.5, "read": float(found.verdict is not None)}
         return compute_score

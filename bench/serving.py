@@ -58,7 +58,7 @@ async def cohorts(url, work, clients, leave):
                 try:
                     async with session.post(f"{url}/get_reward?group={len(work[k][1])}&cohort={k}", json=body,
                                             timeout=aiohttp.ClientTimeout(timeout)) as r:
-                        found[k][i] = (await r.json())["rewards"][0]
+                        found[k][i] = ((await r.json())["rewards"] or [None])[0]
                         return
                 except asyncio.TimeoutError:
                     pass

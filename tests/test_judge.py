@@ -156,6 +156,7 @@ def test_verl_sees_one_sample_at_a_time():
     score = judge()[0].verl()
     ask = lambda solution: asyncio.run(score("data", solution, "is 5", {"question": "q"}))
     assert ask("is 7")["score"] > 0.5 > ask("is 3")["score"] and ask("is 7")["read"] == 1.0
+    assert ask(" ") == {"score": 0.0, "read": 0.0}, "an empty answer ends no training"
 
 
 class Slow(Model):

@@ -202,11 +202,15 @@ def test_a_retry_that_overtakes_its_callers_leaving():
                 with contextlib.suppress(httpx.ReadTimeout):
                     await client.post(url + "/reward", json=body, timeout=0.2)
                 return await client.post(url + "/reward", json=body)
+            async def late(body):
+                await asyncio.sleep(0.5)
+                return await client.post(url + "/reward", json=body)
             return await asyncio.gather(*[sends(sample(n, 12)) for n in range(10)], *[
-                client.post(url + "/reward", json=sample(n, 12)) for n in (10, 11)])
+                late(sample(n, 12)) for n in (10, 11)])
     with gateway(Model(), group_timeout=20) as url:
         rewards = [r.json()["reward"] for r in asyncio.run(go(url))]
-        assert rewards == sorted(rewards) and url.gate.cohorts.kept == 12
+        assert url.gate.cohorts.kept == 12 and rewards == post(url, "/reward", {
+            "prompts": ["q"] * 12, "completions": [f"is {n}" for n in range(12)]}).json()["rewards"]
 
 
 def test_an_id_makes_a_retry_harmless():
