@@ -215,7 +215,7 @@ def test_a_retry_that_overtakes_its_callers_leaving():
 
 def test_an_id_makes_a_retry_harmless():
     """Two requests with one id are one sample, before and after the judgment; equal texts without one are twins."""
-    with gateway(group_timeout=0.3) as url:
+    with gateway() as url:
         same = sample(1, rollout="a")
         got = asyncio.run(wait_for(url, same, same, sample(2, rollout="b"), sample(3, rollout="c")))
         assert got[0] == got[1] < got[2] < got[3] and post(url, "/reward", same).json()["reward"] == got[0]
