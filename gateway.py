@@ -32,6 +32,8 @@ from rubrics import Pair, messages_of, parse, response_of
 
 PAGE = Path(__file__).with_name("assets") / "judge.html"
 CLOSING, LOADING = "the server is shutting down; ask again", "the judge is not ready yet; /health says when"
+REFUSALS = {400: "bad input", 401: "no key, or a wrong one", 403: "another origin or host", 413: "too large",
+            415: "not JSON", 502: "the model's server refuses or does not answer", 503: "loading, closing or full"}
 FAILURES = {ValueError: 400, Refused: 502, Busy: 503}       # else: 500, a fault of ours
 
 
@@ -259,129 +261,88 @@ class Gate:
             self.cohorts.close(CLOSING)
 
 
-def app_of(gate):
-    """The routes. Their answers are documented in docs/judge.md."""
-    app = FastAPI(title="rmr1", docs_url=None, redoc_url=None)
-    app.add_middleware(Guard, gate=gate)
-    page = PAGE.read_text()
-    hashes = {tag: " ".join(f"'sha256-{base64.b64encode(hash_of(text)).decode()}'" for text in
-                            re.findall(rf"<{tag}>(.*?)</{tag}>", page, re.S)) for tag in ("script", "style")}
-    policy = (f"default-src 'none'; connect-src 'self'; script-src {hashes['script']}; style-src {hashes['style']}; "
-              "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
+    def open_judge(self):
+        """The judge, or why there is none. HTTPException 503."""
+        if self.judge is None or self.closing:
+            raise HTTPException(503, CLOSING if self.closing else LOADING)
+        self.cohorts = self.cohorts or Cohorts(self.judge, self.group_timeout)
+        return self.judge
 
-    def judge():
-        if gate.judge is None or gate.closing:
-            raise HTTPException(503, CLOSING if gate.closing else LOADING)
-        gate.cohorts = gate.cohorts or Cohorts(gate.judge, gate.group_timeout)
-        return gate.judge
-
-    def limit(n, budget=None):
-        if n > gate.most:
-            raise HTTPException(413, f"{n} responses: {gate.most} of one prompt are compared at most; these would ask "
+    def limit(self, n, budget=None):
+        if n > self.most:
+            raise HTTPException(413, f"{n} responses: {self.most} of one prompt are compared at most; these would ask "
                                      f"for up to {budget or 4 * n} judgments")
 
-    @app.exception_handler(HTTPException)
-    async def told(_, e):
-        return JSONResponse(error(e.status_code, str(e.detail)), e.status_code, e.headers)
-
-    @app.exception_handler(RequestValidationError)
-    async def invalid(_, e):
-        first = e.errors()[0]
-        param = ".".join(map(str, first["loc"][1:]))
-        return JSONResponse(error(400, f"{param or 'body'}: {first['msg']}"[:1000], param), 400)
-
-    for kind, status in FAILURES.items():
-        app.exception_handler(kind)(lambda _, e, status=status: JSONResponse(error(status, str(e)[:1000]), status))
-
-    @app.get("/")
-    async def index():
-        return Response(page, media_type="text/html", headers={"Content-Security-Policy": policy})
-
-    @app.get("/health")
-    async def health():
-        return Response(status_code=200 if gate.ready() else 503)
-
-    @app.get("/metrics")
-    async def metrics():
-        return Response(prom.generate_latest(gate.metrics), media_type=prom.CONTENT_TYPE_LATEST)
-
-    @app.post("/compare")
-    async def compare(body: ToCompare, request: Request):
+    async def compare(self, body: ToCompare, request: Request):
         pair = Pair("", context_of(body.prompt), response_of(body.a), response_of(body.b), None)
-        ask = lambda heard=None: judge().acompare(pair.context, pair.a, pair.b, body.budget, heard)
+        ask = lambda heard=None: self.open_judge().acompare(pair.context, pair.a, pair.b, body.budget, heard)
         if body.stream:
-            judge()
-            return StreamingResponse(streamed(gate, ask, pair), media_type="text/event-stream",
+            self.open_judge()
+            return StreamingResponse(streamed(self, ask, pair), media_type="text/event-stream",
                                      headers={"Cache-Control": "no-store"})
-        found = await gate.result(request, ask())
+        found = await self.result(request, ask())
         return as_json(found, pair) | {"usage": usage(checked(found.votes))}
 
-    @app.post("/rank")
-    async def rank(body: ToRank, request: Request):
-        limit(len(body.responses), body.budget)
-        ranked = await gate.result(request, judge().arank(context_of(body.prompt), body.responses, body.goal,
+    async def rank(self, body: ToRank, request: Request):
+        self.limit(len(body.responses), body.budget)
+        ranked = await self.result(request, self.open_judge().arank(context_of(body.prompt), body.responses, body.goal,
                                                           body.budget))
         return {"ranking": ranked.order} | {k: getattr(ranked, k) for k in (
             "reward", "stderr", "low", "high", "best")} | {"usage": usage(checked(ranked.votes)), "comparisons": [
                 {"first": v.first, "second": v.second, "verdict": v.verdict, "reason": v.judgment.reason}
                 for v in ranked.votes]}
 
-    @app.post("/reward")
-    async def reward(body: ToReward, request: Request):
+    async def reward(self, body: ToReward, request: Request):
         one = body.prompt is not None and body.completion is not None
         if one and body.reference is not None:
-            found = await gate.result(request, judge().acompare(
+            found = await self.result(request, self.open_judge().acompare(
                 context_of(body.prompt), body.completion, body.reference))
             return {"reward": found.win if found.verdict else None, "usage": usage(checked(found.votes))}
         if one and body.group:
-            r, stderr = (await samples(request, [(body.prompt, body.completion)], body.group, body.rollout,
+            r, stderr = (await self.samples(request, [(body.prompt, body.completion)], body.group, body.rollout,
                                        body.cohort))[0]
             return {"reward": r, "stderr": stderr}
         if body.prompts is None or body.completions is None or len(body.prompts) != len(body.completions):
             raise ValueError("give prompts and completions, as many of each; or prompt and completion, and either "
                              "group, how many samples the prompt has, or reference, what to compare with")
-        rewards = await groups(request, body.prompts, body.completions)
+        rewards = await self.groups(request, body.prompts, body.completions)
         return {"rewards": [r for r, _ in rewards], "stderr": [e for _, e in rewards]}
 
-    async def groups(request, prompts, completions):
+    async def groups(self, request, prompts, completions):
         """Rewards of whole groups, which stand in a row."""
-        runs = judge().groups([context_of(p) for p in prompts], completions)
+        runs = self.open_judge().groups([context_of(p) for p in prompts], completions)
         for _, some in runs:
-            limit(len(some))
-        found = await gate.result(request, asyncio.gather(*[judge().agroup(*run) for run in runs]))
+            self.limit(len(some))
+        found = await self.result(request, asyncio.gather(*[self.open_judge().agroup(*run) for run in runs]))
         checked([v for _, votes in found for v in votes])
         return [both for some, _ in found for both in some]
 
-    async def samples(request, some, size, id=None, name=""):
+    async def samples(self, request, some, size, id=None, name=""):
         """Rewards of samples that wait for the rest of their groups."""
-        limit(size)
-        judge()
-        return await gate.result(request, asyncio.gather(*[
-            gate.cohorts.reward(context_of(p), c, size, id, name) for p, c in some]))
+        self.limit(size)
+        self.open_judge()
+        return await self.result(request, asyncio.gather(*[
+            self.cohorts.reward(context_of(p), c, size, id, name) for p, c in some]))
 
-    @app.post("/get_reward")
-    async def get_reward(body: ToGetReward, request: Request, cohort: str = "",
+    async def get_reward(self, body: ToGetReward, request: Request, cohort: str = "",
                          group: Annotated[int | None, Query(ge=2)] = None):
         if len(body.prompts) != len(body.query) or any(not q.startswith(p) for q, p in zip(body.query, body.prompts)):
             raise ValueError("each query must be its prompt and the response after it")
         responses = [ENDS.sub("", q[len(p):]) for q, p in zip(body.query, body.prompts)]
-        size = group or gate.group
+        size = group or self.group
         if size is None and len(body.query) == 1:
             raise ValueError("one sample: say how many samples a prompt has, by ?group=8 in the URL or --group 8")
-        some = await (samples(request, list(zip(body.prompts, responses)), size, None, cohort)
-                      if size else groups(request, body.prompts, responses))
+        some = await (self.samples(request, list(zip(body.prompts, responses)), size, None, cohort)
+                      if size else self.groups(request, body.prompts, responses))
         rewards, stderr = ([x[i] for x in some] for i in (0, 1))
         known = any(r is not None for r in rewards)            # without one: as if the call had failed
         return {"rewards": rewards if known else None, "scores": rewards if known else None,
                 "extra_logs": {"stderr": stderr} if known else {}}
 
-    @app.post("/rerank")
-    @app.post("/v1/rerank")
-    @app.post("/v2/rerank")
-    async def rerank(body: ToRerank, request: Request):
+    async def rerank(self, body: ToRerank, request: Request):
         texts = [d if isinstance(d, str) else d.get("text", "") for d in body.documents]
-        limit(len(texts))
-        some, votes = await gate.result(request, judge().agroup(context_of(body.query), texts))
+        self.limit(len(texts))
+        some, votes = await self.result(request, self.open_judge().agroup(context_of(body.query), texts))
         checked(votes)
         scores, used = [r or 0.0 for r, _ in some], usage(votes)
         if len(texts) == 1:
@@ -397,6 +358,35 @@ def app_of(gate):
                 "usage": {"prompt_tokens": used["prompt_tokens"],
                           "total_tokens": used["prompt_tokens"] + used["completion_tokens"]}, "meta": meta}
 
+
+def app_of(gate):
+    """An application for any ASGI server."""
+    app = FastAPI(title="rmr1", docs_url=None, redoc_url=None,
+                  responses={status: {"description": about} for status, about in REFUSALS.items()})
+    app.add_middleware(Guard, gate=gate)
+    page = PAGE.read_text()
+    hashes = {tag: " ".join(f"'sha256-{base64.b64encode(hash_of(text)).decode()}'" for text in
+                            re.findall(rf"<{tag}>(.*?)</{tag}>", page, re.S)) for tag in ("script", "style")}
+    policy = (f"default-src 'none'; connect-src 'self'; script-src {hashes['script']}; style-src {hashes['style']}; "
+              "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
+    app.get("/")(lambda: Response(page, media_type="text/html", headers={"Content-Security-Policy": policy}))
+    app.get("/health")(lambda: Response(status_code=200 if gate.ready() else 503))
+    app.get("/metrics")(lambda: Response(prom.generate_latest(gate.metrics), media_type=prom.CONTENT_TYPE_LATEST))
+    for path, route in {"/compare": gate.compare, "/rank": gate.rank, "/reward": gate.reward,
+                        "/get_reward": gate.get_reward, "/rerank": gate.rerank, "/v1/rerank": gate.rerank,
+                        "/v2/rerank": gate.rerank}.items():
+        app.post(path)(route)
+
+    def invalid(_, e):
+        first = e.errors()[0]
+        param = ".".join(map(str, first["loc"][1:]))
+        return JSONResponse(error(400, f"{param or 'body'}: {first['msg']}"[:1000], param), 400)
+
+    app.exception_handler(RequestValidationError)(invalid)
+    app.exception_handler(HTTPException)(
+        lambda _, e: JSONResponse(error(e.status_code, str(e.detail)), e.status_code, e.headers))
+    for kind, status in FAILURES.items():
+        app.exception_handler(kind)(lambda _, e, status=status: JSONResponse(error(status, str(e)[:1000]), status))
     return app
 
 
