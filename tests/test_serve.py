@@ -103,8 +103,24 @@ def test_openrlhf_as_its_code_asks():
         assert whole == rewards
         several = post(url, "/get_reward", {"query": ["q is 1", "q is 2"], "prompts": ["q", "q"]}).json()
         assert several["rewards"][0] < several["rewards"][1]
+        assert post(url, "/get_reward?group=3", {"query": [], "prompts": [], "labels": []}).json()["rewards"] == []
     with gateway(Model(lambda *_: "?")) as url:
         assert post(url, "/get_reward", {"query": ["q is 1", "q is 2"], "prompts": ["q", "q"]}).json()["rewards"] is None
+
+
+def test_templates_are_taken_apart_in_linear_time():
+    start, end = "<|im_start|>", "<|im_end|>"
+    assert G.context_of(f"{start}user\nq{end}\n{start}assistant\nx{end}\n{start}user\nmore{end}\n{start}assistant\n") == [
+        {"role": r, "content": c} for r, c in (("user", "q"), ("assistant", "x"), ("user", "more"))]
+    assert G.context_of("plain")[0]["content"] == "plain"
+    for text, left in ((f"x{end}\n", "x"), (f"x{end} y{end}</s> ", f"x{end} y"), ("x \n", "x \n"), (end, "")):
+        assert G.without_end(text) == left
+    begin = time.process_time()
+    for hostile in ("\n" * 10**6, f"{start}user\n" * 10**5, end * 10**5, f"{end}\n" * 10**5 + "x"):
+        G.without_end(f"x{hostile}x")
+        with contextlib.suppress(ValueError):
+            G.context_of(hostile + "x")
+    assert time.process_time() - begin < 10                    # quadratic: hours
 
 
 def events(url, body):
@@ -351,7 +367,7 @@ def test_the_page_runs_its_own_script_only():
         assert r.headers["content-type"].startswith("text/html") and "default-src 'none'" in r.headers[
             "content-security-policy"]
         script = re.search(r"<script>(.*?)</script>", r.text, re.S)[1]
-        assert base64.b64encode(G.hash_of(script)).decode() in r.headers["content-security-policy"]
+        assert base64.b64encode(G.hash_of(script.encode())).decode() in r.headers["content-security-policy"]
 
 
 # ---------------------------------------------------------------- in front of vLLM
