@@ -4,7 +4,17 @@ Trainers that send one sample at a time: samples wait for the others of their gr
 import asyncio
 from dataclasses import dataclass, field
 
+from askers import Refused
 from files import digest
+
+
+def checked(votes):
+    """Votes. Where none has a text, whoever asked is told why instead of numbers that say nothing: ValueError for a
+    prompt without room, else Refused."""
+    if votes and not any(v.judgment.text for v in votes):
+        why = votes[0].judgment.reason
+        raise ValueError(why) if why.startswith("prompt") else Refused(why)
+    return votes
 
 
 class Busy(Exception):
@@ -96,7 +106,8 @@ class Cohorts:
 
     async def judge_together(self, key, cohort):
         try:
-            rewards, _ = await self.judge.agroup(cohort.prompt, [r.text for r in cohort.rollouts])
+            rewards, votes = await self.judge.agroup(cohort.prompt, [r.text for r in cohort.rollouts])
+            checked(votes)
             for rollout, reward in zip(cohort.rollouts, rewards, strict=True):
                 rollout.reward.set_result(reward)
         except (Exception, SystemExit) as e:

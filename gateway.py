@@ -25,7 +25,7 @@ from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 
 from askers import Refused
-from cohorts import Busy, Cohorts
+from cohorts import Busy, Cohorts, checked
 from files import digest
 from rmr1 import all_of, as_json, judgment_as_json, vote_as_json
 from rubrics import Pair, messages_of, parse, response_of
@@ -199,14 +199,6 @@ def without_end(response):
 TURN = re.compile(r"(?:<\|im_start\|>|<\|start_header_id\|>)(\w+)(?:<\|end_header_id\|>)?\n+")
 END = re.compile(r"<\|im_end\|>|<\|eot_id\|>|<\|endoftext\|>|<\|end_of_text\|>|</s>|<｜end▁of▁sentence｜>")
 CLOSED = re.compile(r"</(type|rubric|solution|eval|quote_A|quote_B|answer)>")
-
-
-def checked(votes):
-    """Votes; if none has a text, the caller is told why instead of an answer that says nothing."""
-    if votes and not any(v.judgment.text for v in votes):
-        why = votes[0].judgment.reason
-        raise HTTPException(400 if why.startswith("prompt") else 502, why)
-    return votes
 
 
 def usage(votes):

@@ -23,6 +23,7 @@ import torch
 import uvicorn
 
 import gateway as G
+from askers import Answer
 from conftest import ROOT, Replies, environment
 from rmr1 import Judge
 from test_judge import Model, Slow, noisy, until
@@ -252,6 +253,29 @@ def test_a_failure_reaches_every_sample():
     with gateway(Broken()) as url:
         got = asyncio.run(wait_for(url, *(sample(n) for n in (1, 2, 3))))
         assert [x["error"]["message"] for x in got] == ["no such thing"] * 3
+
+
+class Away(Model):
+    """A server that could not be reached, or a prompt without room: no text."""
+    why = "no answer from the server: gone"
+
+    def answer(self, *_):
+        return Answer("", self.why, failed=True)
+
+
+@pytest.mark.parametrize("why, status", [(Away.why, 502), ("prompt longer than the window of 9 tokens", 400)])
+def test_what_has_no_text_is_an_error_and_not_a_number(why, status, monkeypatch):
+    monkeypatch.setattr(Away, "why", why)
+    pair, some = {"prompt": "q", "a": "is 1", "b": "is 2"}, ["is 1", "is 2"]
+    with gateway(Away()) as url, ThreadPoolExecutor(2) as pool:
+        for path, body in (("/compare", pair), ("/rank", {"prompt": "q", "responses": some}),
+                           ("/reward", {"prompts": ["q"] * 2, "completions": some}),
+                           ("/rerank", {"query": "q", "documents": some})):
+            r = post(url, path, body)
+            assert r.status_code == status and r.json()["error"]["message"] == why
+        assert [r.status_code for r in pool.map(
+            lambda n: post(url, "/reward", sample(n, 2)), (1, 2))] == [status] * 2
+        assert [*events(url, pair)][-1][1]["error"]["message"] == why
 
 
 def test_when_it_closes_nobody_is_left_hanging():
