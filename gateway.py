@@ -25,14 +25,16 @@ from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 
 from askers import Refused
-from cohorts import Busy, Cohorts
+from cohorts import Busy, Cohorts, checked
 from files import digest
-from rmr1 import as_json, judgment_as_json, vote_as_json
+from rmr1 import all_of, as_json, judgment_as_json, vote_as_json
 from rubrics import Pair, messages_of, parse, response_of
 
 PAGE = Path(__file__).with_name("assets") / "judge.html"
 CLOSING, LOADING = "the server is shutting down; ask again", "the judge is not ready yet; /health says when"
-FAILURES = {ValueError: 400, Refused: 502, Busy: 503}       # else: 500, a fault of ours
+REFUSALS = {400: "bad input", 401: "no key, or a wrong one", 403: "another origin or host", 413: "too large",
+            415: "not JSON", 502: "the model's server refuses or does not answer", 503: "loading, closing or full"}
+FAILURES = {ValueError: 400, Refused: 502, Busy: 503, Exception: 500}
 
 
 def say(text):
@@ -48,7 +50,7 @@ def error(status, message, param=None):
 # ---------------------------------------------------------------- who may ask, and how much
 
 def hash_of(key):
-    return hashlib.sha256(key.encode()).digest()
+    return hashlib.sha256(key).digest()
 
 
 class Guard:
@@ -79,7 +81,7 @@ class Guard:
         app, refusal = self.app, self.refusal(scope, headers)
         if refusal:
             status, why = refusal
-            app = JSONResponse(error(status, why), status, {"WWW-Authenticate": "Basic"} if status == 401 else None)
+            app = JSONResponse(error(status, why), status, {"WWW-Authenticate": 'Basic realm="rmr1"'} if status == 401 else None)
         try:
             await app(scope, limited, noted)
         finally:
@@ -96,11 +98,11 @@ class Guard:
         if "origin" in headers and headers["origin"].partition("://")[2] != host:
             return 403, "asked from a page of another origin"
         if self.gate.key:
-            kind, _, given = headers.get("authorization", "").partition(" ")
-            if kind.lower() == "basic":
+            kind, _, given = headers.get("authorization", "").encode("latin-1").partition(b" ")
+            if kind.lower() == b"basic":
                 with suppress(ValueError):
-                    given = base64.b64decode(given).decode().partition(":")[2]
-            if not hmac.compare_digest(hash_of(given), hash_of(self.gate.key)):
+                    given = base64.b64decode(given).partition(b":")[2]
+            if not hmac.compare_digest(hash_of(given), hash_of(self.gate.key.encode())):
                 return 401, "the key (RMR1_API_KEY of the server) is missing or wrong"
         elif not is_local(host, self.gate.host):            # a name that another's DNS has pointed here
             return 403, f"host {host[:100]!r}: without a key, an address, localhost or --host is answered"
@@ -170,7 +172,7 @@ class ToRerank(BaseModel):
 
 
 class ToGetReward(BaseModel):
-    query: list[Text] = Field(min_length=1, max_length=4096)
+    query: list[Text] = Field(max_length=4096)           # OpenRLHF's for the second of two URLs has none
     prompts: list[Text]
     labels: list | None = None
 
@@ -179,23 +181,24 @@ def context_of(prompt):
     """A prompt as `messages_of` has it; one that OpenRLHF has put into a chat template, taken apart again."""
     if isinstance(prompt, list):
         return messages_of([m.model_dump() for m in prompt])
-    turns = TURN.findall(prompt)
-    return messages_of([{"role": role, "content": text} for role, text in turns] if turns else prompt)
+    _, *parts = TURN.split(prompt)
+    turns = [(role, END.split(text, maxsplit=1)) for role, text in zip(parts[::2], parts[1::2])]
+    # One without an end is the response's.
+    return messages_of([{"role": role, "content": text[0]} for role, text in turns if len(text) > 1] or prompt)
+
+
+def without_end(response):
+    """A response without the tokens that end it. Linear in its length, as all that looks at a policy's texts must be."""
+    end, tokens = len(response), [*END.finditer(response)]
+    while tokens and not response[tokens[-1].end():end].strip():
+        end = tokens.pop().start()
+    return response[:end]
 
 
 # ChatML and Llama 3; and the tokens that end a response.
-TURN = re.compile(r"(?:<\|im_start\|>|<\|start_header_id\|>)(\w+)(?:<\|end_header_id\|>)?\n+(.*?)"
-                  r"(?:<\|im_end\|>|<\|eot_id\|>)", re.S)
-ENDS = re.compile(r"(\s*(<\|\w+\|>|</s>|<｜end▁of▁sentence｜>))+\s*$")
+TURN = re.compile(r"(?:<\|im_start\|>|<\|start_header_id\|>)(\w+)(?:<\|end_header_id\|>)?\n+")
+END = re.compile(r"<\|im_end\|>|<\|eot_id\|>|<\|endoftext\|>|<\|end_of_text\|>|</s>|<｜end▁of▁sentence｜>")
 CLOSED = re.compile(r"</(type|rubric|solution|eval|quote_A|quote_B|answer)>")
-
-
-def checked(votes):
-    """Votes; if none has a text, the caller is told why instead of an answer that says nothing."""
-    if votes and not any(v.judgment.text for v in votes):
-        why = votes[0].judgment.reason
-        raise HTTPException(400 if why.startswith("prompt") else 502, why)
-    return votes
 
 
 def usage(votes):
@@ -244,7 +247,7 @@ class Gate:
         try:
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             if not tasks[0].done():
-                raise HTTPException(503, CLOSING)
+                raise HTTPException(503, CLOSING) if self.over.is_set() else HTTPException(499, "the caller has left")
             return tasks[0].result()
         finally:
             for task in tasks:
@@ -259,129 +262,90 @@ class Gate:
             self.cohorts.close(CLOSING)
 
 
-def app_of(gate):
-    """The routes. Their answers are documented in docs/judge.md."""
-    app = FastAPI(title="rmr1", docs_url=None, redoc_url=None)
-    app.add_middleware(Guard, gate=gate)
-    page = PAGE.read_text()
-    hashes = {tag: " ".join(f"'sha256-{base64.b64encode(hash_of(text)).decode()}'" for text in
-                            re.findall(rf"<{tag}>(.*?)</{tag}>", page, re.S)) for tag in ("script", "style")}
-    policy = (f"default-src 'none'; connect-src 'self'; script-src {hashes['script']}; style-src {hashes['style']}; "
-              "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
+    def open_judge(self):
+        """The judge, or why there is none. HTTPException 503."""
+        if self.judge is None or self.closing:
+            raise HTTPException(503, CLOSING if self.closing else LOADING)
+        self.cohorts = self.cohorts or Cohorts(self.judge, self.group_timeout)
+        return self.judge
 
-    def judge():
-        if gate.judge is None or gate.closing:
-            raise HTTPException(503, CLOSING if gate.closing else LOADING)
-        gate.cohorts = gate.cohorts or Cohorts(gate.judge, gate.group_timeout)
-        return gate.judge
-
-    def limit(n, budget=None):
-        if n > gate.most:
-            raise HTTPException(413, f"{n} responses: {gate.most} of one prompt are compared at most; these would ask "
+    def limit(self, n, budget=None):
+        if n > self.most:
+            raise HTTPException(413, f"{n} responses: {self.most} of one prompt are compared at most; these would ask "
                                      f"for up to {budget or 4 * n} judgments")
 
-    @app.exception_handler(HTTPException)
-    async def told(_, e):
-        return JSONResponse(error(e.status_code, str(e.detail)), e.status_code, e.headers)
-
-    @app.exception_handler(RequestValidationError)
-    async def invalid(_, e):
-        first = e.errors()[0]
-        param = ".".join(map(str, first["loc"][1:]))
-        return JSONResponse(error(400, f"{param or 'body'}: {first['msg']}"[:1000], param), 400)
-
-    for kind, status in FAILURES.items():
-        app.exception_handler(kind)(lambda _, e, status=status: JSONResponse(error(status, str(e)[:1000]), status))
-
-    @app.get("/")
-    async def index():
-        return Response(page, media_type="text/html", headers={"Content-Security-Policy": policy})
-
-    @app.get("/health")
-    async def health():
-        return Response(status_code=200 if gate.ready() else 503)
-
-    @app.get("/metrics")
-    async def metrics():
-        return Response(prom.generate_latest(gate.metrics), media_type=prom.CONTENT_TYPE_LATEST)
-
-    @app.post("/compare")
-    async def compare(body: ToCompare, request: Request):
+    async def compare(self, body: ToCompare, request: Request):
         pair = Pair("", context_of(body.prompt), response_of(body.a), response_of(body.b), None)
-        ask = lambda heard=None: judge().acompare(pair.context, pair.a, pair.b, body.budget, heard)
+        ask = lambda heard=None: self.open_judge().acompare(pair.context, pair.a, pair.b, body.budget, heard)
         if body.stream:
-            judge()
-            return StreamingResponse(streamed(gate, ask, pair), media_type="text/event-stream",
+            self.open_judge()
+            return StreamingResponse(streamed(self, ask, pair), media_type="text/event-stream",
                                      headers={"Cache-Control": "no-store"})
-        found = await gate.result(request, ask())
+        found = await self.result(request, ask())
         return as_json(found, pair) | {"usage": usage(checked(found.votes))}
 
-    @app.post("/rank")
-    async def rank(body: ToRank, request: Request):
-        limit(len(body.responses), body.budget)
-        ranked = await gate.result(request, judge().arank(context_of(body.prompt), body.responses, body.goal,
+    async def rank(self, body: ToRank, request: Request):
+        self.limit(len(body.responses), body.budget)
+        ranked = await self.result(request, self.open_judge().arank(context_of(body.prompt), body.responses, body.goal,
                                                           body.budget))
         return {"ranking": ranked.order} | {k: getattr(ranked, k) for k in (
             "reward", "stderr", "low", "high", "best")} | {"usage": usage(checked(ranked.votes)), "comparisons": [
                 {"first": v.first, "second": v.second, "verdict": v.verdict, "reason": v.judgment.reason}
                 for v in ranked.votes]}
 
-    @app.post("/reward")
-    async def reward(body: ToReward, request: Request):
+    async def reward(self, body: ToReward, request: Request):
         one = body.prompt is not None and body.completion is not None
         if one and body.reference is not None:
-            found = await gate.result(request, judge().acompare(
+            found = await self.result(request, self.open_judge().acompare(
                 context_of(body.prompt), body.completion, body.reference))
             return {"reward": found.win if found.verdict else None, "usage": usage(checked(found.votes))}
         if one and body.group:
-            r, stderr = (await samples(request, [(body.prompt, body.completion)], body.group, body.rollout,
+            r, stderr = (await self.samples(request, [(body.prompt, body.completion)], body.group, body.rollout,
                                        body.cohort))[0]
             return {"reward": r, "stderr": stderr}
         if body.prompts is None or body.completions is None or len(body.prompts) != len(body.completions):
             raise ValueError("give prompts and completions, as many of each; or prompt and completion, and either "
                              "group, how many samples the prompt has, or reference, what to compare with")
-        rewards = await groups(request, body.prompts, body.completions)
+        rewards = await self.groups(request, body.prompts, body.completions)
         return {"rewards": [r for r, _ in rewards], "stderr": [e for _, e in rewards]}
 
-    async def groups(request, prompts, completions):
+    async def groups(self, request, prompts, completions):
         """Rewards of whole groups, which stand in a row."""
-        runs = judge().groups([context_of(p) for p in prompts], completions)
+        runs = self.open_judge().groups([context_of(p) for p in prompts], completions)
         for _, some in runs:
-            limit(len(some))
-        found = await gate.result(request, asyncio.gather(*[judge().agroup(*run) for run in runs]))
+            self.limit(len(some))
+        found = await self.result(request, all_of([self.open_judge().agroup(*run) for run in runs]))
         checked([v for _, votes in found for v in votes])
         return [both for some, _ in found for both in some]
 
-    async def samples(request, some, size, id=None, name=""):
+    async def samples(self, request, some, size, id=None, name=""):
         """Rewards of samples that wait for the rest of their groups."""
-        limit(size)
-        judge()
-        return await gate.result(request, asyncio.gather(*[
-            gate.cohorts.reward(context_of(p), c, size, id, name) for p, c in some]))
+        self.limit(size)
+        self.open_judge()
+        return await self.result(request, all_of([
+            self.cohorts.reward(context_of(p), c, size, id, name) for p, c in some]))
 
-    @app.post("/get_reward")
-    async def get_reward(body: ToGetReward, request: Request, cohort: str = "",
+    async def get_reward(self, body: ToGetReward, request: Request, cohort: str = "",
                          group: Annotated[int | None, Query(ge=2)] = None):
         if len(body.prompts) != len(body.query) or any(not q.startswith(p) for q, p in zip(body.query, body.prompts)):
             raise ValueError("each query must be its prompt and the response after it")
-        responses = [ENDS.sub("", q[len(p):]) for q, p in zip(body.query, body.prompts)]
-        size = group or gate.group
+        responses = [without_end(q[len(p):]) for q, p in zip(body.query, body.prompts)]
+        size = group or self.group
+        if not responses:
+            return {"rewards": [], "scores": [], "extra_logs": {}}
         if size is None and len(body.query) == 1:
             raise ValueError("one sample: say how many samples a prompt has, by ?group=8 in the URL or --group 8")
-        some = await (samples(request, list(zip(body.prompts, responses)), size, None, cohort)
-                      if size else groups(request, body.prompts, responses))
+        some = await (self.samples(request, list(zip(body.prompts, responses)), size, None, cohort)
+                      if size else self.groups(request, body.prompts, responses))
         rewards, stderr = ([x[i] for x in some] for i in (0, 1))
         known = any(r is not None for r in rewards)            # without one: as if the call had failed
         return {"rewards": rewards if known else None, "scores": rewards if known else None,
                 "extra_logs": {"stderr": stderr} if known else {}}
 
-    @app.post("/rerank")
-    @app.post("/v1/rerank")
-    @app.post("/v2/rerank")
-    async def rerank(body: ToRerank, request: Request):
+    async def rerank(self, body: ToRerank, request: Request):
         texts = [d if isinstance(d, str) else d.get("text", "") for d in body.documents]
-        limit(len(texts))
-        some, votes = await gate.result(request, judge().agroup(context_of(body.query), texts))
+        self.limit(len(texts))
+        some, votes = await self.result(request, self.open_judge().agroup(context_of(body.query), texts))
         checked(votes)
         scores, used = [r or 0.0 for r, _ in some], usage(votes)
         if len(texts) == 1:
@@ -397,6 +361,37 @@ def app_of(gate):
                 "usage": {"prompt_tokens": used["prompt_tokens"],
                           "total_tokens": used["prompt_tokens"] + used["completion_tokens"]}, "meta": meta}
 
+
+def app_of(gate):
+    """An application for any ASGI server."""
+    app = FastAPI(title="rmr1", docs_url=None, redoc_url=None, redirect_slashes=False,
+                  responses={status: {"description": about} for status, about in REFUSALS.items()})
+    app.add_middleware(Guard, gate=gate)
+    page = PAGE.read_text()
+    hashes = {tag: " ".join(f"'sha256-{base64.b64encode(hash_of(text.encode())).decode()}'" for text in
+                            re.findall(rf"<{tag}>(.*?)</{tag}>", page, re.S)) for tag in ("script", "style")}
+    policy = (f"default-src 'none'; connect-src 'self'; script-src {hashes['script']}; style-src {hashes['style']}; "
+              "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
+    plain = {"/": lambda: Response(page, media_type="text/html", headers={"Content-Security-Policy": policy}),
+             "/health": lambda: Response(status_code=200 if gate.ready() else 503),
+             "/metrics": lambda: Response(prom.generate_latest(gate.metrics), media_type=prom.CONTENT_TYPE_LATEST)}
+    for path, route in plain.items():
+        app.api_route(path, methods=["GET", "HEAD"], response_class=Response)(route)
+    for path, route in {"/compare": gate.compare, "/rank": gate.rank, "/reward": gate.reward,
+                        "/get_reward": gate.get_reward, "/rerank": gate.rerank, "/v1/rerank": gate.rerank,
+                        "/v2/rerank": gate.rerank}.items():
+        app.post(path)(route)
+
+    def invalid(_, e):
+        first = e.errors()[0]
+        param = ".".join(map(str, first["loc"][1:]))
+        return JSONResponse(error(400, f"{param or 'body'}: {first['msg']}"[:1000], param), 400)
+
+    app.exception_handler(RequestValidationError)(invalid)
+    app.exception_handler(HTTPException)(
+        lambda _, e: JSONResponse(error(e.status_code, str(e.detail)), e.status_code, e.headers))
+    for kind, status in FAILURES.items():
+        app.exception_handler(kind)(lambda _, e, status=status: JSONResponse(error(status, str(e)[:1000]), status))
     return app
 
 

@@ -7,9 +7,7 @@ The judge you use: compare two responses, rank several, reward a group; and the 
     judge.rank(prompt, responses, goal="best").order[0]                # the best one's place
     GRPOTrainer(..., reward_funcs=judge.reward)                        # TRL; judge.areward is its async twin
 
-    python rmr1.py judge --model runs/demo/grpo/model --data runs/demo/data/test.jsonl --line 3
-    python rmr1.py judge --model runs/demo/grpo/model --question "What is 6 * 7 ?" \\
-        --a "Here: 42" --b "Here: 45"
+    python rmr1.py judge --model runs/demo/grpo/model --question "What is 6 * 7 ?" --a "Here: 42" --b "Here: 45"
     python rmr1.py rank | reward | select --model MODEL --data lines.jsonl --journal journal.jsonl
 
 The demo's judge knows the kinds of question that data/toy.py asks, in its few words, and no others.
@@ -33,12 +31,11 @@ from pathlib import Path
 from tqdm import tqdm
 
 import ranking
-import rubrics
 from askers import Journal, Local, Refused, Server, judged
 from engine import seed_of
 from files import Flags, digest, fail, fingerprint, lines_of, number
-from rubrics import (Judgment, Pair, chat_messages, messages_of, prompt_form, read_pairs, response_of, text_in,
-                     verbatim)
+from rubrics import (PROTOCOLS, Judgment, Pair, chat_messages, messages_of, prompt_form, read_pairs, response_of,
+                     text_in, verbatim)
 
 
 @dataclass
@@ -60,8 +57,7 @@ class Comparison:
 
     verdict   "A", "B", "tie" or None, and then the reason; win: share of A in votes to come, low to high its 90 %
               interval; consistent: do both orders say the same? share: of the votes, those for the verdict
-    vote      the first that spoke for the verdict; votes: all of them
-    """
+    vote      the first that spoke for the verdict; votes: all of them"""
     verdict: str | None
     reason: str
     win: float
@@ -129,8 +125,8 @@ class Judge:
         for what several callers want. Who leaves cancels nothing: the answer still goes into the journal."""
         keys = [digest([*self.about, *request]) for request in asked]
         with self.lock:
-            known = self.journal.answers.keys() | self.under_way.keys()
-            new = {key: n for n, key in reversed([*enumerate(keys)]) if key not in known}
+            new = {key: n for n, key in reversed([*enumerate(keys)])
+                   if key not in self.journal.answers and key not in self.under_way}
             self.under_way |= {key: Future() for key in new}
             waiting = [self.under_way.get(key) or self.journal.found(key) for key in keys]
             self.used["cached"] += len(keys) - len(new)
@@ -158,10 +154,7 @@ class Judge:
             self.bar.update()
             if answer:
                 self.used.update(judgments=1, prompt_tokens=answer.prompt_tokens, completion_tokens=answer.tokens)
-        if error:
-            kept.set_exception(error)
-        else:
-            kept.set_result(answer)
+        (kept.set_exception if error else kept.set_result)(error or answer)
 
     async def play(self, shown, game, heard=None):
         """A schedule of ranking.py, played, all of a round together. shown: (i, j) -> the `Pair` that shows response i
@@ -484,7 +477,7 @@ def main():
             arg("--budget", type=number(int, 1), default=None if run is rank else 8,
                 help="judgments of a pair (rank: of a line, four a response unless given) at most")
         arg("--journal", help="file that keeps every judgment: started again, nothing is judged twice")
-        arg("--protocol", choices=rubrics.PROTOCOLS,
+        arg("--protocol", choices=PROTOCOLS,
             help="prompt form; default: what the model was trained with (its judge.json)")
         arg("--system-prompt", help="file with the system prompt, instead of the model's")
         arg("--base-url", help="ask an OpenAI-compatible server; its key comes from OPENAI_API_KEY")
