@@ -1,6 +1,7 @@
 # make demo      the whole pipeline on two CPU cores, from nothing to a judge (SEED=1, REPAIR=1, DEMO=runs/other)
 # make controls  what the demo's gain is not: more SFT, or a reward without meaning (the same SEED, REPAIR, DEMO)
-# make test      the tests
+# make test      the tests (T=name: those whose name has it)
+# make soak      the long forms of some: 20 kills of each run, four times the fuzz
 # make check     is this machine sound? attention, sync, ranks, a killed run, speed: a table and a JSON file
 #
 # A machine without a GPU needs nothing but Python 3.11: the environment is made in .venv. With an environment of your own
@@ -27,7 +28,7 @@ GRPO = $(RUN) grpo.py --model $(DEMO)/sft/model --data $(DATA)/rl.jsonl --val-da
        --max-gap 0.001 --no-recompute --save-every 0 --seed $(SEED)
 EVAL = $(RUN) eval.py --data $(DATA)/test.jsonl --max-len 100 --max-tokens 56 --both-orders --temperature 0 1 --dtype float32
 
-.PHONY: demo controls test check
+.PHONY: demo controls test soak check
 .DELETE_ON_ERROR:
 
 demo: $(READY)
@@ -54,7 +55,10 @@ controls: $(READY)
 	    --out $(DEMO)/controls
 
 test: $(READY)
-	$(PY) -m pytest -q --durations 5 tests
+	$(PY) -m pytest -q --durations 5 tests $(if $(T),-k "$(T)")
+
+soak: $(READY)
+	SOAK=1 $(PY) -m pytest -q --durations 5 -m soak tests $(if $(T),-k "$(T)")
 
 check: $(READY)
 	$(PY) tests/check.py

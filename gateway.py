@@ -1,5 +1,5 @@
 """
-The routes of the judge over HTTP: who may ask, what is asked, what is answered. docs/judge.md has the formats.
+The routes of the judge over HTTP: who may ask, what is asked, what is answered. docs/serving.md has the formats.
 
 `app_of(Gate(judge))` is an application for any ASGI server; serve.py starts one in front of vLLM.
 """

@@ -9,7 +9,7 @@ The judge over HTTP: a thin gateway in front of vLLM's own server, and a page to
 
 /compare, /rank, /reward; /rerank, /v1/rerank, /v2/rerank as Cohere, Jina and LiteLLM ask; /get_reward as OpenRLHF does.
 A trainer that sends one sample at a time says how large its groups are: samples wait for their **cohort**, and each
-is told its own reward (see `Cohorts`). RMR1_API_KEY guards everything but /health. docs/judge.md has the formats.
+is told its own reward (see `Cohorts`). RMR1_API_KEY guards everything but /health. docs/serving.md has the formats.
 """
 import asyncio
 import ctypes
