@@ -181,8 +181,6 @@ class Judge:
 
         return await ranking.play(game, ask), votes
 
-    # --- what is done with answers
-
     async def acompare(self, prompt, a, b, budget=8, heard=None):
         """Which of two responses is better? prompt: a text or messages; a, b: texts, or messages that end in one.
         One vote in each order, more only while neither is two ahead and the budget lasts. heard: see `play`.
