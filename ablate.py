@@ -287,8 +287,8 @@ def main():
     claim(args.out)
     show = lambda: write_table(plan, chains, Path(args.out))
     seconds = sum(TAKES.get(Path(s.folder).name.split("-")[0], 60) for s in todo)
-    print(f"{len(args.only or plan)} rows, {len(args.seeds)} seeds: {len(asked)} commands, {len(todo)} of them "
-          f"to run, at the demo's size in about {seconds / 60:.0f} minutes", flush=True)
+    print(f"{len(args.only or plan)} rows, {len(args.seeds)} seeds: {len(asked)} commands, {len(todo)} of "
+          f"them to run, at the demo's size in about {seconds / 60:.0f} minutes", flush=True)
     if not args.table:
         run(todo, show)
     show()

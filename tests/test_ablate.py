@@ -109,8 +109,8 @@ def test_every_command_of_a_plan_is_one_that_its_script_takes(plan, monkeypatch)
 
 
 def test_the_plan_has_every_variant_of_the_objective():
-    said = (ROOT / "README.md").read_text().split("**Variants of the objective**")[1].split("\n\n")[1]
-    flags = set(re.findall(r"`(--[\w-]+)", said))
+    said = (ROOT / "grpo.py").read_text().split("# Variants of the objective")[1].split("--engine-memory")[0]
+    flags = {*re.findall(r'"(--[\w-]+)"', said), "--clip", "--beta", "--reward"}
     commands = " ".join(s.command for chain in stages("ablations.txt").values() for s in chain)
     assert len(flags) > 10 and not [flag for flag in flags if f" {flag} " not in commands]
 
@@ -163,7 +163,8 @@ lines, pairs = [], []
 for i in range(200):
     draw = rng.random()
     pairs.append({"id": f"test/{i}", "bench": "test", "item": str(i), "subset": "", "type": "chat",
-                  "source": "", "compare": [0, 1], "swap": False, "context": [], "a": "a", "b": "b", "label": "A"})
+                  "source": "", "compare": [0, 1], "swap": False, "context": [], "a": "a", "b": "b",
+                  "label": "A"})
     lines += [{"id": f"test/{i}", "order": 0, "swap": False, "temperature": t, "vote": 0, "label": "A",
                "verdict": "A" if draw + t / 10 < skill else "B", "reason": "", "official": "A", "tokens": 20,
                "rubric": [], "quotes": [0, 0], "text": ""} for t in (0.0, 1.0)]
@@ -252,7 +253,8 @@ def test_a_fork_is_its_script_and_a_failure_is_a_row(tiny, tmp_path):
 
 @pytest.mark.parametrize("line, complaint", [
     ("no changes", "not NAME: changes"), ("base: grpo --x", "two variants"),
-    ("x: foo --y", "no command of the base"), ("x: at eval-foo", "no command"), ("x: against y", "y: no such variant")])
+    ("x: foo --y", "no command of the base"), ("x: at eval-foo", "no command"),
+    ("x: against y", "y: no such variant")])
 def test_a_bad_variant_gets_a_sentence(tiny, line, complaint):
     done = call(ablate, *tiny, "--variant", line, ok=False)
     assert done.returncode == 2 and complaint in done.stderr and len(done.stderr.splitlines()) == 1
