@@ -4,7 +4,17 @@ Trainers that send one sample at a time: samples wait for the others of their gr
 import asyncio
 from dataclasses import dataclass, field
 
+from askers import Refused
 from files import digest
+
+
+def checked(votes):
+    """Votes. Where none has a text, whoever asked is told why instead of numbers that say nothing: ValueError for a
+    prompt without room, else Refused."""
+    if votes and not any(v.judgment.text for v in votes):
+        why = votes[0].judgment.reason
+        raise ValueError(why) if why.startswith("prompt") else Refused(why)
+    return votes
 
 
 class Busy(Exception):
@@ -13,9 +23,11 @@ class Busy(Exception):
 
 @dataclass(eq=False)
 class Rollout:
-    """A sample that waits for the others. callers: requests that wait for its reward; told: one got it."""
+    """A sample that waits for the others. text: "" once it has been judged, mark: its digest; callers: requests that
+    wait for its reward; told: one got it."""
     id: str | None
     text: str
+    mark: str
     callers: int = 0
     told: bool = False
     reward: asyncio.Future = field(default_factory=lambda: asyncio.get_running_loop().create_future())
@@ -45,13 +57,13 @@ class Cohorts:
 
     async def reward(self, prompt, text, size, id=None, name=""):
         """-> reward, stderr of a sample, once its cohort has been judged"""
-        key = digest([prompt, size, name])
+        key, mark = digest([prompt, size, name]), digest(text)
         for _ in range(20):                   # its twin, or itself again, the first caller's leaving being on its way
-            same = [r for r in self.members(key) if r.id is None and r.text == text and not r.told]
+            same = [r for r in self.members(key) if (r.id, r.mark) == (None, mark) and not r.told]
             if id is not None or not same or not all(r.callers for r in same):
                 break
             await asyncio.sleep(0.05)
-        rollout = self.place(key, prompt, text, size, id)
+        rollout = self.place(key, prompt, size, id, text, mark)
         rollout.callers += 1
         self.waiting += 1
         try:
@@ -65,17 +77,17 @@ class Cohorts:
     def members(self, key):
         return [rollout for cohort in self.cohorts.get(key, ()) for rollout in cohort.rollouts]
 
-    def place(self, key, prompt, text, size, id):
+    def place(self, key, prompt, size, id, text, mark):
         """-> the `Rollout` of a sample: a retry's own, or a new one in the open cohort"""
         for rollout in self.members(key):
-            if (rollout.id, rollout.text) == (id, text) and (id or not (rollout.callers or rollout.told)):
+            if (rollout.id, rollout.mark) == (id, mark) and (id or not (rollout.callers or rollout.told)):
                 return rollout
         if self.kept >= self.most:
             raise Busy(f"{self.kept:,} samples wait, or were judged in the last ten minutes: no more are taken")
         cohorts = self.cohorts.setdefault(key, [])
         if not cohorts or cohorts[-1].timer is None:
             cohorts.append(Cohort(prompt, size))
-        cohort, rollout = cohorts[-1], Rollout(id, text)
+        cohort, rollout = cohorts[-1], Rollout(id, text, mark)
         cohort.rollouts.append(rollout)
         self.kept += 1
         if cohort.timer:
@@ -94,11 +106,14 @@ class Cohorts:
 
     async def judge_together(self, key, cohort):
         try:
-            rewards, _ = await self.judge.agroup(cohort.prompt, [r.text for r in cohort.rollouts])
+            rewards, votes = await self.judge.agroup(cohort.prompt, [r.text for r in cohort.rollouts])
+            checked(votes)
             for rollout, reward in zip(cohort.rollouts, rewards, strict=True):
                 rollout.reward.set_result(reward)
         except (Exception, SystemExit) as e:
             self.fail(cohort, e)
+        for rollout in cohort.rollouts:
+            rollout.text = ""
         asyncio.get_running_loop().call_later(600, self.forget, key, cohort)
 
     def fail(self, cohort, why):

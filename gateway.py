@@ -25,16 +25,16 @@ from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 
 from askers import Refused
-from cohorts import Busy, Cohorts
+from cohorts import Busy, Cohorts, checked
 from files import digest
-from rmr1 import as_json, judgment_as_json, vote_as_json
+from rmr1 import all_of, as_json, judgment_as_json, vote_as_json
 from rubrics import Pair, messages_of, parse, response_of
 
 PAGE = Path(__file__).with_name("assets") / "judge.html"
 CLOSING, LOADING = "the server is shutting down; ask again", "the judge is not ready yet; /health says when"
 REFUSALS = {400: "bad input", 401: "no key, or a wrong one", 403: "another origin or host", 413: "too large",
             415: "not JSON", 502: "the model's server refuses or does not answer", 503: "loading, closing or full"}
-FAILURES = {ValueError: 400, Refused: 502, Busy: 503}       # else: 500, a fault of ours
+FAILURES = {ValueError: 400, Refused: 502, Busy: 503, Exception: 500}
 
 
 def say(text):
@@ -50,7 +50,7 @@ def error(status, message, param=None):
 # ---------------------------------------------------------------- who may ask, and how much
 
 def hash_of(key):
-    return hashlib.sha256(key.encode()).digest()
+    return hashlib.sha256(key).digest()
 
 
 class Guard:
@@ -81,7 +81,7 @@ class Guard:
         app, refusal = self.app, self.refusal(scope, headers)
         if refusal:
             status, why = refusal
-            app = JSONResponse(error(status, why), status, {"WWW-Authenticate": "Basic"} if status == 401 else None)
+            app = JSONResponse(error(status, why), status, {"WWW-Authenticate": 'Basic realm="rmr1"'} if status == 401 else None)
         try:
             await app(scope, limited, noted)
         finally:
@@ -98,11 +98,11 @@ class Guard:
         if "origin" in headers and headers["origin"].partition("://")[2] != host:
             return 403, "asked from a page of another origin"
         if self.gate.key:
-            kind, _, given = headers.get("authorization", "").partition(" ")
-            if kind.lower() == "basic":
+            kind, _, given = headers.get("authorization", "").encode("latin-1").partition(b" ")
+            if kind.lower() == b"basic":
                 with suppress(ValueError):
-                    given = base64.b64decode(given).decode().partition(":")[2]
-            if not hmac.compare_digest(hash_of(given), hash_of(self.gate.key)):
+                    given = base64.b64decode(given).partition(b":")[2]
+            if not hmac.compare_digest(hash_of(given), hash_of(self.gate.key.encode())):
                 return 401, "the key (RMR1_API_KEY of the server) is missing or wrong"
         elif not is_local(host, self.gate.host):            # a name that another's DNS has pointed here
             return 403, f"host {host[:100]!r}: without a key, an address, localhost or --host is answered"
@@ -172,7 +172,7 @@ class ToRerank(BaseModel):
 
 
 class ToGetReward(BaseModel):
-    query: list[Text] = Field(min_length=1, max_length=4096)
+    query: list[Text] = Field(max_length=4096)           # OpenRLHF's for the second of two URLs has none
     prompts: list[Text]
     labels: list | None = None
 
@@ -181,23 +181,24 @@ def context_of(prompt):
     """A prompt as `messages_of` has it; one that OpenRLHF has put into a chat template, taken apart again."""
     if isinstance(prompt, list):
         return messages_of([m.model_dump() for m in prompt])
-    turns = TURN.findall(prompt)
-    return messages_of([{"role": role, "content": text} for role, text in turns] if turns else prompt)
+    _, *parts = TURN.split(prompt)
+    turns = [(role, END.split(text, maxsplit=1)) for role, text in zip(parts[::2], parts[1::2])]
+    # One without an end is the response's.
+    return messages_of([{"role": role, "content": text[0]} for role, text in turns if len(text) > 1] or prompt)
+
+
+def without_end(response):
+    """A response without the tokens that end it. Linear in its length, as all that looks at a policy's texts must be."""
+    end, tokens = len(response), [*END.finditer(response)]
+    while tokens and not response[tokens[-1].end():end].strip():
+        end = tokens.pop().start()
+    return response[:end]
 
 
 # ChatML and Llama 3; and the tokens that end a response.
-TURN = re.compile(r"(?:<\|im_start\|>|<\|start_header_id\|>)(\w+)(?:<\|end_header_id\|>)?\n+(.*?)"
-                  r"(?:<\|im_end\|>|<\|eot_id\|>)", re.S)
-ENDS = re.compile(r"(\s*(<\|\w+\|>|</s>|<｜end▁of▁sentence｜>))+\s*$")
+TURN = re.compile(r"(?:<\|im_start\|>|<\|start_header_id\|>)(\w+)(?:<\|end_header_id\|>)?\n+")
+END = re.compile(r"<\|im_end\|>|<\|eot_id\|>|<\|endoftext\|>|<\|end_of_text\|>|</s>|<｜end▁of▁sentence｜>")
 CLOSED = re.compile(r"</(type|rubric|solution|eval|quote_A|quote_B|answer)>")
-
-
-def checked(votes):
-    """Votes; if none has a text, the caller is told why instead of an answer that says nothing."""
-    if votes and not any(v.judgment.text for v in votes):
-        why = votes[0].judgment.reason
-        raise HTTPException(400 if why.startswith("prompt") else 502, why)
-    return votes
 
 
 def usage(votes):
@@ -246,7 +247,7 @@ class Gate:
         try:
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             if not tasks[0].done():
-                raise HTTPException(503, CLOSING)
+                raise HTTPException(503, CLOSING) if self.over.is_set() else HTTPException(499, "the caller has left")
             return tasks[0].result()
         finally:
             for task in tasks:
@@ -313,7 +314,7 @@ class Gate:
         runs = self.open_judge().groups([context_of(p) for p in prompts], completions)
         for _, some in runs:
             self.limit(len(some))
-        found = await self.result(request, asyncio.gather(*[self.open_judge().agroup(*run) for run in runs]))
+        found = await self.result(request, all_of([self.open_judge().agroup(*run) for run in runs]))
         checked([v for _, votes in found for v in votes])
         return [both for some, _ in found for both in some]
 
@@ -321,15 +322,17 @@ class Gate:
         """Rewards of samples that wait for the rest of their groups."""
         self.limit(size)
         self.open_judge()
-        return await self.result(request, asyncio.gather(*[
+        return await self.result(request, all_of([
             self.cohorts.reward(context_of(p), c, size, id, name) for p, c in some]))
 
     async def get_reward(self, body: ToGetReward, request: Request, cohort: str = "",
                          group: Annotated[int | None, Query(ge=2)] = None):
         if len(body.prompts) != len(body.query) or any(not q.startswith(p) for q, p in zip(body.query, body.prompts)):
             raise ValueError("each query must be its prompt and the response after it")
-        responses = [ENDS.sub("", q[len(p):]) for q, p in zip(body.query, body.prompts)]
+        responses = [without_end(q[len(p):]) for q, p in zip(body.query, body.prompts)]
         size = group or self.group
+        if not responses:
+            return {"rewards": [], "scores": [], "extra_logs": {}}
         if size is None and len(body.query) == 1:
             raise ValueError("one sample: say how many samples a prompt has, by ?group=8 in the URL or --group 8")
         some = await (self.samples(request, list(zip(body.prompts, responses)), size, None, cohort)
@@ -361,17 +364,19 @@ class Gate:
 
 def app_of(gate):
     """An application for any ASGI server."""
-    app = FastAPI(title="rmr1", docs_url=None, redoc_url=None,
+    app = FastAPI(title="rmr1", docs_url=None, redoc_url=None, redirect_slashes=False,
                   responses={status: {"description": about} for status, about in REFUSALS.items()})
     app.add_middleware(Guard, gate=gate)
     page = PAGE.read_text()
-    hashes = {tag: " ".join(f"'sha256-{base64.b64encode(hash_of(text)).decode()}'" for text in
+    hashes = {tag: " ".join(f"'sha256-{base64.b64encode(hash_of(text.encode())).decode()}'" for text in
                             re.findall(rf"<{tag}>(.*?)</{tag}>", page, re.S)) for tag in ("script", "style")}
     policy = (f"default-src 'none'; connect-src 'self'; script-src {hashes['script']}; style-src {hashes['style']}; "
               "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
-    app.get("/")(lambda: Response(page, media_type="text/html", headers={"Content-Security-Policy": policy}))
-    app.get("/health")(lambda: Response(status_code=200 if gate.ready() else 503))
-    app.get("/metrics")(lambda: Response(prom.generate_latest(gate.metrics), media_type=prom.CONTENT_TYPE_LATEST))
+    plain = {"/": lambda: Response(page, media_type="text/html", headers={"Content-Security-Policy": policy}),
+             "/health": lambda: Response(status_code=200 if gate.ready() else 503),
+             "/metrics": lambda: Response(prom.generate_latest(gate.metrics), media_type=prom.CONTENT_TYPE_LATEST)}
+    for path, route in plain.items():
+        app.api_route(path, methods=["GET", "HEAD"], response_class=Response)(route)
     for path, route in {"/compare": gate.compare, "/rank": gate.rank, "/reward": gate.reward,
                         "/get_reward": gate.get_reward, "/rerank": gate.rerank, "/v1/rerank": gate.rerank,
                         "/v2/rerank": gate.rerank}.items():

@@ -14,6 +14,7 @@ is told its own reward (see `Cohorts`). RMR1_API_KEY guards everything but /heal
 import asyncio
 import ctypes
 import os
+import resource
 import secrets
 import signal
 import socket
@@ -27,11 +28,11 @@ import torch
 import uvicorn
 
 import policy
-import rubrics
 from engine import on_cpu
 from files import Flags, claim, fail, number
 from gateway import Gate, app_of, say
 from rmr1 import Judge
+from rubrics import PROTOCOLS, Pair, chat_messages, encode, messages_of, prompt_form
 
 
 # ---------------------------------------------------------------- vLLM, started and kept running
@@ -119,7 +120,7 @@ def arguments():
     arg("--host", default="127.0.0.1", help="address to listen at; 0.0.0.0: everybody's")
     arg("--port", type=number(int, 1, 65535), default=8080, help="port to listen at")
     arg("--journal", default="runs/serve/journal.jsonl", help="file that keeps every judgment")
-    arg("--protocol", choices=rubrics.PROTOCOLS, help="prompt form; default: the model's own (its judge.json)")
+    arg("--protocol", choices=PROTOCOLS, help="prompt form; default: the model's own (its judge.json)")
     arg("--system-prompt", help="file with the system prompt, instead of the model's")
     arg("--temperature", type=number(float, 0), default=1.0, help="of the second vote in an order, and further")
     arg("--seed", type=number(int, 0), default=0, help="of the votes")
@@ -146,16 +147,16 @@ def arguments():
         policy.check_weights(args.model, args.folder)
         window = policy.config_of(args.folder).max_position_embeddings
         args.max_len = min(args.max_len or window, window)
-        rubrics.prompt_form(args.folder, args.model, args.protocol, args.system_prompt)     # or its sentence, now
+        prompt_form(args.folder, args.model, args.protocol, args.system_prompt)     # or its sentence, now
     return args, more
 
 
 async def run(args, more):
     """Serve until a signal. -> why it ended, if not by one"""
-    gate = Gate(None, os.environ.get("RMR1_API_KEY"), args.host, args.most, args.most_bytes, args.group,
+    gate = Gate(None, os.environ.get("RMR1_API_KEY", "").strip(), args.host, args.most, args.most_bytes, args.group,
                 args.group_timeout)
     gate.upstream = upstream = Upstream(args, more)
-    server = Server(uvicorn.Config(app_of(gate), args.host, args.port, log_level="error", lifespan="off",
+    server = Server(uvicorn.Config(app_of(gate), args.host, args.port, log_level="error", lifespan="off", http="h11",     # it bounds headers
                                    timeout_graceful_shutdown=int(args.grace) + 5))
 
     def close():
@@ -169,9 +170,13 @@ async def run(args, more):
         say(f"http://{args.host}:{args.port}: {args.model} is loading")
         while not upstream.ready:
             await asyncio.sleep(0.1)
-        gate.judge = await asyncio.to_thread(
+        judge = await asyncio.to_thread(
             Judge, str(args.folder), args.protocol, args.system_prompt, upstream.url, args.journal, args.temperature,
             args.seed, args.max_tokens, at_once=1024, patience=args.patience, key=upstream.key)
+        if judge.asker.folder:                  # a template that refuses such chats does so now, not in a request
+            pair = Pair("", messages_of("question"), "a", "b", None)
+            encode(judge.asker.tokenizer, chat_messages(pair, *judge.form))
+        gate.judge = judge
         say(f"http://{args.host}:{args.port}: ready; {len(gate.judge.journal.answers):,} judgments are in {args.journal}")
 
         told = Counter()
@@ -201,6 +206,9 @@ async def run(args, more):
 def main():
     args, more = arguments()
     claim(Path(args.journal).parent)
+    # Every sample that waits holds a connection; 1,024 files, a usual limit, are soon spent.
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard if 0 < hard < 65536 else 65536, hard))
     if why := asyncio.run(run(args, more)):
         fail(why)
 

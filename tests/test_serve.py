@@ -23,6 +23,7 @@ import torch
 import uvicorn
 
 import gateway as G
+from askers import Answer
 from conftest import ROOT, Replies, environment
 from rmr1 import Judge
 from test_judge import Model, Slow, noisy, until
@@ -103,8 +104,24 @@ def test_openrlhf_as_its_code_asks():
         assert whole == rewards
         several = post(url, "/get_reward", {"query": ["q is 1", "q is 2"], "prompts": ["q", "q"]}).json()
         assert several["rewards"][0] < several["rewards"][1]
+        assert post(url, "/get_reward?group=3", {"query": [], "prompts": [], "labels": []}).json()["rewards"] == []
     with gateway(Model(lambda *_: "?")) as url:
         assert post(url, "/get_reward", {"query": ["q is 1", "q is 2"], "prompts": ["q", "q"]}).json()["rewards"] is None
+
+
+def test_templates_are_taken_apart_in_linear_time():
+    start, end = "<|im_start|>", "<|im_end|>"
+    assert G.context_of(f"{start}user\nq{end}\n{start}assistant\nx{end}\n{start}user\nmore{end}\n{start}assistant\n") == [
+        {"role": r, "content": c} for r, c in (("user", "q"), ("assistant", "x"), ("user", "more"))]
+    assert G.context_of("plain")[0]["content"] == "plain"
+    for text, left in ((f"x{end}\n", "x"), (f"x{end} y{end}</s> ", f"x{end} y"), ("x \n", "x \n"), (end, "")):
+        assert G.without_end(text) == left
+    begin = time.process_time()
+    for hostile in ("\n" * 10**6, f"{start}user\n" * 10**5, end * 10**5, f"{end}\n" * 10**5 + "x"):
+        G.without_end(f"x{hostile}x")
+        with contextlib.suppress(ValueError):
+            G.context_of(hostile + "x")
+    assert time.process_time() - begin < 10                    # quadratic: hours
 
 
 def events(url, body):
@@ -238,6 +255,29 @@ def test_a_failure_reaches_every_sample():
         assert [x["error"]["message"] for x in got] == ["no such thing"] * 3
 
 
+class Away(Model):
+    """A server that could not be reached, or a prompt without room: no text."""
+    why = "no answer from the server: gone"
+
+    def answer(self, *_):
+        return Answer("", self.why, failed=True)
+
+
+@pytest.mark.parametrize("why, status", [(Away.why, 502), ("prompt longer than the window of 9 tokens", 400)])
+def test_what_has_no_text_is_an_error_and_not_a_number(why, status, monkeypatch):
+    monkeypatch.setattr(Away, "why", why)
+    pair, some = {"prompt": "q", "a": "is 1", "b": "is 2"}, ["is 1", "is 2"]
+    with gateway(Away()) as url, ThreadPoolExecutor(2) as pool:
+        for path, body in (("/compare", pair), ("/rank", {"prompt": "q", "responses": some}),
+                           ("/reward", {"prompts": ["q"] * 2, "completions": some}),
+                           ("/rerank", {"query": "q", "documents": some})):
+            r = post(url, path, body)
+            assert r.status_code == status and r.json()["error"]["message"] == why
+        assert [r.status_code for r in pool.map(
+            lambda n: post(url, "/reward", sample(n, 2)), (1, 2))] == [status] * 2
+        assert [*events(url, pair)][-1][1]["error"]["message"] == why
+
+
 def test_when_it_closes_nobody_is_left_hanging():
     """A group that is not whole is refused at once; what is judged already has its time, and then is refused."""
     with gateway(model := Slow()) as url, ThreadPoolExecutor(3) as pool:
@@ -351,7 +391,7 @@ def test_the_page_runs_its_own_script_only():
         assert r.headers["content-type"].startswith("text/html") and "default-src 'none'" in r.headers[
             "content-security-policy"]
         script = re.search(r"<script>(.*?)</script>", r.text, re.S)[1]
-        assert base64.b64encode(G.hash_of(script)).decode() in r.headers["content-security-policy"]
+        assert base64.b64encode(G.hash_of(script.encode())).decode() in r.headers["content-security-policy"]
 
 
 # ---------------------------------------------------------------- in front of vLLM
