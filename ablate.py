@@ -14,6 +14,7 @@ it, and nothing says so but the commands. OUT/NAME-DIGEST.done appears when it h
 and the seconds; without that the same command runs again, and goes on as its script does. OUT/table.md,
 OUT/rows.jsonl (every row with its commands and commits) and OUT/table.png come from the runs' own files.
 """
+import functools
 import hashlib
 import json
 import os
@@ -38,8 +39,8 @@ OTHERS = ("right in both orders", "unread", "tokens a judgment")                
 
 @dataclass
 class Variant:
-    """A row. changes: {stage: (script or None, flags)}; at: its evaluation, None for the base's last;
-    against: the variant that it is compared with; text: the line that says all this"""
+    """A row. changes: {stage: ["[script] flags", ...]}, first those that all have; at: its evaluation, None
+    for the base's last; against: the variant that it is compared with; text: the line that says this"""
     changes: dict
     at: str | None
     against: str
@@ -78,18 +79,18 @@ def read_plan(lines):
         if name == "all":
             common = changes
             continue
-        changes = {k: f"{common.get(k, '')} {changes.get(k, '')}" for k in {**common, **changes}}
-        variants[name] = Variant(changes, at, against, text)
+        both = {k: [c[k] for c in (common, changes) if k in c] for k in {**common, **changes}}
+        variants[name] = Variant(both, at, against, text)
     return commands, variants
 
 
 def changed(command, change):
     """The command with other flags, each in place of the one that it had, and another script."""
-    script, flags = re.fullmatch(r"\s*(\S+\.py\b)?(.*)", change).groups()
+    script, flags = re.fullmatch(r"(\S+\.py\b)?(.*)", change).groups()
     command = re.sub(r"\S+\.py\b", script, command, count=1) if script else command
     for flag in re.findall(r"(?<!\S)--[\w-]+", flags):
         command = re.sub(rf" {flag}(?!\S)( (?!--)\S+)*", "", command)
-    return f"{command} {' '.join(flags.split())}".strip()
+    return f"{command} {flags.strip()}".strip()
 
 
 def stages_of(name, variant, base, out):
@@ -101,7 +102,7 @@ def stages_of(name, variant, base, out):
 
     def make(stage):
         if stage not in made:
-            text = changed(commands[stage], variant.changes.get(stage, ""))
+            text = functools.reduce(changed, variant.changes.get(stage, []), commands[stage])
             needs = {n: make(n).folder for n in re.findall(r"@/([\w-]+)", text) if n != stage}
             text = re.sub(r"@/([\w-]+)", lambda m: needs.get(m[1], m[0]), text)
             folder = f"{out}/{stage}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
@@ -128,7 +129,7 @@ def run(todo, show):
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     for n, s in enumerate(todo, 1):
         if lost := [need for need in s.needs if not Path(f"{need}.done").is_file()]:
-            print(f"[{n}/{len(todo)}] left out, it needs {lost[0]}: {s.folder}")
+            print(f"[{n}/{len(todo)}] left out, as it needs {lost[0]}: {s.folder}")
             continue
         print(f"[{n}/{len(todo)}] {s.command}", flush=True)
         child = subprocess.Popen(["bash", "-c", line_of(s)], start_new_session=True)

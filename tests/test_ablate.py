@@ -184,7 +184,7 @@ def tiny(tmp_path):
         f"{py}/train.py --seed {{seed}} --out @/sft\n"
         f"{py}/train.py --model @/sft/model --skill 0.6 --pause 0.1 --out @/grpo\n"
         f"{py}/judge.py --seed {{seed}} --model @/grpo/model --out @/eval\n"
-        "base:\nbetter: grpo --skill 0.9\n")
+        "all: grpo --steps 9\nbase:\nbetter: grpo --skill 0.9\n")
     return ["--plan", tmp_path / "plan.txt", "--out", tmp_path / "out", "--seeds", 0, 1]
 
 
@@ -246,7 +246,7 @@ def test_a_fork_is_its_script_and_a_failure_is_a_row(tiny, tmp_path):
     assert done.returncode == 1 and rows["broken"]["status"] == "not ended: ValueError: it broke"
     assert rows["later"]["status"] == "not run yet"
     fork, base = (rows[name]["commands"]["0"][1] for name in ("fork", "base"))
-    assert "fork.py" in fork and "train.py" not in fork and "train.py" in base
+    assert "fork.py" in fork and "train.py" not in fork and "train.py" in base and "--steps 9" in fork
     assert rows["fork"]["accuracy"]["0.0"]["difference"] > 0
     assert "not ended: ValueError" in (tmp_path / "out" / "table.md").read_text()
 
