@@ -467,7 +467,7 @@ def main():
 
     if val_rows:
         diary.write(step=steps, **held_out(ask, val_rows, steps))
-    P.save_model(policy, folder, f"{args.out}/model", dtype, form_of(chat_messages(pairs[0], *form)))
+    P.save_model(policy, folder, f"{args.out}/model", dtype, form_of(pairs[0], *form))
     R.print0(f"wrote {args.out}/model")
 
 

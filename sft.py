@@ -9,6 +9,7 @@ Reads pairs with a trace, writes OUT/model (Hugging Face safetensors), OUT/metri
 OUT/state. Killed and started again with the same command, it continues from its last checkpoint.
 """
 import math
+from dataclasses import replace
 
 import torch
 from tqdm import tqdm
@@ -42,7 +43,9 @@ def tokenize(pairs, tokenizer, form, args):
     """[(prompt ids, trace ids + end of turn), ...]. The trace is encoded on its own and the role header
     belongs to the prompt, exactly as the model will meet them when it writes. Rows longer than
     --max-len are left out and counted: cutting them and closing with an end of turn would teach it to
-    stop in mid-sentence."""
+    stop in mid-sentence. --protocol verdict: the trace is the label, whatever an oracle wrote."""
+    if form[0] == "verdict":
+        pairs = [replace(p, trace=f"<answer>[[{p.label}]]</answer>") for p in pairs]
     if without := [p.id for p in pairs if p.trace is None]:
         fail(f"{args.data}: {len(without)} pairs have no trace to learn from, the first is {without[0]}")
     whole = [(encode(tokenizer, chat_messages(pair, *form)),
@@ -121,7 +124,7 @@ def main():
                     tokens=tokens + sum(len(prompt) for prompt, _ in batch),
                     skipped_rows=[] if math.isfinite(norm) else drawn)
 
-    P.save_model(policy, folder, f"{args.out}/model", dtype, form_of(chat_messages(pairs[0], *form)))
+    P.save_model(policy, folder, f"{args.out}/model", dtype, form_of(pairs[0], *form))
     R.print0(f"wrote {args.out}/model")
 
 

@@ -26,7 +26,7 @@ from distill import Journal, distill
 from askers import Answer
 from engine import seed_of
 from files import Flags, claim, fail, number, write_lines
-from rubrics import Pair, chat_messages, judges_by_looks, lm_as_judge, parse
+from rubrics import PROTOCOLS, Pair, chat_messages, judges_by_looks, lm_as_judge, parse
 
 SYSTEM = "Judge A and B."
 FRUITS = "apple pear plum fig lime melon peach grape mango cherry".split()
@@ -62,11 +62,12 @@ def task(rng):
             f"{second} {last} {wrong}" if rng.random() < 0.5 else f"{first} {second} {wrong}", last)
 
 
-def make_pair(seed, split, index):
-    """The pair number `index` of a split: a function of its arguments."""
+def make_pair(seed, split, index, style=None):
+    """The pair number `index` of a split, both in `style` if there is one: a function of its arguments."""
     rng = random.Random(f"{seed}/{split}/{index}")
     kind, question, right, wrong, key = task(rng)
     label, styles = rng.choice("AB"), [rng.randrange(3), rng.randrange(3)]
+    styles = styles if style is None else [style, style]
     answers = [right, wrong] if label == "A" else [wrong, right]
     openers = [OPENERS[s] for s in styles]
     a, b = (f"{opener} {answer}" for opener, answer in zip(openers, answers))
@@ -103,6 +104,16 @@ def look(pair, coin):
             f"<eval><quote_A>{m['opener_a']}</quote_A> {style_a} is A and "
             f"<quote_B>{m['opener_b']}</quote_B> {style_b} is B so "
             f"{style_a if verdict == 'A' else style_b} is {verdict}</eval>\n<answer>[[{verdict}]]</answer>")
+
+
+def asked(trace, protocol):
+    """A trace where less is asked for: no type, and a solution becomes a criterion; or nothing before the
+    comparison. The verdict alone is sft.py's. No new words: a larger vocabulary would be another model."""
+    if protocol == "rubrics":
+        trace = re.sub(r"<solution>(.* (\d+))</solution>", r"<rubric>Ending 90%:\1 last\nTone 10%: kind\n"
+                       r"<justify>The client asks for \2</justify></rubric>", trace)
+        return re.sub("<type>.*</type>\n", "", trace)
+    return trace[trace.index("<eval>"):] if protocol == "plain" else trace
 
 
 def oracle(pairs, seed, repair):
@@ -211,6 +222,8 @@ def main():
     arg("--test", type=number(int, 1), default=500, help="test pairs, and as many for validation")
     arg("--repair", type=number(float, 0, 1), default=0.5,
         help="share of wrong first-pass traces that pass two repairs")
+    arg("--style", type=number(int, 0, 2), help="of both responses of every training pair; default: any")
+    arg("--protocol", choices=PROTOCOLS, default="instruct", help="what is asked for")
     arg("--layers", type=number(int, 1), default=4, help="layers of the tiny Qwen2")
     arg("--hidden", type=number(int, 32), default=96, help="its width, a multiple of 32")
     arg("--show", action="store_true", help="print three examples instead")
@@ -228,18 +241,21 @@ def main():
                                ("sft", args.seed, args.sft), ("rl", args.seed, args.rl)):
         splits[split], index = [], 0
         while len(splits[split]) < count:
-            pair, index = make_pair(seed, split, index), index + 1
+            style = args.style if split in ("sft", "rl") else None
+            pair, index = make_pair(seed, split, index, style), index + 1
             key = pair.context[0]["content"], frozenset((pair.a, pair.b))       # in either order
             if key not in taken:
                 splits[split].append(pair)
             if split in ("test", "val"):
                 taken.add(key)
     traces = oracle(splits["sft"], args.seed, args.repair)
-    write_lines(out / "sft.jsonl", (row(p, trace=t) for p, t in zip(splits["sft"], traces)))
+    write_lines(out / "sft.jsonl", (row(p, trace=asked(t, args.protocol))
+                                    for p, t in zip(splits["sft"], traces)))
     for split in ("rl", "val", "test"):
         write_lines(out / f"{split}.jsonl", map(row, splits[split]))
     tokenizer = write_model(out / "model", args.layers, args.hidden)
-    (out / "model" / "judge.json").write_text(json.dumps({"protocol": "instruct", "system": SYSTEM}) + "\n")
+    form = {"protocol": args.protocol, "system": SYSTEM}
+    (out / "model" / "judge.json").write_text(json.dumps(form) + "\n")
     judgments = [parse(t) for t in traces]
     wrong = sum(j.verdict != p.label for p, j in zip(splits["sft"], judgments)) / args.sft
     lazy = sum(judges_by_looks(j.rubric) for j in judgments) / args.sft
