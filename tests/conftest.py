@@ -39,7 +39,8 @@ class Warm:
     def begin(self, command, ranks=1, kill=None):
         """-> process ids"""
         if self.process is None:
-            self.process = subprocess.Popen([sys.executable, "tests/warm.py"], cwd=ROOT, env=environment(), text=True,
+            # Unbuffered: a line that waited in a buffer here would not show in `select`.
+            self.process = subprocess.Popen([sys.executable, "tests/warm.py"], cwd=ROOT, env=environment(), bufsize=0,
                                             stdin=subprocess.PIPE, stdout=subprocess.PIPE)
             self.folder = tempfile.TemporaryDirectory()
             atexit.register(self.close)
@@ -47,9 +48,9 @@ class Warm:
         for path in self.files:
             path.write_text("")
         out, err = map(str, self.files)
-        self.process.stdin.write(json.dumps({"argv": [str(c) for c in command], "ranks": ranks, "env": environment(),
-                                             "out": out, "err": err, "kill": kill}) + "\n")
-        self.process.stdin.flush()
+        life = {"argv": [str(c) for c in command], "ranks": ranks, "env": environment(), "out": out, "err": err,
+                "kill": kill}
+        self.process.stdin.write(json.dumps(life).encode() + b"\n")
         self.pids = [int(pid) for pid in self.process.stdout.readline().split()]
         return self.pids
 
@@ -57,7 +58,8 @@ class Warm:
         """-> CompletedProcess of the life that has begun; TimeoutExpired if it does not end"""
         if not select.select([self.process.stdout], [], [], timeout)[0]:
             for pid in self.pids:
-                os.kill(pid, signal.SIGKILL)
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
             self.process.stdout.readline()
             raise subprocess.TimeoutExpired(self.pids, timeout)
         status = int(self.process.stdout.readline())
