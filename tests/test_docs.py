@@ -296,7 +296,7 @@ def test_the_forks_of_the_docs_apply(tmp_path):
     diffs = re.findall(r"```diff\n(.*?)```", (ROOT / "docs/training.md").read_text(), re.S)
     assert len(diffs) == 2
     for diff in diffs:
-        shutil.copy(ROOT / re.search(r"\+\+\+ b/(\S+)", diff)[1], tmp_path)
-        done = subprocess.run(["patch", "-p1", "--fuzz=3"], input=diff, cwd=tmp_path, capture_output=True, text=True)
+        shutil.copy(ROOT / re.search(r"\+\+\+ (\S+)", diff)[1], tmp_path)
+        done = subprocess.run(["patch", "-p0", "--fuzz=3"], input=diff, cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
         assert sum(line[0] in "+-" for line in diff.splitlines() if line and line[:3] not in ("+++", "---")) <= 12
