@@ -145,7 +145,7 @@ def draft(pair, rng, world):
     return think(pair)
 
 
-def oracle(pairs, seed, repair, world):
+def oracle(pairs, seed, repair, world="looks"):
     """The traces of `pairs`, by data/distill.py's two passes with programs for teachers. The first has not
     been told the label and is lazy; the second, which has, thinks with probability `repair` and else repeats
     what it was shown. Unlike distill.py's user, who drops what failed twice, SFT gets it here."""
