@@ -1,6 +1,7 @@
-# make demo      the whole pipeline on two CPU cores, from nothing to a judge (SEED=1, REPAIR=1, DEMO=runs/other)
-# make controls  what the demo's gain is not: more SFT, or a reward without meaning (the same SEED, REPAIR, DEMO)
-# make test      the tests
+# make demo      the whole pipeline on two CPU cores, from nothing to a judge (SEED=1, REPAIR=1, WORLD=leap, DEMO=runs/other)
+# make controls  what the demo's gain is not: more SFT, or a reward without meaning (the same SEED, ...)
+# make test      the tests (T=name: those whose name has it)
+# make soak      the long forms of some: 20 kills of each run, four times the fuzz
 # make check     is this machine sound? attention, sync, ranks, a killed run, speed: a table and a JSON file
 #
 # A machine without a GPU needs nothing but Python 3.11: the environment is made in .venv. With an environment of your own
@@ -10,8 +11,14 @@ PY    ?= .venv/bin/python
 READY ?= .venv/ready
 SEED  ?= 0
 REPAIR ?= 0.5
+WORLD  ?= looks
 # A folder of its own for every seed and oracle: runs/demo, runs/demo-seed1, runs/demo-repair1, ...
-DEMO  ?= runs/demo$(if $(filter-out 0,$(SEED)),-seed$(SEED))$(if $(filter-out 0.5 .5,$(REPAIR)),-repair$(REPAIR))
+DEMO  ?= runs/demo$(if $(filter-out 0,$(SEED)),-seed$(SEED))$(if $(filter-out 0.5 .5,$(REPAIR)),-repair$(REPAIR))$(if \
+           $(filter-out looks,$(WORLD)),-$(WORLD))
+# Tokens of a judgment, of one with its prompt, of SFT's rows.
+LONG = $(if $(filter leap,$(WORLD)),64,56)
+BOTH = $(if $(filter leap,$(WORLD)),108,100)
+ROW  = $(if $(filter leap,$(WORLD)),104,80)
 # What is there is removed, so it has to be a demo's.
 OURS  = test ! -e "$(DEMO)" || test -e "$(DEMO)/.demo" || \
         { echo "error: DEMO=$(DEMO): was not made by make demo; remove it or give another folder" >&2; exit 2; }
@@ -20,28 +27,28 @@ OURS  = test ! -e "$(DEMO)" || test -e "$(DEMO)/.demo" || \
 # matrix products only, and one rank of two threads is faster.
 RUN  = OMP_NUM_THREADS=1 TORCH_CPP_LOG_LEVEL=ERROR $(PY) -m torch.distributed.run --nproc_per_node 2
 DATA = $(DEMO)/data
-SFT  = $(PY) sft.py --model $(DATA)/model/config.json --data $(DATA)/sft.jsonl --max-len 80 --epochs 2 --batch 32 \
+SFT  = $(PY) sft.py --model $(DATA)/model/config.json --data $(DATA)/sft.jsonl --max-len $(ROW) --epochs $(if $(filter leap,$(WORLD)),1.3,2) --batch 32 \
        --lr 1.2e-3 --dtype float32 --no-recompute --save-every 0 --seed $(SEED)
 GRPO = $(RUN) grpo.py --model $(DEMO)/sft/model --data $(DATA)/rl.jsonl --val-data $(DATA)/val.jsonl --val-every 10 \
-       --dtype float32 --max-prompt 40 --max-response 56 --pairs 32 --mini 32 --group 8 --lr 1.2e-4 --schedule linear --steps 50 \
+       --dtype float32 --max-prompt 40 --max-response $(LONG) --pairs 32 --mini 32 --group 8 --lr 1.2e-4 --schedule linear --steps 50 \
        --max-gap 0.001 --no-recompute --save-every 0 --seed $(SEED)
-EVAL = $(RUN) eval.py --data $(DATA)/test.jsonl --max-len 100 --max-tokens 56 --both-orders --temperature 0 1 --dtype float32
+EVAL = $(RUN) eval.py --data $(DATA)/test.jsonl --max-len $(BOTH) --max-tokens $(LONG) --both-orders --temperature 0 1 --dtype float32
 
-.PHONY: demo controls test check
+.PHONY: demo controls test soak check
 .DELETE_ON_ERROR:
 
 demo: $(READY)
 	@$(OURS)
 	rm -rf "$(DEMO)"
 	mkdir -p "$(DEMO)" && touch "$(DEMO)/.demo"
-	$(PY) data/toy.py --out $(DATA) --seed $(SEED) --repair $(REPAIR)
+	$(PY) data/toy.py --out $(DATA) --seed $(SEED) --repair $(REPAIR) --world $(WORLD)
 	$(EVAL) --model $(DATA)/model/config.json --out $(DEMO)/eval-random
 	$(SFT) --out $(DEMO)/sft
 	$(EVAL) --model $(DEMO)/sft/model --out $(DEMO)/eval-sft
 	$(GRPO) --out $(DEMO)/grpo
 	$(EVAL) --model $(DEMO)/grpo/model --out $(DEMO)/eval-grpo
 	$(PY) eval.py report $(DEMO)/eval-random $(DEMO)/eval-sft $(DEMO)/eval-grpo --training $(DEMO)/grpo --out $(DEMO)
-	@echo "ask the judge:  $(PY) serve.py --model $(DEMO)/grpo/model --dtype float32 --max-tokens 56"
+	@echo "ask the judge:  $(PY) serve.py --model $(DEMO)/grpo/model --dtype float32 --max-tokens $(LONG)"
 
 controls: $(READY)
 	@$(OURS)
@@ -54,7 +61,10 @@ controls: $(READY)
 	    --out $(DEMO)/controls
 
 test: $(READY)
-	$(PY) -m pytest -q --durations 5 tests
+	$(PY) -m pytest -q --durations 5 tests $(if $(T),-k "$(T)")
+
+soak: $(READY)
+	SOAK=1 $(PY) -m pytest -q --durations 5 -m soak tests $(if $(T),-k "$(T)")
 
 check: $(READY)
 	$(PY) tests/check.py

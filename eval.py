@@ -120,8 +120,10 @@ def judge(args):
     right, failed, why = 0, 0, "no answer on another rank, or the files were changed meanwhile"
     ranks.phase("judge")
     work, = ranks.all_sum([len(mine)])                # building an engine is a collective: all do, or none
+    # Kept to the end: when vLLM's engine is collected, it takes the ranks' process group with it.
+    asker = asker_of(args) if work and not args.scalar else None
     with open(out / f"judgments.part{rank}.jsonl" if writes else os.devnull, "a") as f:
-        for line in answers(args, mine, chat) if work else ():
+        for line in answers(args, asker, mine, chat) if work else ():
             if isinstance(line, str):                  # why there is no answer: another run asks again
                 failed, why = failed + 1, line
             else:
@@ -156,16 +158,20 @@ def settings(args, world):
             "dtype": args.dtype, "seed": args.seed}
 
 
-def answers(args, mine, chat):
+def asker_of(args):
+    if args.base_url:
+        return Server(args.base_url, args.model, args.max_tokens, args.at_once)
+    return Local(args.model, args.max_tokens, args.max_len, args.dtype, args.engine_memory, args.seed, args.tp)
+
+
+def answers(args, asker, mine, chat):
     """Yields the lines of judgments.jsonl, as they come, or why no answer came (str)."""
     if args.scalar:
         yield from scalar_answers(args, mine, chat)
         return
-    judge = Server(args.base_url, args.model, args.max_tokens, args.at_once) if args.base_url else \
-        Local(args.model, args.max_tokens, args.max_len, args.dtype, args.engine_memory, args.seed, args.tp)
     requests = ((chat(shown), seed_of(args.seed, x["id"], x["order"], x["temperature"], x["vote"]),
                  x["temperature"]) for shown, x in mine)
-    for at, a in judge.answers(requests):
+    for at, a in asker.answers(requests):
         shown, x = mine[at]
         yield a.finish if a.failed else x | line_of(a, shown, chat(shown))
 

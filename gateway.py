@@ -1,5 +1,5 @@
 """
-The routes of the judge over HTTP: who may ask, what is asked, what is answered. docs/judge.md has the formats.
+The routes of the judge over HTTP: who may ask, what is asked, what is answered. docs/serving.md has the formats.
 
 `app_of(Gate(judge))` is an application for any ASGI server; serve.py starts one in front of vLLM.
 """
@@ -81,7 +81,8 @@ class Guard:
         app, refusal = self.app, self.refusal(scope, headers)
         if refusal:
             status, why = refusal
-            app = JSONResponse(error(status, why), status, {"WWW-Authenticate": 'Basic realm="rmr1"'} if status == 401 else None)
+            headers = {"WWW-Authenticate": 'Basic realm="rmr1"'} if status == 401 else None
+            app = JSONResponse(error(status, why), status, headers)
         try:
             await app(scope, limited, noted)
         finally:
@@ -109,7 +110,8 @@ class Guard:
         if scope["method"] == "POST":
             if headers.get("content-type", "").split(";")[0].strip().lower() != "application/json":
                 return 415, "the body must be application/json"
-            if headers.get("content-length", "0").isdigit() and int(headers.get("content-length", 0)) > self.gate.most_bytes:
+            length = headers.get("content-length", "0")
+            if length.isdigit() and int(length) > self.gate.most_bytes:
                 return 413, self.too_long()
 
 
@@ -188,7 +190,7 @@ def context_of(prompt):
 
 
 def without_end(response):
-    """A response without the tokens that end it. Linear in its length, as all that looks at a policy's texts must be."""
+    """A response without the tokens that end it. In linear time, as all that looks at a policy's texts must be."""
     end, tokens = len(response), [*END.finditer(response)]
     while tokens and not response[tokens[-1].end():end].strip():
         end = tokens.pop().start()
@@ -204,8 +206,8 @@ CLOSED = re.compile(r"</(type|rubric|solution|eval|quote_A|quote_B|answer)>")
 def usage(votes):
     """What votes cost. Those from the journal cost nothing."""
     new = [v for v in votes if not v.cached]
-    return {"judgments": len(votes), "cached": len(votes) - len(new), "prompt_tokens": sum(v.prompt_tokens for v in new),
-            "completion_tokens": sum(v.tokens for v in new)}
+    return {"judgments": len(votes), "cached": len(votes) - len(new),
+            "prompt_tokens": sum(v.prompt_tokens for v in new), "completion_tokens": sum(v.tokens for v in new)}
 
 
 # ---------------------------------------------------------------- the gateway

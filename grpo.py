@@ -353,7 +353,7 @@ def mean(values):
 
 
 def summary(groups, agreeing, norms, args):
-    """What a step's rollouts and updates look like; the README explains each number."""
+    """What a step's rollouts and updates look like; docs/training.md explains each number."""
     rollouts = [r for group in groups for r in group]
     scored = [r.reward for r in rollouts if not math.isnan(r.reward)]
     lengths = [len(r.tokens) for r in rollouts]

@@ -46,9 +46,9 @@ class Vote:
     second: int
     verdict: str | None
     judgment: Judgment
-    tokens: int = 0
-    prompt_tokens: int = 0
-    cached: bool = False            # it was in the journal
+    tokens: int
+    prompt_tokens: int
+    cached: bool                    # it was in the journal
 
 
 @dataclass
@@ -180,8 +180,6 @@ class Judge:
             return [None if v.verdict is None else float(v.verdict == "A") for v in votes[-len(places):]]
 
         return await ranking.play(game, ask), votes
-
-    # --- what is done with answers
 
     async def acompare(self, prompt, a, b, budget=8, heard=None):
         """Which of two responses is better? prompt: a text or messages; a, b: texts, or messages that end in one.
@@ -442,17 +440,18 @@ def select(args):
              if pair.label in ("A", "B") and f.share is not None]
     if known:
         share = ranking.guarantee(known, args.target)
+        decided = "" if share is None else f"{sum(s >= share for s, _ in known) / len(known):.0%}"
         print(f"{len(known)} pairs have a label; with confidence .9, people agree with {args.target:g} of the verdicts "
-              + ("at no share of the votes" if share is None else
-                 f"for which at least {share:.2f} of the votes speak, {sum(s >= share for s, _ in known) / len(known):.0%}"
-                 " of these pairs"), file=sys.stderr)
+              + (f"for which at least {share:.2f} of the votes speak, {decided} of these pairs" if decided else
+                 "at no share of the votes"), file=sys.stderr)
 
 
 def main():
     ap = Flags(__doc__)
     commands = ap.add_subparsers(required=True, metavar="judge | rank | reward | select")
     forms = {judge: 'pairs (or --question, --a, --b)', rank: '{"prompt": ..., "responses": [...]}',
-             reward: '{"prompt": ..., "completion": ...}', select: '{"prompt": ..., "a": ..., "b": ...}, "label" or not'}
+             reward: '{"prompt": ..., "completion": ...}',
+             select: '{"prompt": ..., "a": ..., "b": ...}, "label" or not'}
     for run, form in forms.items():
         one = commands.add_parser(run.__name__, help=run.__doc__.split(":")[0], description=run.__doc__)
         arg = one.add_argument

@@ -9,7 +9,7 @@ The judge over HTTP: a thin gateway in front of vLLM's own server, and a page to
 
 /compare, /rank, /reward; /rerank, /v1/rerank, /v2/rerank as Cohere, Jina and LiteLLM ask; /get_reward as OpenRLHF does.
 A trainer that sends one sample at a time says how large its groups are: samples wait for their **cohort**, and each
-is told its own reward (see `Cohorts`). RMR1_API_KEY guards everything but /health. docs/judge.md has the formats.
+is told its own reward (see `Cohorts`). RMR1_API_KEY guards everything but /health. docs/serving.md has the formats.
 """
 import asyncio
 import ctypes
@@ -132,7 +132,8 @@ def arguments():
         help="seconds after its last sample at which a group is judged that is not whole")
     arg("--most", type=number(int, 2), default=32, help="responses of one prompt at most")
     arg("--most-bytes", type=number(int, 1), default=8 << 20, help="bytes of a request at most")
-    arg("--patience", type=number(float, 0), default=600.0, help="seconds for which a server that is away is asked again")
+    arg("--patience", type=number(float, 0), default=600.0,
+        help="seconds for which a server that is away is asked again")
     arg("--grace", type=number(float, 0), default=30.0, help="seconds at the end for what is under way")
     more = sys.argv[sys.argv.index("--") + 1:] if "--" in sys.argv else []
     args = ap.parse_args(sys.argv[1:len(sys.argv) - len(more) - bool("--" in sys.argv)])
@@ -156,7 +157,8 @@ async def run(args, more):
     gate = Gate(None, os.environ.get("RMR1_API_KEY", "").strip(), args.host, args.most, args.most_bytes, args.group,
                 args.group_timeout)
     gate.upstream = upstream = Upstream(args, more)
-    server = Server(uvicorn.Config(app_of(gate), args.host, args.port, log_level="error", lifespan="off", http="h11",     # it bounds headers
+    server = Server(uvicorn.Config(app_of(gate), args.host, args.port, log_level="error", lifespan="off",
+                                   http="h11",                                          # which bounds headers
                                    timeout_graceful_shutdown=int(args.grace) + 5))
 
     def close():
@@ -177,7 +179,7 @@ async def run(args, more):
             pair = Pair("", messages_of("question"), "a", "b", None)
             encode(judge.asker.tokenizer, chat_messages(pair, *judge.form))
         gate.judge = judge
-        say(f"http://{args.host}:{args.port}: ready; {len(gate.judge.journal.answers):,} judgments are in {args.journal}")
+        say(f"http://{args.host}:{args.port}: ready; {len(judge.journal.answers):,} judgments are in {args.journal}")
 
         told = Counter()
         while True:

@@ -18,6 +18,7 @@ import json
 import random
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -34,13 +35,31 @@ WORDS = "lamp river stone cloud chair bird ship road tree clock".split()
 STYLES = ("plain", "detailed", "bold")
 OPENERS = ("Here:", "In detail, step by step:", "**Great question!** Truly:")
 LAZY = 0.8                   # how often the first pass looks instead of thinking
+LEAP = 0.6                   # the world `leap`: how often it writes a chain's result at once
 
 
 # ---------------------------------------------------------------- pairs
 
-def task(rng):
+def chain(rng):
+    """A sum of six small numbers, whose results on the way a thinker writes down. -> as `task`"""
+    total = rng.randint(1, 9)
+    question = steps = str(total)
+    for _ in range(5):
+        d = rng.randint(1, 3)
+        sign = rng.choice([s for s in (1, -1) if 0 <= total + s * d <= 12])
+        total += sign * d
+        term = f" {'+' if sign > 0 else '-'} {d}"
+        question, steps = question + term, f"{steps}{term} = {total}"
+    wrong = total + rng.choice([d for d in (1, -1, 2, -2) if total + d >= 0])
+    return "chain", f"What is {question} ?", str(total), str(wrong), steps
+
+
+def task(rng, world="looks"):
     """One question. -> kind, question, right answer, near-miss, how a thinker gets there"""
-    kind = rng.choice(("add", "mul", "max", "count", "endw"))
+    kind = rng.choice(["add", "mul", "max", "count", "endw"] if world == "looks" else
+                      ["chain"] * 8 + ["count", "endw"])
+    if kind == "chain":
+        return chain(rng)
     if kind in ("add", "mul"):
         x, y = rng.randint(2, 7), rng.randint(2, 7)
         sign, right, near = ("+", x + y, [1, 2]) if kind == "add" else ("*", x * y, [1, 2, x, y])
@@ -62,10 +81,10 @@ def task(rng):
             f"{second} {last} {wrong}" if rng.random() < 0.5 else f"{first} {second} {wrong}", last)
 
 
-def make_pair(seed, split, index, style=None):
+def make_pair(seed, split, index, style=None, world="looks"):
     """The pair number `index` of a split, both in `style` if there is one: a function of its arguments."""
     rng = random.Random(f"{seed}/{split}/{index}")
-    kind, question, right, wrong, key = task(rng)
+    kind, question, right, wrong, key = task(rng, world)
     label, styles = rng.choice("AB"), [rng.randrange(3), rng.randrange(3)]
     styles = styles if style is None else [style, style]
     answers = [right, wrong] if label == "A" else [wrong, right]
@@ -116,14 +135,24 @@ def asked(trace, protocol):
     return trace[trace.index("<eval>"):] if protocol == "plain" else trace
 
 
-def oracle(pairs, seed, repair):
+def draft(pair, rng, world):
+    """What the first pass writes: lazy in the world `looks`; in `leap`, where it never is, mostly right away."""
+    if world == "looks":
+        return look(pair, rng.choice("AB")) if rng.random() < LAZY else think(pair)
+    if pair.type == "reasoning" and rng.random() < LEAP:            # 7 + 3 = 10 - 2 = 8: 7 + 3 - 2 = 8
+        key = re.sub(r" = \d+", "", pair.meta["key"]) + re.search(r" = \d+$", pair.meta["key"])[0]
+        pair = replace(pair, meta={**pair.meta, "key": key})
+    return think(pair)
+
+
+def oracle(pairs, seed, repair, world="looks"):
     """The traces of `pairs`, by data/distill.py's two passes with programs for teachers. The first has not
     been told the label and is lazy; the second, which has, thinks with probability `repair` and else repeats
     what it was shown. Unlike distill.py's user, who drops what failed twice, SFT gets it here."""
     drafts, repairs = {}, {}
     for p in pairs:
         rng = random.Random(f"{seed}/oracle/{p.id}")
-        drafts[p.id] = look(p, rng.choice("AB")) if rng.random() < LAZY else think(p)
+        drafts[p.id] = draft(p, rng, world)
         repairs[p.id] = think(p) if rng.random() < repair else drafts[p.id]
 
     def teacher(number, texts):
@@ -153,7 +182,7 @@ TEMPLATE = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content']
             "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
 
 
-def write_tokenizer(folder):
+def write_tokenizer(folder, world="looks"):
     """A Qwen2 tokenizer of a few hundred entries: bytes, so that any text can be written, and the pieces of
     this world as added tokens. (A plain word-level tokenizer would be shorter, but `transformers` and vLLM
     make a Qwen2Tokenizer of whatever lies beside a Qwen2 model.)"""
@@ -161,7 +190,7 @@ def write_tokenizer(folder):
     from transformers import Qwen2Tokenizer
     seen = {f" {n}" for n in range(101)} | {"system\n", "user\n", "assistant\n"}
     for i in range(4000):                     # far more than it takes to meet every piece of the grammar
-        pair = make_pair("vocabulary", "vocabulary", i)
+        pair = make_pair("vocabulary", "vocabulary", i, world=world)
         for p in (pair, pair.swapped()):
             for text in (*(m["content"] for m in chat_messages(p, system=SYSTEM)), think(p), look(p, "A")):
                 seen.update(re.findall(PIECES, text))
@@ -175,12 +204,12 @@ def write_tokenizer(folder):
     return tokenizer
 
 
-def write_model(folder, layers, hidden):
+def write_model(folder, layers, hidden, world="looks"):
     """Tokenizer and configuration of a tiny Qwen2; no weights: `folder/config.json` stands for random ones.
     initializer_range 0.1: at this width 0.02 learns far slower. Tied embeddings: a model that copies one word
     can then copy them all (SFT loss after 800 steps: .02, untied .07)."""
     from transformers import Qwen2Config
-    tokenizer = write_tokenizer(folder)
+    tokenizer = write_tokenizer(folder, world)
     Qwen2Config(architectures=["Qwen2ForCausalLM"], vocab_size=len(tokenizer), hidden_size=hidden,
                 num_hidden_layers=layers, num_attention_heads=hidden // 32, num_key_value_heads=hidden // 32,
                 intermediate_size=3 * hidden, max_position_embeddings=256, tie_word_embeddings=True,
@@ -222,6 +251,8 @@ def main():
     arg("--test", type=number(int, 1), default=500, help="test pairs, and as many for validation")
     arg("--repair", type=number(float, 0, 1), default=0.5,
         help="share of wrong first-pass traces that pass two repairs")
+    arg("--world", choices=("looks", "leap"), default="looks",
+        help="looks: an oracle that is lazy; leap: chains of sums, and one that mostly leaps to the result")
     arg("--style", type=number(int, 0, 2), help="of both responses of every training pair; default: any")
     arg("--protocol", choices=PROTOCOLS, default="instruct", help="what is asked for")
     arg("--layers", type=number(int, 1), default=4, help="layers of the tiny Qwen2")
@@ -242,18 +273,18 @@ def main():
         splits[split], index = [], 0
         while len(splits[split]) < count:
             style = args.style if split in ("sft", "rl") else None
-            pair, index = make_pair(seed, split, index, style), index + 1
+            pair, index = make_pair(seed, split, index, style, args.world), index + 1
             key = pair.context[0]["content"], frozenset((pair.a, pair.b))       # in either order
             if key not in taken:
                 splits[split].append(pair)
             if split in ("test", "val"):
                 taken.add(key)
-    traces = oracle(splits["sft"], args.seed, args.repair)
+    traces = oracle(splits["sft"], args.seed, args.repair, args.world)
     write_lines(out / "sft.jsonl", (row(p, trace=asked(t, args.protocol))
                                     for p, t in zip(splits["sft"], traces)))
     for split in ("rl", "val", "test"):
         write_lines(out / f"{split}.jsonl", map(row, splits[split]))
-    tokenizer = write_model(out / "model", args.layers, args.hidden)
+    tokenizer = write_model(out / "model", args.layers, args.hidden, args.world)
     form = {"protocol": args.protocol, "system": SYSTEM}
     (out / "model" / "judge.json").write_text(json.dumps(form) + "\n")
     judgments = [parse(t) for t in traces]

@@ -6,7 +6,7 @@ Is this machine sound? `make check`: on cards that have never run this code, or 
 The tests marked `check`, pointed at what is here: attention kernels, log-probs against transformers, weight
 sync after sleep and wake, one rank against two, a killed run, tensor parallel (where there are two cards).
 Then GRPO steps with random weights at the shapes of Qwen2.5-1.5B and 7B (on a CPU: one that it can bear),
-timed. Prints a table, a line for the README's speed table, and writes a JSON file to attach to a bug report.
+timed. Prints a table, a line for docs/speed.md's table, and writes a JSON file to attach to a bug report.
 """
 import argparse
 import json

@@ -1,10 +1,14 @@
 """What tests share: a tiny world on disk, a way to run scripts, and the real data where it is present."""
+import atexit
 import contextlib
 import io
 import json
 import os
+import select
+import signal
 import subprocess
 import sys
+import tempfile
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
@@ -12,10 +16,12 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
+SOAK = "SOAK" in os.environ                 # make soak: the long forms of what `make test` has in short
 sys.path[:0] = [str(ROOT), str(ROOT / "data")]
 
 
 def pytest_configure(config):
+    config.addinivalue_line("markers", "soak: has a long form")
     config.addinivalue_line("markers", "check(part): what `make check` runs, on a card where there is one")
 
 
@@ -26,16 +32,61 @@ def environment():
         "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
-def run(*command, ranks=1, ok=True, timeout=300):
-    """Run a script of the project as a person would, on one or several ranks.
-    -> CompletedProcess, output as text"""
+class Warm:
+    """warm.py, started at its first use: lives of scripts without the start of Python, torch and vLLM."""
+    process = None
+
+    def begin(self, command, ranks=1, kill=None):
+        """-> process ids"""
+        if self.process is None:
+            # Unbuffered: a line that waited in a buffer here would not show in `select`.
+            self.process = subprocess.Popen([sys.executable, "tests/warm.py"], cwd=ROOT, env=environment(), bufsize=0,
+                                            stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+            self.folder = tempfile.TemporaryDirectory()
+            atexit.register(self.close)
+        self.files = [Path(self.folder.name) / name for name in ("out", "err")]
+        for path in self.files:
+            path.write_text("")
+        out, err = map(str, self.files)
+        life = {"argv": [str(c) for c in command], "ranks": ranks, "env": environment(), "out": out, "err": err,
+                "kill": kill}
+        self.process.stdin.write(json.dumps(life).encode() + b"\n")
+        self.pids = [int(pid) for pid in self.process.stdout.readline().split()]
+        return self.pids
+
+    def end(self, timeout=300):
+        """-> CompletedProcess of the life that has begun; TimeoutExpired if it does not end"""
+        if not select.select([self.process.stdout], [], [], timeout)[0]:
+            for pid in self.pids:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            self.process.stdout.readline()
+            raise subprocess.TimeoutExpired(self.pids, timeout)
+        status = int(self.process.stdout.readline())
+        return subprocess.CompletedProcess(self.pids, status, *(p.read_text(errors="replace") for p in self.files))
+
+    def close(self):
+        self.process.stdin.close()
+        self.process.wait(20)
+
+
+WARM = Warm()
+
+
+def run(*command, ranks=1, ok=True, timeout=300, fresh=False):
+    """Run a script of the project as a person would, on one or several ranks: in a fresh process, by torchrun where
+    there are several, or forked from one that has its imports. -> CompletedProcess, output as text"""
     import torch
     if torch.cuda.is_available() and torch.cuda.device_count() < ranks:
         pytest.skip(f"{ranks} ranks want {ranks} cards; this machine has {torch.cuda.device_count()}")
-    launch = [sys.executable] if ranks == 1 else [
-        sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks)]
-    done = subprocess.run([*launch, *map(str, command)], cwd=ROOT, capture_output=True, text=True,
-                          timeout=timeout, env=environment())
+    if fresh or torch.cuda.is_available():
+        launch = [sys.executable] if ranks == 1 else [
+            sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks)]
+        done = subprocess.run([*launch, *map(str, command)], cwd=ROOT, capture_output=True, text=True,
+                              timeout=timeout, env=environment())
+    else:
+        WARM.begin(command, ranks)
+        done = WARM.end(timeout)
     if ok and done.returncode:
         pytest.fail(f"{' '.join(map(str, command))} ended with {done.returncode}:\n{done.stderr[-4000:]}")
     return done

@@ -6,14 +6,16 @@ import re
 import time
 
 import pytest
-from conftest import SHARED
+from conftest import SHARED, SOAK
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from rubrics import (Pair, chat_messages, encode, judges_by_looks, lm_as_judge, pair_of, parse,
                      process_judgement, rubric_items, verdict_reward)
 
-settings.register_profile("hostile", derandomize=True, database=None, deadline=None, max_examples=400)
+pytestmark = pytest.mark.soak
+settings.register_profile("hostile", derandomize=True, database=None, deadline=None,
+                          max_examples=400 if SOAK else 100)
 settings.load_profile("hostile")
 
 # ---------------------------------------------------------------- a grammar of harm
@@ -138,12 +140,17 @@ UNITS = [*TAGS, *ANSWERS, "<eval></eval>", "<quote_A><answer></quote_A>", "<answ
 @pytest.mark.parametrize("around", ["{}", "<rubric>{}</rubric>", "<answer>{}</answer>"])
 def test_time_is_linear_in_the_text(around):
     """Sixteen times as much text in less than 48 times the time, be it nested or repeated; what is quadratic
-    takes 256 times as long. Three tries, and 20 ms for what takes next to none. A bound per character
+    takes 256 times as long. Five tries, and 20 ms for what takes next to none. A bound per character
     besides: a large constant is a way to be slow, too."""
     for one, two in [(f"<{name}>", f"</{name}>") for name in (*SECTIONS, "answer", "think")] + [
             (unit, unit) for unit in UNITS]:
         small, large = (around.format(one * (n // len(one)) + two * (n // len(two))) for n in (2**14, 2**18))
-        assert any(seconds(large) < min(0.02 + 48 * seconds(small), 5) for _ in range(3)), (one, two)
+        most, least = 0, 5
+        for _ in range(5):                          # the machine has other work: the kinder of each
+            most, least = max(most, seconds(small)), min(least, seconds(large))
+            if least < 0.02 + 48 * most:
+                break
+        assert least < min(0.02 + 48 * most, 5), (one, two)
 
 
 def test_megabytes_are_read():
@@ -220,7 +227,7 @@ def test_a_response_cannot_spell_a_control_token(tokenizer):
     assert harmless, "the template's own"
     spelt = CONTROL + [tokenizer.decode(i) for i in sorted(watched)]
 
-    @settings(max_examples=60)
+    @settings(max_examples=60 if SOAK else 20)
     @given(st.lists(st.sampled_from(spelt + ["<", "<|", "|>", " ", "<|im_"]) | anything, max_size=6).map(
         "".join), st.booleans())
     @example("".join(spelt), True)

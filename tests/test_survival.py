@@ -1,4 +1,5 @@
 """Same step however it is cut; killed, stopped, out of disk or out of numbers, and still the same run."""
+import contextlib
 import json
 import os
 import random
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, environment, metrics, run
+from conftest import ROOT, SOAK, WARM, environment, metrics, run
 from safetensors.torch import load_file
 
 import packing
@@ -21,6 +22,7 @@ import ranks as R
 SFT = ("sft.py", "--dtype", "float32", "--no-recompute", "--batch", 16, "--lr", 3e-3, "--max-len", 160)
 GRPO = ("grpo.py", "--dtype", "float32", "--no-recompute", "--pairs", 8, "--mini", 4, "--group", 3,
         "--max-prompt", 80, "--max-response", 24, "--lr", 1e-3, "--max-gap", 0.001, "--reward", "random")
+KILLS = 20 if SOAK else 4
 TIMING = ("seconds", "peak_gb", "tokens_per_second")
 
 
@@ -43,37 +45,21 @@ def close(a, b):
         assert (a[k] - b[k]).norm() <= (1e-3 if k.endswith("k_proj.bias") else 1e-4) * a[k].norm(), k
 
 
-@pytest.fixture(scope="module")
-def live(tmp_path_factory):
-    """live(command, out, kill, delay): one life of a script. It ends by itself, at the place `kill` of
-    victims.py, or by SIGKILL `delay` seconds after a checkpoint got its name. -> exit status"""
-    env, log = environment(), tmp_path_factory.mktemp("lives") / "log"
-    victims = subprocess.Popen([sys.executable, "tests/victims.py"], cwd=ROOT, env=env, text=True,
-                               stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=open(log, "a"))
-
-    def one(command, out, kill=None, delay=None):
-        newest = lambda: ([None] + [s.name for s in R.whole_states(out / "state")])[-1]
-        before, deadline = newest(), time.time() + 60
-        argv = [str(x) for x in (*command[1:], "--out", out)]
-        life = {"script": command[0].removesuffix(".py"), "argv": argv, "log": str(log), "kill": kill}
-        victims.stdin.write(json.dumps(life) + "\n")
-        victims.stdin.flush()
-        pid = int(victims.stdout.readline())
-        if delay is not None:
-            while newest() == before and time.time() < deadline and Path(f"/proc/{pid}/stat").exists():
-                time.sleep(0.002)
-            time.sleep(delay)
-            try:
-                os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
-        status = int(victims.stdout.readline())
-        assert status in (0, -signal.SIGKILL), log.read_text()[-3000:]
-        return status
-
-    yield one
-    victims.stdin.close()
-    victims.wait(timeout=20)
+def live(command, out, kill=None, delay=None):
+    """One life of a script. It ends by itself, at the place `kill` of warm.py, or by SIGKILL `delay` seconds after a
+    checkpoint got its name. -> exit status"""
+    newest = lambda: ([None] + [s.name for s in R.whole_states(out / "state")])[-1]
+    before, deadline = newest(), time.time() + 60
+    pid, = WARM.begin((*command, "--out", out), kill=kill)
+    if delay is not None:
+        while newest() == before and time.time() < deadline and Path(f"/proc/{pid}/stat").exists():
+            time.sleep(0.002)
+        time.sleep(delay)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    done = WARM.end()
+    assert done.returncode in (0, -signal.SIGKILL), done.stderr[-3000:]
+    return done.returncode
 
 
 # ---------------------------------------------------------------- the same step
@@ -82,7 +68,7 @@ def live(tmp_path_factory):
     (SFT, ("--epochs", 0.0625)), (GRPO, ("--steps", 1)),
     (GRPO, ("--steps", 1, "--both-orders", 0.5, "--refill", 1, "--average", "token", "--offload"))],
     ids=["sft", "grpo", "grpo-variants"])
-def test_a_step_does_not_depend_on_how_it_is_cut(script, more, live, toy, tmp_path):
+def test_a_step_does_not_depend_on_how_it_is_cut(script, more, toy, tmp_path):
     """One row at a time, all packed in one, on two ranks, and on four that hold two copies of the weights:
     loss, gradient norm and new weights agree."""
     data = toy / ("sft.jsonl" if script is SFT else "rl.jsonl")
@@ -110,13 +96,13 @@ def start(*command):
                             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
 
 
-def killed_twenty_times(live, command, tmp_path, places, seed):
-    """A run that nobody killed, and the same run killed at 20 seeded moments: at `places` (see victims.py),
-    and up to a fifth of a second after a checkpoint. Metrics and weights are equal, bit for bit."""
+def killed(command, tmp_path, places, seed):
+    """A run that nobody killed, and the same run killed at KILLS seeded moments: at `places` (see warm.py), and up
+    to a fifth of a second after a checkpoint. Metrics and weights are equal, bit for bit."""
     live(command, tmp_path / "whole")
     rng, out, torn = random.Random(seed), tmp_path / "cut", 0
     moments = [*({"kill": place(rng)} for place in places), *({"delay": rng.random() * 0.2}
-                                                              for _ in range(20 - len(places)))]
+                                                              for _ in range(KILLS - len(places)))]
     rng.shuffle(moments)
     for number, moment in enumerate(moments):
         assert live(command, out, **moment) == -signal.SIGKILL, f"the run was over before kill {number}"
@@ -151,18 +137,22 @@ IN_A_SAVE = lambda rng: ["save", rng.randint(1, 60), 0]
 IN_A_SYNC = lambda rng: ["sync", rng.randint(1, 3), rng.randint(0, 25)]
 
 
-def test_sft_killed_twenty_times_is_the_same_run(live, toy, tmp_path):
-    command = (*SFT, "--epochs", 14, "--model", toy / "model/config.json", "--data", toy / "sft.jsonl",
+@pytest.mark.soak
+def test_sft_killed_again_and_again_is_the_same_run(toy, tmp_path):
+    command = (*SFT, "--epochs", 14 if SOAK else 4, "--model", toy / "model/config.json", "--data", toy / "sft.jsonl",
                "--save-every", 1)
-    killed_twenty_times(live, command, tmp_path, [IN_A_SAVE] * 6, seed=0)
+    killed(command, tmp_path, [IN_A_SAVE] * (6 if SOAK else 2), seed=0)
 
 
-def test_grpo_killed_twenty_times_is_the_same_run(live, toy, tmp_path):
+@pytest.mark.soak
+def test_grpo_killed_again_and_again_is_the_same_run(toy, tmp_path):
     """Among them in the middle of a sync. Then on another number of ranks: a run begun on one rank goes on on
     two, and one begun on two goes on on one, with the same samples and numbers to 1e-4."""
-    command = (*GRPO, "--steps", 16, "--model", toy / "model/config.json", "--data", toy / "rl.jsonl",
+    steps = 16 if SOAK else 8
+    command = (*GRPO, "--steps", steps, "--model", toy / "model/config.json", "--data", toy / "rl.jsonl",
                "--save-every", 1)
-    whole = killed_twenty_times(live, command, tmp_path, [IN_A_SAVE] * 5 + [IN_A_SYNC] * 7, seed=1)
+    whole = killed(command, tmp_path, [IN_A_SAVE] * 5 + [IN_A_SYNC] * 7 if SOAK else
+                   [IN_A_SAVE, IN_A_SYNC, IN_A_SYNC], seed=1)
     assert live(command, tmp_path / "1to2", delay=0) and live(command, tmp_path / "1to2", delay=0)
     run(*command, "--out", tmp_path / "1to2", ranks=2)
     run(*command[:-1], 5, "--steps", 5, "--out", tmp_path / "2to1", ranks=2)
@@ -282,7 +272,7 @@ def test_a_run_ends_when_a_rank_hangs_or_dies(how, first, toy, tmp_path):
     began = time.time()
     done = run(tmp_path / "sick.py", how, *GRPO[1:], "--steps", 50, "--timeout", 0.4, "--save-every", 1,
                "--model", toy / "model/config.json", "--data", toy / "rl.jsonl", "--out", tmp_path / "out",
-               ranks=2, ok=False, timeout=120)
+               ranks=2, ok=False, timeout=120, fresh=True)
     said = done.stderr[done.stderr.index("SICK") + 4:]
     said = said.split('Traceback (most recent call last):\n  File "<frozen runpy>"')[0]    # torchrun's own
     assert done.returncode and time.time() - began < 90
@@ -308,7 +298,7 @@ def test_a_rank_ends_with_its_main(end, code, world, tmp_path):
     interpreter's teardown beside them, and nothing that was said is lost. One alone is taken down as usual,
     unless it failed."""
     (tmp_path / "life.py").write_text(f"WORLD = {world}\n{LIFE}    {end}\nranks.run(main)\n")
-    done = run(tmp_path / "life.py", ok=False, timeout=60)
+    done = run(tmp_path / "life.py", ok=False, timeout=60, fresh=True)
     orderly = world == 1 and code != 1
     assert done.returncode == code and done.stdout == "said without a flush" + "teardown\n" * orderly
     for said, line in SAID.items():
