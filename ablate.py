@@ -146,6 +146,7 @@ def run(todo, show):
 
 # ---------------------------------------------------------------- the table
 
+@functools.cache
 def numbers(folder):
     """Of an evaluation: {temperature: its first metric, of several benchmarks their mean}, {name in OTHERS:
     number}"""
@@ -189,7 +190,7 @@ def row_of(name, variant, chains, results):
         ours, theirs = ({k: heads[t] for k, (heads, _) in x.items() if t in heads} for x in (mine, other))
         row["accuracy"][t] = compared(ours, theirs)
     for x in OTHERS:
-        if found := [numbers[x] for _, numbers in mine.values() if x in numbers]:
+        if found := [others[x] for _, others in mine.values() if x in others]:
             row[x] = mean(found)
     ended = [s for seed in mine for s in chains[seed]]
     tokens = [x.get("tokens", 0) for s in ended for x in read_lines(Path(s.folder) / "metrics.jsonl")]
@@ -214,10 +215,8 @@ def cells_of(row, temperatures):
 
 def write_table(plan, chains, out):
     """rows.jsonl, table.md and table.png of what has ended. chains: {name: {seed: [Stage, ...]}}"""
-    folders = {s[-1].folder for chain in chains.values() for s in chain.values() if s[-1].done()}
-    known = {folder: numbers(folder) for folder in folders}
-    results = {name: {seed: known[s[-1].folder] for seed, s in chain.items() if s[-1].done()}
-               for name, chain in chains.items()}
+    results = {name: {seed: numbers(s[-1].folder) for seed, s in some.items() if s[-1].done()}
+               for name, some in chains.items()}
     rows = [row_of(name, variant, chains[name], results) for name, variant in plan.items()]
     temperatures = sorted({t for row in rows for t in row.get("accuracy", ())})
     named = ["greedy" if t == 0 else f"T={t:g}" for t in temperatures]
