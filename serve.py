@@ -74,7 +74,9 @@ class Upstream:
                         *self.command, env=env | {"VLLM_API_KEY": self.key}, stdout=log, stderr=log,
                         start_new_session=True,
                         preexec_fn=lambda: ctypes.CDLL(None).prctl(1, signal.SIGTERM))     # PR_SET_PDEATHSIG
-            if not await self.watch():
+            was_ready = await self.watch()
+            self.kill_group()
+            if not was_ready:
                 words = self.log.read_text(errors="replace").splitlines()[-20:]
                 raise RuntimeError("\n".join([f"vLLM ended before it was ready; {self.log} ends in", *words]))
             say(f"vLLM has ended ({self.process.returncode}); it is started again, what waits is asked again")
@@ -99,8 +101,12 @@ class Upstream:
             self.process.terminate()
             with suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self.process.wait(), 10)
-            with suppress(ProcessLookupError):
-                os.killpg(self.process.pid, signal.SIGKILL)
+            self.kill_group()
+
+    def kill_group(self):
+        """What is left of it: an engine whose server was killed would keep its card."""
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
 
 
 # ---------------------------------------------------------------- start and end

@@ -4,6 +4,7 @@ import asyncio
 import base64
 import contextlib
 import json
+import os
 import random
 import re
 import shutil
@@ -431,6 +432,16 @@ def started(folder, journal, *more):
         process.kill()
 
 
+def in_group(group):
+    """The processes of a group that are no zombies."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, ProcessLookupError):
+            if os.getpgid(process.pid) == group and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found
+
+
 def test_a_server_that_is_killed_costs_nobody_an_answer(judge_folder, tmp_path):
     """vLLM is killed while it answers and comes again: no request fails, and the answers are those of the model in
     this process. SIGTERM refuses who waits for a group, and leaves nothing running; started again, in front of a
@@ -445,12 +456,13 @@ def test_a_server_that_is_killed_costs_nobody_an_answer(judge_folder, tmp_path):
         vllm.kill()
         answers += rest
         assert [r.status_code for r in answers] == [200] * 24
+        assert not in_group(vllm.pid), "what a killed server leaves would keep its card"
         again, = psutil.Process(process.pid).children()
         waits = pool.submit(post, url, "/reward", sample(1))
         until(lambda: "rmr1_waiting_samples 1.0" in httpx.get(url + "/metrics").text)
         process.terminate()
         assert waits.result().status_code == 503 and process.wait(30) in (0, -signal.SIGTERM)
-        assert not again.is_running() or again.status() == psutil.STATUS_ZOMBIE
+        assert not in_group(again.pid)
     here = Judge(str(judge_folder), dtype="float32", max_tokens=16, max_len=200)
     for body, r in zip(asked[:4], answers):
         texts = [v["text"] for v in r.json()["votes"]]
