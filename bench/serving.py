@@ -1,7 +1,7 @@
 """
 What does the gateway cost? 64 clients at once, beside the same work in one process.
 
-    OMP_NUM_THREADS=2 python bench/serving.py                  # the demo's judge
+    OMP_NUM_THREADS=1 python bench/serving.py                  # the demo's judge
 
 Groups of 8 responses (bench/best_of_n.py's questions), other ones in every turn, so that no journal helps:
 
