@@ -1,6 +1,5 @@
 """Same step however it is cut; killed, stopped, out of disk or out of numbers, and still the same run."""
 import contextlib
-import json
 import os
 import random
 import shutil
