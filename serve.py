@@ -215,8 +215,10 @@ def main():
     args, more = arguments()
     claim(Path(args.journal).parent)
     # Every sample that waits holds a connection; 1,024 files, a usual limit, are soon spent.
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard if 0 < hard < 65536 else 65536, hard))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY:
+        most = 65536 if hard == resource.RLIM_INFINITY else min(hard, 65536)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, most), hard))
     if why := asyncio.run(run(args, more)):
         fail(why)
 

@@ -17,7 +17,6 @@ import random
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
 from statistics import median
 
@@ -71,6 +70,15 @@ async def cohorts(url, work, clients, leave):
     return found
 
 
+def until_ready(url, process):
+    while process.poll() is None:
+        try:
+            return urllib.request.urlopen(url + "/health")
+        except OSError:
+            time.sleep(0.5)
+    sys.exit("serve.py has ended")
+
+
 def main():
     ap = Flags(__doc__)
     arg = ap.add_argument
@@ -89,14 +97,7 @@ def main():
                                cwd=common.ROOT)
     try:
         offline = Judge(args.model, dtype="float32", max_tokens=args.max_tokens, max_len=200)
-        while True:
-            try:
-                urllib.request.urlopen(url + "/health")
-                break
-            except (urllib.error.URLError, OSError):
-                if process.poll() is not None:
-                    sys.exit("serve.py has ended")
-                time.sleep(0.5)
+        until_ready(url, process)
         turns, kept = {"offline": 0, "served": 0, "cohorts": 10**6}, {}
 
         def turn(name, run):

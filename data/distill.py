@@ -26,11 +26,11 @@ from pathlib import Path
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from askers import Journal, Local, Server
+from askers import Answer, Journal, Local, Server, judged
 from engine import seed_of
 from files import Flags, claim, digest, fail, number, read_lines, write_lines
 from prepare import row_of
-from rubrics import chat_messages, encode, parse, read_pairs, read_system
+from rubrics import chat_messages, encode, read_pairs, read_system
 
 # What pass 2 adds to the user's message.
 TOLD = """
@@ -57,11 +57,9 @@ def fault(text, finish, label, told=False):
     """Why an answer cannot be a trace, "" if it can; finish as in `askers.Answer`. One parser for everything:
     the verdict is right and the parts that its task type asks for are there (section 3.2: solution for
     reasoning, weighted rubric for chat)."""
-    if finish not in ("stop", "cut off"):
-        return finish.split(":")[0]
-    j = parse(text, finish == "stop")
+    j = judged(Answer(text, finish))
     weighted = any(weight is not None for _, weight, _ in j.rubric)
-    faults = {j.reason: j.verdict is None,
+    faults = {j.reason.split(":")[0]: j.verdict is None,
               "wrong verdict": j.verdict != label,
               "no task type": j.type not in ("Chat", "Reasoning"),
               "no solution": j.type == "Reasoning" and not j.solution,
