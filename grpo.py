@@ -279,13 +279,16 @@ def updates_of(groups, adv, args, device, rank, world, width):
     adv  (P, G) advantages; width  the model's hidden size, for the cost of attention"""
     updates = []
     for start in range(0, args.pairs, args.mini):
-        here = [(g[0].prompt, [r.tokens.tolist() for r in g]) for g in groups[start:start + args.mini]]
-        total = sum(len(response) for _, responses in here for response in responses)
+        places = range(start, start + args.mini)
+        total = sum(len(r.tokens) for i in places for r in groups[i])
+        # Without a reference a group that agrees pulls at nothing: it need not be computed.
+        at = [i for i in places if args.beta or adv[i].any()] or [start]
+        here = [(groups[i][0].prompt, [r.tokens.tolist() for r in groups[i]]) for i in at]
         mine = packing.deal(here, world, width)[rank]
         micros = packing.level(packing.pack([here[i] for i in mine], args.micro_tokens, device), device)
         spare = sum(not b.real for b in micros)
-        rollouts = [r for i in mine for r in groups[start + i]] + [STAND_IN] * spare
-        adv_of = F.pad(adv[start:start + args.mini][mine].flatten(), (0, spare)).to(device)
+        rollouts = [r for i in mine for r in groups[at[i]]] + [STAND_IN] * spare
+        adv_of = F.pad(adv[[at[i] for i in mine]].flatten(), (0, spare)).to(device)
         tokens = torch.tensor([len(r.tokens) for r in rollouts], device=device)
         share = shares(tokens, total, args.mini * args.group, args.average, args.max_response)
         engine = torch.tensor(np.concatenate([r.logprobs for r in rollouts]), device=device)

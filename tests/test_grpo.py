@@ -274,3 +274,17 @@ def test_refill_falls_back_on_groups_that_agree():
     args = SimpleNamespace(refill=2, pairs=4, group=2, seed=0, both_orders=None)
     groups, agreeing = grpo.collect(ask, [[(i, [i])] for i in range(20)], 0, args)
     assert [g[0].pair.label for g in groups] == [6, 0, 1, 2] and agreeing == [4, 3, 4]
+
+
+@pytest.mark.parametrize("beta, computed", [(1e-3, [0, 1, 2, 3]), (0.0, [1, 3])])
+def test_groups_that_agree_are_computed_only_beside_a_reference(beta, computed, ranks):
+    """They pull at nothing without one; what is computed weighs the same either way."""
+    args = SimpleNamespace(pairs=4, mini=4, group=2, beta=beta, micro_tokens=100, average="judgment", max_response=8)
+    groups = [[grpo.Rollout(None, [i], np.full(i + 1, i), np.zeros(i + 1, np.float32), True, "A", 0.0)] * 2
+              for i in range(4)]
+    adv = torch.tensor([[0.0, 0.0], [1.0, -1.0]] * 2)
+    [micros] = grpo.updates_of(groups, adv, args, torch.device("cpu"), 0, 1, 32)
+    weight = {i: sum(m.weight[m.batch.targets == i].sum().item() for m in micros) for i in range(4)}
+    assert weight == {i: pytest.approx(0.25 if i in computed else 0) for i in range(4)}
+    [micros] = grpo.updates_of(groups, torch.zeros(4, 2), args, torch.device("cpu"), 0, 1, 32)
+    assert micros, "a step in which all agree is a step all the same"
