@@ -34,6 +34,10 @@ GRPO = $(RUN) grpo.py --model $(DEMO)/sft/model --data $(DATA)/rl.jsonl --val-da
        --max-gap 0.001 --no-recompute --save-every 0 --seed $(SEED)
 EVAL = $(RUN) eval.py --data $(DATA)/test.jsonl --max-len $(BOTH) --max-tokens $(LONG) --both-orders --temperature 0 1 --dtype float32
 
+# Two processes of pytest-xdist share the tests, where it is installed: each takes from the other when it is done, a
+# test at a time. Their start costs more than it saves for a test or two.
+WORKERS = $(shell $(PY) -c 'import xdist' 2>/dev/null && echo --numprocesses=auto --dist=worksteal)
+
 .PHONY: demo controls test soak check
 .DELETE_ON_ERROR:
 
@@ -61,10 +65,10 @@ controls: $(READY)
 	    --out $(DEMO)/controls
 
 test: $(READY)
-	$(PY) -m pytest -q --durations 5 tests $(if $(T),-k "$(T)")
+	$(PY) -m pytest -q --durations 5 $(if $(T),-k "$(T)",$(WORKERS)) tests
 
 soak: $(READY)
-	SOAK=1 $(PY) -m pytest -q --durations 5 -m soak tests $(if $(T),-k "$(T)")
+	SOAK=1 $(PY) -m pytest -q --durations 5 -m soak $(if $(T),-k "$(T)",$(WORKERS)) tests
 
 check: $(READY)
 	$(PY) tests/check.py

@@ -9,6 +9,8 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
+from collections import Counter, defaultdict
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
@@ -18,11 +20,74 @@ ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
 SOAK = "SOAK" in os.environ                 # make soak: the long forms of what `make test` has in short
 sys.path[:0] = [str(ROOT), str(ROOT / "data")]
+os.environ.setdefault("OMP_NUM_THREADS", "1")       # before torch: its threads would wait for each other's cores
 
+
+# ---------------------------------------------------------------- how pytest runs, and what it says
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "soak: has a long form")
     config.addinivalue_line("markers", "check(part): what `make check` runs, on a card where there is one")
+    if config.option.verbose < 0 and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(Progress(config))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers():
+    """How many processes share the tests under `-n auto`: two, or this one where they would share a card. More were
+    not tried: each takes 3 GB, and tests have up to four ranks."""
+    import torch
+    return 2 if len(os.sched_getaffinity(0)) > 1 and not torch.cuda.is_available() else 0
+
+
+def pytest_make_parametrize_id(val):
+    """Two workers must give a test the same name, and gzip writes the time into its bytes."""
+    return f"{len(val)} bytes" if isinstance(val, bytes) else None
+
+
+class Progress:
+    """With -q, a line for each file of tests when its last test has ended: two workers would mix the dots of several.
+    The seconds are those of its tests and fixtures, which another file's may have run beside."""
+
+    def __init__(self, config):
+        self.config, self.began = config, time.monotonic()
+        self.left, self.seconds, self.outcomes = Counter(), Counter(), defaultdict(Counter)
+        self.failed = defaultdict(list)
+
+    def pytest_collection_finish(self, session):
+        self.expect(item.nodeid for item in session.items)
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_xdist_node_collection_finished(self, ids):
+        self.expect(ids)
+
+    def expect(self, ids):
+        self.left = self.left or Counter(i.split("::")[0] for i in ids)         # every worker collects them all
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_report_teststatus(self):
+        category, _, _ = yield
+        return category, "", ""
+
+    def pytest_runtest_logreport(self, report):
+        file, _, name = report.nodeid.partition("::")
+        self.seconds[file] += report.duration
+        if report.when == "call" or not report.passed:
+            self.outcomes[file][report.outcome] += 1
+        if report.failed:
+            self.failed[file].append(name)
+        if report.when in ("setup", "call"):                                    # else teardown, or a worker died
+            return
+        self.left[file] -= 1
+        if not self.left[file]:
+            said = ", ".join(f"{n} {what}" for what, n in self.outcomes[file].items())
+            minutes, seconds = divmod(round(time.monotonic() - self.began), 60)
+            line = f"{minutes:2}:{seconds:02}  {file:30} {said:24} {self.seconds[file]:4.0f} s"
+            terminal = self.config.pluginmanager.get_plugin("terminalreporter")
+            terminal.write_line("  ".join([line, *self.failed[file]]), red=bool(self.failed[file]))
+
+
+# ---------------------------------------------------------------- scripts
 
 
 def environment():

@@ -92,10 +92,7 @@ for line in sys.stdin:
     for rank in range(life["ranks"]):
         children.append(os.fork())
         if children[-1] == 0:
-            status = live(life, rank, port)
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(status)
+            sys.exit(live(life, rank, port))      # as any script: threads are waited for, exit functions run
     print(*children, flush=True)
     status = 0
     while children:
