@@ -1,6 +1,7 @@
 """What tests share: a tiny world on disk, a way to run scripts, and the real data where it is present."""
 import atexit
 import contextlib
+import fcntl
 import io
 import json
 import os
@@ -20,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
 SOAK = "SOAK" in os.environ                 # make soak: the long forms of what `make test` has in short
 sys.path[:0] = [str(ROOT), str(ROOT / "data")]
-os.environ.setdefault("OMP_NUM_THREADS", "1")       # before torch: its threads would wait for each other's cores
+os.environ.setdefault("OMP_NUM_THREADS", "1")       # before torch's import: two workers have a core each
 
 
 # ---------------------------------------------------------------- how pytest runs, and what it says
@@ -34,8 +35,8 @@ def pytest_configure(config):
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers():
-    """How many processes share the tests under `-n auto`: two, or this one where they would share a card. More were
-    not tried: each takes 3 GB, and tests have up to four ranks."""
+    """How many processes share the tests under `-n auto`: two, or only this one where they would share a card.
+    More were not tried: each takes 2 GB and more, and some tests have four ranks."""
     import torch
     return 2 if len(os.sched_getaffinity(0)) > 1 and not torch.cuda.is_available() else 0
 
@@ -46,8 +47,8 @@ def pytest_make_parametrize_id(val):
 
 
 class Progress:
-    """With -q, a line for each file of tests when its last test has ended: two workers would mix the dots of several.
-    The seconds are those of its tests and fixtures, which another file's may have run beside."""
+    """With -q, a line for each file when its last test has ended, for two workers would mix the dots of several:
+    since the start, file, outcomes, seconds of its tests and fixtures, names of what failed."""
 
     def __init__(self, config):
         self.config, self.began = config, time.monotonic()
@@ -62,12 +63,12 @@ class Progress:
         self.expect(ids)
 
     def expect(self, ids):
-        self.left = self.left or Counter(i.split("::")[0] for i in ids)         # every worker collects them all
+        self.left = self.left or Counter(i.split("::")[0] for i in ids)     # every worker collects them all
 
     @pytest.hookimpl(wrapper=True)
     def pytest_report_teststatus(self):
-        category, _, _ = yield
-        return category, "", ""
+        category, _, word = yield
+        return category, "", word
 
     def pytest_runtest_logreport(self, report):
         file, _, name = report.nodeid.partition("::")
@@ -76,7 +77,7 @@ class Progress:
             self.outcomes[file][report.outcome] += 1
         if report.failed:
             self.failed[file].append(name)
-        if report.when in ("setup", "call"):                                    # else teardown, or a worker died
+        if report.when in ("setup", "call"):                # then comes the teardown, or the worker dies: "???"
             return
         self.left[file] -= 1
         if not self.left[file]:
@@ -85,10 +86,10 @@ class Progress:
             line = f"{minutes:2}:{seconds:02}  {file:30} {said:24} {self.seconds[file]:4.0f} s"
             terminal = self.config.pluginmanager.get_plugin("terminalreporter")
             terminal.write_line("  ".join([line, *self.failed[file]]), red=bool(self.failed[file]))
+            terminal.flush()                                # through a pipe it would wait for more
 
 
 # ---------------------------------------------------------------- scripts
-
 
 def environment():
     """For a process of its own: without the process group that this one may be."""
@@ -131,11 +132,21 @@ class Warm:
         return subprocess.CompletedProcess(self.pids, status, *(p.read_text(errors="replace") for p in self.files))
 
     def close(self):
-        self.process.stdin.close()
-        self.process.wait(20)
+        self.process.kill()                 # it has nothing to end but libraries, for seconds
+        self.process.wait()
 
 
 WARM = Warm()
+
+
+@contextlib.contextmanager
+def turn(ranks):
+    """One run of several ranks at a time among all tests on this machine: two cores have no more to give, and the
+    memory that vLLM's ranks share has the same name in every run."""
+    with open(Path(tempfile.gettempdir()) / f"rmr1-tests-{os.getuid()}.lock", "w") as file:
+        if ranks > 1:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def run(*command, ranks=1, ok=True, timeout=300, fresh=False):
@@ -144,14 +155,15 @@ def run(*command, ranks=1, ok=True, timeout=300, fresh=False):
     import torch
     if torch.cuda.is_available() and torch.cuda.device_count() < ranks:
         pytest.skip(f"{ranks} ranks want {ranks} cards; this machine has {torch.cuda.device_count()}")
-    if fresh or torch.cuda.is_available():
-        launch = [sys.executable] if ranks == 1 else [
-            sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks)]
-        done = subprocess.run([*launch, *map(str, command)], cwd=ROOT, capture_output=True, text=True,
-                              timeout=timeout, env=environment())
-    else:
-        WARM.begin(command, ranks)
-        done = WARM.end(timeout)
+    with turn(ranks):
+        if fresh or torch.cuda.is_available():
+            launch = [sys.executable] if ranks == 1 else [
+                sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks)]
+            done = subprocess.run([*launch, *map(str, command)], cwd=ROOT, capture_output=True, text=True,
+                                  timeout=timeout, env=environment())
+        else:
+            WARM.begin(command, ranks)
+            done = WARM.end(timeout)
     if ok and done.returncode:
         pytest.fail(f"{' '.join(map(str, command))} ended with {done.returncode}:\n{done.stderr[-4000:]}")
     return done

@@ -264,14 +264,12 @@ def test_a_run_ends_when_a_rank_hangs_or_dies(how, first, toy, tmp_path):
     and what comes first says what it was. A rank that lost another says so in one line. The one that fails is
     torchrun's; the one that hangs has no phase in which it starts Python, which may take as long as --timeout."""
     (tmp_path / "sick.py").write_text(SICK)
-    began = time.time()
     done = run(tmp_path / "sick.py", how, *GRPO[1:], "--steps", 50, "--timeout", 0.4 if how == "hang" else 5,
                "--save-every", 1, "--model", toy / "model/config.json", "--data", toy / "rl.jsonl",
-               "--out", tmp_path / "out", ranks=2, ok=False, timeout=120, fresh=how == "raise")
+               "--out", tmp_path / "out", ranks=2, ok=False, timeout=90, fresh=how == "raise")
     said = done.stderr[done.stderr.index("SICK") + 4:]
     said = said.split('Traceback (most recent call last):\n  File "<frozen runpy>"')[0]    # torchrun's own
-    assert done.returncode and time.time() - began < 90
-    assert first in said and said.count("Traceback") == (how == "raise"), said
+    assert done.returncode and first in said and said.count("Traceback") == (how == "raise"), said
     if how == "raise":
         assert said.index(first) < said.index("rank 0: lost another rank in the phase 'sample'")
     assert R.whole_states(tmp_path / "out/state")
