@@ -1,6 +1,6 @@
 # make demo      the whole pipeline on two CPU cores, from nothing to a judge (SEED=1, REPAIR=1, WORLD=leap, DEMO=runs/other)
 # make controls  what the demo's gain is not: more SFT, or a reward without meaning (the same SEED, ...)
-# make test      the tests (T=name: those whose name has it)
+# make test      the tests, in two processes (T=name: those whose name has it, in one)
 # make soak      the long forms of some: 20 kills of each run, four times the fuzz
 # make check     is this machine sound? attention, sync, ranks, a killed run, speed: a table and a JSON file
 #
@@ -34,8 +34,8 @@ GRPO = $(RUN) grpo.py --model $(DEMO)/sft/model --data $(DATA)/rl.jsonl --val-da
        --max-gap 0.001 --no-recompute --save-every 0 --seed $(SEED)
 EVAL = $(RUN) eval.py --data $(DATA)/test.jsonl --max-len $(BOTH) --max-tokens $(LONG) --both-orders --temperature 0 1 --dtype float32
 
-# Two processes of pytest-xdist share the tests, where it is installed: each takes from the other when it is done, a
-# test at a time. Their start costs more than it saves for a test or two.
+# Two processes of pytest-xdist share the tests, where it is installed: each begins with one half and then takes
+# what the other has not begun. Their start costs more than it saves for a test or two.
 WORKERS = $(shell $(PY) -c 'import xdist' 2>/dev/null && echo --numprocesses=auto --dist=worksteal)
 
 .PHONY: demo controls test soak check

@@ -35,7 +35,7 @@ def pytest_configure(config):
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers():
-    """How many processes share the tests under `-n auto`: two, or only this one where they would share a card.
+    """How many processes share the tests under `-n auto`: two, or this one alone where they would share a card.
     More were not tried: each takes 2 GB and more, and some tests have four ranks."""
     import torch
     return 2 if len(os.sched_getaffinity(0)) > 1 and not torch.cuda.is_available() else 0
@@ -77,7 +77,7 @@ class Progress:
             self.outcomes[file][report.outcome] += 1
         if report.failed:
             self.failed[file].append(name)
-        if report.when in ("setup", "call"):                # then comes the teardown, or the worker dies: "???"
+        if report.when in ("setup", "call"):                # last comes "teardown", or "???" of a dead worker
             return
         self.left[file] -= 1
         if not self.left[file]:
@@ -141,8 +141,8 @@ WARM = Warm()
 
 @contextlib.contextmanager
 def turn(ranks):
-    """One run of several ranks at a time among all tests on this machine: two cores have no more to give, and the
-    memory that vLLM's ranks share has the same name in every run."""
+    """One run of several ranks at a time among all tests on this machine: two cores have no more to give, and
+    the memory that vLLM's ranks share has the same name in every run."""
     with open(Path(tempfile.gettempdir()) / f"rmr1-tests-{os.getuid()}.lock", "w") as file:
         if ranks > 1:
             fcntl.flock(file, fcntl.LOCK_EX)

@@ -261,8 +261,8 @@ def test_bad_steps_in_a_row_stop_the_run_with_a_checkpoint(toy, tmp_path):
     ids=["hang", "raise"])
 def test_a_run_ends_when_a_rank_hangs_or_dies(how, first, toy, tmp_path):
     """One of two ranks stops answering, or fails, in its third step: within a minute the whole run has ended,
-    and what comes first says what it was. A rank that lost another says so in one line. The one that fails is
-    torchrun's; the one that hangs has no phase in which it starts Python, which may take as long as --timeout."""
+    and what comes first says what it was. A rank that lost another says so in one line. What fails is
+    torchrun's; what hangs is forked, for imports in a phase could take as long as --timeout."""
     (tmp_path / "sick.py").write_text(SICK)
     done = run(tmp_path / "sick.py", how, *GRPO[1:], "--steps", 50, "--timeout", 0.4 if how == "hang" else 5,
                "--save-every", 1, "--model", toy / "model/config.json", "--data", toy / "rl.jsonl",

@@ -23,7 +23,7 @@ os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 import torch
 import vllm.model_executor.models.qwen2
 import vllm.platforms.cpu
-import vllm.v1.worker.cpu_worker  # noqa: F401
+import vllm.v1.worker.cpu_worker
 
 import eval  # noqa: F401
 import grpo  # noqa: F401
