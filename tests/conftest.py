@@ -35,7 +35,7 @@ def pytest_configure(config):
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers():
-    """How many processes share the tests under `-n auto`: two, or this one alone where they would share a card.
+    """How many processes share the tests under `-n auto`: two, or this one where they would share a card.
     More were not tried: each takes 2 GB and more, and some tests have four ranks."""
     import torch
     return 2 if len(os.sched_getaffinity(0)) > 1 and not torch.cuda.is_available() else 0
@@ -47,8 +47,8 @@ def pytest_make_parametrize_id(val):
 
 
 class Progress:
-    """With -q, a line for each file when its last test has ended, for two workers would mix the dots of several:
-    since the start, file, outcomes, seconds of its tests and fixtures, names of what failed."""
+    """With -q, a line for each file when its last test has ended; two workers would mix the dots of several:
+    time since the start, file, outcomes, seconds of its tests and fixtures, names of what failed."""
 
     def __init__(self, config):
         self.config, self.began = config, time.monotonic()
