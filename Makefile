@@ -34,8 +34,8 @@ GRPO = $(RUN) grpo.py --model $(DEMO)/sft/model --data $(DATA)/rl.jsonl --val-da
        --max-gap 0.001 --no-recompute --save-every 0 --seed $(SEED)
 EVAL = $(RUN) eval.py --data $(DATA)/test.jsonl --max-len $(BOTH) --max-tokens $(LONG) --both-orders --temperature 0 1 --dtype float32
 
-# Two processes of pytest-xdist share the tests, where it is installed: each begins with one half and takes from
-# the other what that has not begun. Their start costs more than it saves for a test or two.
+# Two processes of pytest-xdist share the tests, where it is installed: each begins with one half, and whoever
+# is done takes what the other has not begun. Their start costs more than it saves for a test or two.
 WORKERS = $(shell $(PY) -c 'import xdist' 2>/dev/null && echo --numprocesses=auto --dist=worksteal)
 
 .PHONY: demo controls test soak check
