@@ -1,7 +1,7 @@
 # make demo      the whole pipeline on two CPU cores, from nothing to a judge (SEED=1, REPAIR=1, WORLD=leap, DEMO=runs/other)
 # make controls  what the demo's gain is not: more SFT, or a reward without meaning (the same SEED, ...)
 # make pretrained  the same with a language model that has read English, in some 90 minutes (LM=owner/name: with another)
-# make test      the tests (T=name: those whose name has it)
+# make test      the tests, in two processes (T=name: those whose name has it, in one)
 # make soak      the long forms of some: 20 kills of each run, four times the fuzz
 # make check     is this machine sound? attention, sync, ranks, a killed run, speed: a table and a JSON file
 #
@@ -34,6 +34,10 @@ GRPO = $(RUN) grpo.py --model $(DEMO)/sft/model --data $(DATA)/rl.jsonl --val-da
        --dtype float32 --max-prompt 40 --max-response $(LONG) --pairs 32 --mini 32 --group 8 --lr 1.2e-4 --schedule linear --steps 50 \
        --max-gap 0.001 --no-recompute --save-every 0 --seed $(SEED)
 EVAL = $(RUN) eval.py --data $(DATA)/test.jsonl --max-len $(BOTH) --max-tokens $(LONG) --both-orders --temperature 0 1 --dtype float32
+
+# Two processes of pytest-xdist share the tests, where it is installed: each begins with one half, and whoever
+# is done takes what the other has not begun. Their start costs more than it saves for a test or two.
+WORKERS = $(shell $(PY) -c 'import xdist' 2>/dev/null && echo --numprocesses=auto --dist=worksteal)
 
 .PHONY: demo controls pretrained test soak check
 .DELETE_ON_ERROR:
@@ -93,10 +97,10 @@ $(PRE)/grpo/model: | $(PRE)/sft/model
 	    --micro-tokens 2048 --no-recompute --save-every 5
 
 test: $(READY)
-	$(PY) -m pytest -q --durations 5 tests $(if $(T),-k "$(T)")
+	$(PY) -m pytest -q --durations 5 $(if $(T),-k "$(T)",$(WORKERS)) tests
 
 soak: $(READY)
-	SOAK=1 $(PY) -m pytest -q --durations 5 -m soak tests $(if $(T),-k "$(T)")
+	SOAK=1 $(PY) -m pytest -q --durations 5 -m soak $(if $(T),-k "$(T)",$(WORKERS)) tests
 
 check: $(READY)
 	$(PY) tests/check.py
