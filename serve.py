@@ -213,6 +213,8 @@ async def run(args, more):
 
 def main():
     args, more = arguments()
+    # M_MMAP_THRESHOLD, fixed: else glibc keeps what a burst of long texts took, some four times their bytes.
+    ctypes.CDLL(None).mallopt(-3, 1 << 17)
     claim(Path(args.journal).parent)
     # Every sample that waits holds a connection; 1,024 files, a usual limit, are soon spent.
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)

@@ -213,6 +213,32 @@ def test_who_leaves_loses_no_judgment():
     asyncio.run(go())
 
 
+def test_many_groups_leave_the_loop_to_others():
+    """Each begins in a turn of its own, and somebody else's turns come between. Who leaves ends them all."""
+    turns = []
+
+    async def group(n):
+        turns.append(n)
+        await asyncio.sleep(60 if n == 9 else 0)
+        return n
+
+    async def health():
+        while True:
+            turns.append("health")
+            await asyncio.sleep(0)
+
+    async def go():
+        other = asyncio.create_task(health())
+        assert await rmr1.all_of(group(n) for n in range(8)) == [*range(8)]
+        assert all(turns[turns.index(n) + 1] == "health" for n in range(8))
+        with pytest.raises(asyncio.TimeoutError):
+            await asyncio.wait_for(rmr1.all_of([group(9), group(9)]), 0.1)
+        other.cancel()
+        await asyncio.sleep(0)
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+    asyncio.run(go())
+
+
 def test_a_failure_reaches_everybody_who_waits():
     class Broken:
         def submit(self, requests):
