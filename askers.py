@@ -1,9 +1,9 @@
 """
-Who answers: a model in this process, a server, a model that gives a number; and the journal of what they said.
+Who answers: a model in this process, a server, a model that gives a number; their flags, and their journal.
 
-`Local` and `Server` answer (messages, seed, temperature), 0 being greedy. Evaluation and distillation read a stream:
-`answers(requests)`, an iterable in and (place, Answer) out. The judge of rmr1.py and the gateway of serve.py, which
-many ask at once, hand in what they have and wait: `submit(requests)`, a `Future` for each.
+`Local` and `Server` answer (messages, seed, temperature), 0 being greedy. Evaluation and distillation read a
+stream: `answers(requests)`, an iterable in and (place, Answer) out. The judge of rmr1.py and the gateway of
+serve.py, which many ask at once, hand in what they have and wait: `submit(requests)`, a `Future` for each.
 """
 import asyncio
 import atexit
@@ -22,8 +22,36 @@ from dataclasses import dataclass
 from urllib.parse import unquote
 
 from engine import Engine, Sample, text_of
-from files import fail, read_lines, write_lines
-from rubrics import encode, parse, plain
+from files import fail, fingerprint, number, read_lines, write_lines
+from rubrics import PROTOCOLS, encode, parse, plain
+
+FLAGS = {
+    "model": dict(required=True, help="a judge's folder or hub id, FOLDER/config.json for random weights, or a "
+                                      "server's name for it"),
+    "protocol": dict(choices=PROTOCOLS, help="prompt form; default: the model's own (its judge.json)"),
+    "system-prompt": dict(help="file with the system prompt, instead of the model's, the published row's or ours"),
+    "base-url": dict(help="ask an OpenAI-compatible server; its key comes from OPENAI_API_KEY"),
+    "at-once": dict(type=number(int, 1), default=64, help="requests under way at a server"),
+    "journal": dict(help="file that keeps every judgment: started again, nothing is judged twice"),
+    "temperature": dict(type=number(float, 0), default=1.0, help="of the second vote in an order, and further"),
+    "seed": dict(type=number(int, 0), default=0, help="of whatever is drawn"),
+    "max-tokens": dict(type=number(int, 1), default=8192, help="longest judgment in tokens"),
+    "max-len": dict(type=number(int, 2), help="prompt and judgment together; default: the model's window"),
+    "dtype": dict(choices=("float32", "bfloat16"), default="bfloat16", help="of the computation")}
+
+
+def flags(ap, names, **defaults):
+    """Those flags that say who answers and how it is asked which a script has, with defaults of its own."""
+    for name in names.split():
+        ap.add_argument(f"--{name}", **FLAGS[name])
+    ap.set_defaults(**defaults)
+
+
+def asker_of(model, base_url=None, max_tokens=8192, folder=None, at_once=64, key=None, patience=60, **local):
+    """Who answers for a model: a `Server` where there is a URL, else a `Local`. Settings of the other are unused."""
+    if base_url:
+        return Server(base_url, model, max_tokens, at_once, key, patience, folder)
+    return Local(str(model), max_tokens, **local)
 
 
 @dataclass
@@ -69,7 +97,7 @@ class Local:
     def __init__(self, model, max_tokens, max_len=None, dtype="bfloat16", memory=0.9, seed=0, tp=1):
         import policy
         import ranks
-        self.folder = policy.resolve(model)
+        self.model, self.folder = model, policy.resolve(model)
         self.tokenizer, self.stop = policy.load_tokenizer(self.folder)
         window = policy.config_of(self.folder).max_position_embeddings
         self.window, self.max_tokens = min(max_len or window, window), max_tokens
@@ -82,6 +110,10 @@ class Local:
             dtype = policy.DTYPES[dtype]
             self.engine.sync(policy.load(model, device, dtype, seed, trainable=False), dtype)
         self.inbox, self.worker = queue.SimpleQueue(), None
+
+    def about(self):
+        """What tells its answers from another model's."""
+        return fingerprint(self.model, self.folder)
 
     def answers(self, requests):
         """requests: an iterable of (messages, seed, temperature). Yields (place, Answer) as they finish."""
@@ -183,6 +215,9 @@ class Server:
         except Refused as e:
             fail(str(e))
         atexit.register(self.close)
+
+    def about(self):
+        return fingerprint(self.folder, self.folder) or [self.url, self.model]
 
     def close(self):
         asyncio.run_coroutine_threadsafe(self.session.close(), self.loop).result(5)

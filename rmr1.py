@@ -31,10 +31,11 @@ from pathlib import Path
 from tqdm import tqdm
 
 import ranking
-from askers import Journal, Local, Refused, Server, judged
+import askers
+from askers import Answer, Journal, Refused, asker_of, judged
 from engine import seed_of
-from files import Flags, digest, fail, fingerprint, lines_of, number
-from rubrics import (PROTOCOLS, Judgment, Pair, chat_messages, messages_of, prompt_form, read_pairs, response_of,
+from files import Flags, digest, fail, lines_of, number
+from rubrics import (Judgment, Pair, chat_messages, messages_of, other, prompt_form, read_pairs, response_of,
                      text_in, verbatim)
 
 
@@ -102,16 +103,11 @@ class Judge:
                  seed=0, max_tokens=8192, greedy=True, **more):
         if "://" in str(model):
             model, base_url = None, model
-        if hasattr(model, "submit"):                        # or anything else that answers as askers.py does
-            self.asker, folder, about = model, None, None
-        elif base_url:
-            folder = model if model and Path(model).is_dir() else None
-            self.asker = Server(base_url, None if folder else model, max_tokens, folder=folder, **more)
-            folder, model = self.asker.folder, self.asker.model
-            about = fingerprint(folder, folder) or [self.asker.url, model]
-        else:
-            self.asker = Local(str(model), max_tokens, **more)
-            folder, about = self.asker.folder, fingerprint(model, self.asker.folder)
+        self.asker, folder, about = model, None, None       # anything that answers as those of askers.py do
+        if not hasattr(model, "submit"):
+            at_hand = model if base_url and model and Path(model).is_dir() else None
+            self.asker = asker_of(None if at_hand else model, base_url, max_tokens, folder=at_hand, **more)
+            folder, model, about = self.asker.folder, self.asker.model, self.asker.about()
         self.form = prompt_form(folder, model, protocol, system_prompt)
         self.about, self.temperature, self.seed, self.greedy = [about, max_tokens], temperature, seed, greedy
         self.journal = Journal(Path(journal) if journal else None)
@@ -363,7 +359,7 @@ def judge_of(args, what, least=None):
           + (f", less what is in {args.journal}" if args.journal and os.path.exists(args.journal) else ""),
           file=sys.stderr)
     judge = Judge(args.model, args.protocol, args.system_prompt, args.base_url, args.journal, args.temperature,
-                  args.seed, args.max_tokens, **({} if args.base_url else {"dtype": args.dtype}))
+                  args.seed, args.max_tokens, max_len=args.max_len, dtype=args.dtype)
     judge.bar = tqdm(total=least, unit=" judgments", leave=False, disable=None)      # on a terminal only
     return judge
 
@@ -465,7 +461,6 @@ def main():
     for run, form in forms.items():
         one = commands.add_parser(run.__name__, help=run.__doc__.split(":")[0], description=run.__doc__)
         arg = one.add_argument
-        arg("--model", required=True, help="folder or hub id of a judge, or a server's name for it")
         arg("--data", required=run is not judge, help=f"a file of lines, or - for standard input: {form}")
         if run is judge:
             arg("--question", help="the client's question")
@@ -485,15 +480,7 @@ def main():
         if run is not reward:
             arg("--budget", type=number(int, 1), default=None if run is rank else 8,
                 help="judgments of a pair (rank: of a line, four a response unless given) at most")
-        arg("--journal", help="file that keeps every judgment: started again, nothing is judged twice")
-        arg("--protocol", choices=PROTOCOLS,
-            help="prompt form; default: what the model was trained with (its judge.json)")
-        arg("--system-prompt", help="file with the system prompt, instead of the model's")
-        arg("--base-url", help="ask an OpenAI-compatible server; its key comes from OPENAI_API_KEY")
-        arg("--temperature", type=number(float, 0), default=1.0, help="of the second vote in an order, and further")
-        arg("--seed", type=number(int, 0), default=0, help="of the votes")
-        arg("--max-tokens", type=number(int, 1), default=8192, help="longest judgment in tokens")
-        arg("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the computation")
+        askers.flags(one, "model protocol system-prompt base-url journal temperature seed max-tokens max-len dtype")
         one.set_defaults(run=run)
     args = ap.parse_args()
     try:

@@ -27,12 +27,13 @@ import aiohttp
 import torch
 import uvicorn
 
+import askers
 import policy
 from engine import on_cpu
 from files import Flags, claim, fail, number
 from gateway import Gate, app_of, say
 from rmr1 import Judge
-from rubrics import PROTOCOLS, Pair, chat_messages, encode, messages_of, prompt_form
+from rubrics import Pair, chat_messages, encode, messages_of, prompt_form
 
 
 # ---------------------------------------------------------------- vLLM, started and kept running
@@ -121,18 +122,11 @@ class Server(uvicorn.Server):
 def arguments():
     ap = Flags(__doc__, epilog="What stands behind -- goes to vLLM, such as --data-parallel-size 8.")
     arg = ap.add_argument
-    arg("--model", required=True, help="folder or hub id of a judge; with --upstream also that server's name for it")
+    askers.flags(ap, "model protocol system-prompt journal temperature seed max-tokens max-len dtype",
+                 journal="runs/serve/journal.jsonl")
     arg("--upstream", help="OpenAI-compatible URL that has the model; default: a vLLM server is started for it")
     arg("--host", default="127.0.0.1", help="address to listen at; 0.0.0.0: everybody's")
     arg("--port", type=number(int, 1, 65535), default=8080, help="port to listen at")
-    arg("--journal", default="runs/serve/journal.jsonl", help="file that keeps every judgment")
-    arg("--protocol", choices=PROTOCOLS, help="prompt form; default: the model's own (its judge.json)")
-    arg("--system-prompt", help="file with the system prompt, instead of the model's")
-    arg("--temperature", type=number(float, 0), default=1.0, help="of the second vote in an order, and further")
-    arg("--seed", type=number(int, 0), default=0, help="of the votes")
-    arg("--max-tokens", type=number(int, 1), default=8192, help="longest judgment in tokens")
-    arg("--max-len", type=number(int, 2), help="prompt and judgment together; default: the model's window")
-    arg("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the computation")
     arg("--group", type=number(int, 2), help="samples a prompt, where /get_reward is sent one at a time")
     arg("--group-timeout", type=number(float, 0, above=True), default=120.0,
         help="seconds after its last sample at which a group is judged that is not whole")
