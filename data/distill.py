@@ -30,7 +30,6 @@ import askers
 from askers import Answer, Journal, asker_of, judged
 from engine import seed_of
 from files import Flags, claim, digest, fail, number, read_lines, write_lines
-from prepare import row_of
 from rubrics import chat_messages, encode, read_pairs, read_system
 
 # What pass 2 adds to the user's message.
@@ -162,10 +161,10 @@ def too_long(traces, args):
 def write_results(out, pairs, traces, failures, why, journal, args):
     """sft.jsonl, failed.jsonl and the counts; a pair without an answer is in neither file, and an error."""
     write_lines(out / "sft.jsonl", (
-        json.dumps(row_of(p, trace=traces[p.id][0], meta={"pass": traces[p.id][1]}))
+        json.dumps(p.row(traces[p.id][0], meta={"pass": traces[p.id][1]}))
         for p in pairs if p.id in traces))
     write_lines(out / "failed.jsonl", (
-        json.dumps(row_of(p, judgment=failures[p.id][0], reason=failures[p.id][1]))
+        json.dumps(p.row(judgment=failures[p.id][0], reason=failures[p.id][1]))
         for p in pairs if p.id in failures))
     rows = journal.answers.values()
     read, written = (sum(r[k] for r in rows) for k in ("prompt_tokens", "tokens"))
