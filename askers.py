@@ -57,13 +57,14 @@ def asker_of(model, base_url=None, max_tokens=8192, folder=None, at_once=64, key
 @dataclass
 class Answer:
     """What came back for one chat. finish: "stop"; "cut off" at the length limit; else why there is no text.
-    failed: worth asking again; cached: it was in the journal."""
+    failed: worth asking again. origin: "new"; "cached", from a journal; "shared", asked for by another caller,
+    who bears its tokens."""
     text: str
     finish: str
     tokens: int = 0
     prompt_tokens: int = 0
     failed: bool = False
-    cached: bool = False
+    origin: str = "new"
 
 
 def answer_to(tokenizer, ids, sample):
@@ -459,6 +460,8 @@ class Journal:
     is cache, resume and bill in one: what was killed, or asked before, is not asked again. Without a path it
     lasts as long as the process. failed: why the last request without an answer got none."""
 
+    KEPT = ("text", "finish", "tokens", "prompt_tokens")
+
     def __init__(self, path=None):
         self.path, self.failed, self.answers, self.file, self.lock = path, "", {}, None, threading.Lock()
         if path:
@@ -468,14 +471,11 @@ class Journal:
             self.file = open(path, "a")
 
     def found(self, asked):
-        row = self.answers[asked]
-        return Answer(row["text"], row["finish"], row["tokens"], row["prompt_tokens"], cached=True)
+        return Answer(**{name: self.answers[asked][name] for name in self.KEPT}, origin="cached")
 
     def add(self, asked, answer, **about):
         """about: what else the line says, for people to read."""
-        row = about | {"asked": asked, "text": answer.text, "finish": answer.finish, "tokens": answer.tokens,
-                       "prompt_tokens": answer.prompt_tokens}
-        self.answers[asked] = row
+        self.answers[asked] = row = about | {"asked": asked} | {k: getattr(answer, k) for k in self.KEPT}
         try:
             if self.file:
                 with self.lock:                          # of a judge that several threads ask

@@ -204,10 +204,11 @@ CLOSED = re.compile(r"</(type|rubric|solution|eval|quote_A|quote_B|answer)>")
 
 
 def usage(votes):
-    """What votes cost. Those from the journal cost nothing."""
-    new = [v for v in votes if not v.cached]
-    return {"judgments": len(votes), "cached": len(votes) - len(new),
-            "prompt_tokens": sum(v.prompt_tokens for v in new), "completion_tokens": sum(v.tokens for v in new)}
+    """What votes cost. Those from the journal cost nothing, and those that another caller asked for cost him."""
+    new = [v.answer for v in votes if v.answer.origin == "new"]
+    return {"judgments": len(votes), "cached": sum(v.answer.origin == "cached" for v in votes),
+            "shared": sum(v.answer.origin == "shared" for v in votes),
+            "prompt_tokens": sum(a.prompt_tokens for a in new), "completion_tokens": sum(a.tokens for a in new)}
 
 
 # ---------------------------------------------------------------- the gateway

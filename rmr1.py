@@ -25,7 +25,7 @@ import threading
 import warnings
 from collections import Counter
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tqdm import tqdm
@@ -41,15 +41,22 @@ from rubrics import (Judgment, Pair, chat_messages, messages_of, other, prompt_f
 
 @dataclass
 class Vote:
-    """One judgment of two responses. first: the place of the one that was shown as A; verdict: "A" or "B" of what
-    was shown, None where there is none (judgment.reason says why)."""
+    """One judgment of two responses. first: the place of the one that was shown as A; answer: what it cost.
+
+    verdict   "A" or "B" of what was shown, None where there is none (judgment.reason says why)
+    prefers   the same of a pair in its own order, where the places are 0 and 1"""
     first: int
     second: int
-    verdict: str | None
     judgment: Judgment
-    tokens: int
-    prompt_tokens: int
-    cached: bool                    # it was in the journal
+    answer: Answer
+
+    @property
+    def verdict(self):
+        return self.judgment.verdict
+
+    @property
+    def prefers(self):
+        return other(self.verdict) if self.first else self.verdict
 
 
 @dataclass
@@ -117,15 +124,16 @@ class Judge:
     # --- asking
 
     async def answers(self, asked, heard=None):
-        """Answers to [(messages, seed, temperature), ...], from the journal or else from the model, which is asked once
-        for what several callers want. Who leaves cancels nothing: the answer still goes into the journal."""
-        keys = [digest([*self.about, *request]) for request in asked]
+        """Answers to [(messages, seed, temperature), ...], from the journal or else from the model, which is asked
+        once for what several callers want. Who leaves cancels nothing: the answer still goes into the journal."""
+        keys, new, waiting = [digest([*self.about, *request]) for request in asked], {}, []
         with self.lock:
-            new = {key: n for n, key in reversed([*enumerate(keys)])
-                   if key not in self.journal.answers and key not in self.under_way}
-            self.under_way |= {key: Future() for key in new}
-            waiting = [self.under_way.get(key) or self.journal.found(key) for key in keys]
-            self.used["cached"] += len(keys) - len(new)
+            for n, key in enumerate(keys):
+                if key in self.journal.answers:
+                    self.used["cached"] += 1
+                elif key not in self.under_way:
+                    new[key], self.under_way[key] = n, Future()
+                waiting.append(self.under_way.get(key) or self.journal.found(key))
         try:
             told = {"heard": lambda n, text: heard([*new.values()][n], text)} if heard else {}
             futures = self.asker.submit([asked[n] for n in new.values()], **told)
@@ -135,7 +143,9 @@ class Judge:
                 future.set_exception(e)
         for key, future in zip(new, futures, strict=True):
             future.add_done_callback(functools.partial(self.keep, key))
-        return [await asyncio.shield(asyncio.wrap_future(w)) if isinstance(w, Future) else w for w in waiting]
+        answers = [await asyncio.shield(asyncio.wrap_future(w)) if isinstance(w, Future) else w for w in waiting]
+        return [a if a.origin == "cached" or new.get(key) == n else replace(a, origin="shared")
+                for n, (key, a) in enumerate(zip(keys, answers))]
 
     def keep(self, key, future):
         """An answer has come: into the journal, then to all who wait for it."""
@@ -169,8 +179,7 @@ class Judge:
             for n in range(len(places)) if heard else ():
                 told(n, "")
             for n, a in enumerate(await self.answers(asked, told)):
-                judgment = judged(a)
-                votes.append(Vote(*places[n], judgment.verdict, judgment, a.tokens, a.prompt_tokens, a.cached))
+                votes.append(Vote(*places[n], judged(a), a))
                 if heard:
                     told(n, votes[-1])
             return [None if v.verdict is None else float(v.verdict == "A") for v in votes[-len(places):]]
@@ -192,7 +201,7 @@ class Judge:
         played, votes = await self.play(lambda i, _: pair.swapped() if i else pair,
                                         ranking.votes(budget if pair.a else 1), heard)
         says = ranking.verdict(played)
-        speaks = [v for v in votes if v.verdict and says["verdict"] == "AB"[(v.verdict == "B") != (v.first == 1)]]
+        speaks = [v for v in votes if v.verdict and v.prefers == says["verdict"]]
         reason = {"tie": "as many votes for each", None: votes[0].judgment.reason}.get(says["verdict"], "")
         return Comparison(says["verdict"], reason, says["win"], says["low"], says["high"], says["consistent"],
                           says["share"], speaks[0] if speaks else None, votes)
@@ -342,9 +351,9 @@ def judgment_as_json(j, pair, first):
 
 def vote_as_json(v, pair):
     """A `Vote`; its verdict is in the words of what was shown, prefers in those of `pair`."""
-    prefers = v.verdict and "ab"[(v.verdict == "B") != v.first]
-    return {"order": "BA" if v.first else "AB", "verdict": v.verdict, "prefers": prefers, "reason": v.judgment.reason,
-            "tokens": v.tokens, "text": v.judgment.text, "judgment": judgment_as_json(v.judgment, pair, v.first)}
+    return {"order": "BA" if v.first else "AB", "verdict": v.verdict, "prefers": v.prefers and v.prefers.lower(),
+            "reason": v.judgment.reason, "tokens": v.answer.tokens, "text": v.judgment.text,
+            "judgment": judgment_as_json(v.judgment, pair, v.first)}
 
 
 def as_json(found, pair):
