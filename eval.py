@@ -24,9 +24,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-import askers
 import benchmarks as B
-from askers import Answer, Scalar, judged, without_user
+from askers import Answer, Scalar, asker_of, flags, judged, without_user
 from engine import check_tp, seed_of
 from files import Flags, claim, digest, fail, fingerprint, number, read_lines, read_object, write_lines
 from report import COMMANDS, as_text, key_of, lines_of, measure, read_run
@@ -122,9 +121,10 @@ def judge(args):
     ranks.phase("judge")
     work, = ranks.all_sum([len(mine)])                # building an engine is a collective: all do, or none
     # Kept to the end: when vLLM's engine is collected, it takes the ranks' process group with it.
-    asker = askers.asker_of(
-        args.model, args.base_url, args.max_tokens, at_once=args.at_once, max_len=args.max_len, dtype=args.dtype,
-        memory=args.engine_memory, seed=args.seed, tp=args.tp) if work and not args.scalar else None
+    asker = asker_of(
+        args.model, args.base_url, args.max_tokens, at_once=args.at_once, max_len=args.max_len,
+        dtype=args.dtype, memory=args.engine_memory, seed=args.seed, tp=args.tp
+    ) if work and not args.scalar else None
     with open(out / f"judgments.part{rank}.jsonl" if writes else os.devnull, "a") as f:
         for line in answers(args, asker, mine, chat) if work else ():
             if isinstance(line, str):                  # why there is no answer: another run asks again
@@ -269,7 +269,7 @@ def arguments():
     ap = Flags(__doc__, epilog="eval.py report DIR ... and eval.py compare DIR DIR read what was written; "
                                "each has --help")
     arg = ap.add_argument
-    askers.flags(ap, "model protocol system-prompt base-url at-once max-tokens max-len dtype seed")
+    flags(ap, "model protocol system-prompt base-url at-once max-tokens max-len dtype seed")
     arg("--bench", default="", help=f"NAME or NAME@REVISION, with commas: {', '.join(B.BENCHES)}; or all")
     arg("--data-dir", help="folder with the benchmarks' files instead of the hub")
     arg("--data", nargs="+", default=[], help="files of pairs: JSONL, JSON, parquet, or a hub dataset")

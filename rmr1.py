@@ -231,8 +231,8 @@ class Judge:
         empty or alone: TRL then gives it no advantage. Goes into TRL's `reward_funcs`."""
         groups = groups_of(prompts, completions)
         if any(len(some) == 1 for _, some in groups):
-            warnings.warn("a completion is alone: nothing to compare it with; let per_device_train_batch_size "
-                          "x steps_per_generation be a multiple of num_generations")
+            warnings.warn("a completion is alone: nothing to compare it with; let per_device_train_batch_size"
+                          " x steps_per_generation be a multiple of num_generations")
         return [r for some, _ in await all_of(self.agroup(*group) for group in groups) for r, _ in some]
 
     async def agroup(self, prompt, completions):

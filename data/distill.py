@@ -26,8 +26,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import askers
-from askers import Answer, Journal, asker_of, judged
+from askers import Answer, Journal, asker_of, flags, judged
 from engine import seed_of
 from files import Flags, claim, digest, fail, number, read_lines, write_lines
 from rubrics import chat_messages, encode, read_pairs, read_system
@@ -185,7 +184,7 @@ def main():
     arg("--data", required=True, help="pairs with labels")
     arg("--out", required=True, help="folder for sft.jsonl, failed.jsonl and journal.jsonl")
     arg("--teacher", required=True, help="model of pass 1: a server's name for it, or a folder or hub id")
-    askers.flags(ap, "base-url system-prompt at-once seed max-tokens max-len dtype")
+    flags(ap, "base-url system-prompt at-once seed max-tokens max-len dtype")
     arg("--teacher2", help="model of pass 2; default: that of pass 1. 'none': no second pass")
     arg("--base-url2", help="its server; default: that of pass 1")
     arg("--samples", type=number(int, 1), default=1, help="judgments of pass 1 for each pair")
@@ -207,8 +206,8 @@ def main():
 
     def teacher(model, url, key):
         name = model if url else f"{model} in {args.dtype}, window {args.max_len or 'its own'}"
-        return name, lambda: asker_of(model, url, args.max_tokens, at_once=args.at_once, key=os.environ.get(key),
-                                      max_len=args.max_len, dtype=args.dtype)
+        return name, lambda: asker_of(model, url, args.max_tokens, at_once=args.at_once,
+                                      key=os.environ.get(key), max_len=args.max_len, dtype=args.dtype)
 
     first = teacher(args.teacher, args.base_url, "OPENAI_API_KEY")
     second = None if args.teacher2 == "none" else teacher(
