@@ -62,6 +62,16 @@ class Pair:
         return replace(self, a=self.b, b=self.a, label=other(self.label), trace=None, messages=messages,
                        meta=meta)
 
+    def row(self, trace=None, **more):
+        """The pair as `pair_of` reads it, with that trace and more fields. A finished prompt stays one."""
+        row = {"id": self.id, "source": self.source, "type": self.type}
+        if self.messages is None:
+            row |= {"context": self.context, "a": self.a, "b": self.b, "label": self.label, "trace": trace}
+        else:
+            label = f"model_{self.label.lower()}"
+            row |= {"context_messages": self.messages, "winner": trace or label, "ground_truth": trace and label}
+        return {k: v for k, v in (row | {"meta": self.meta} | more).items() if v not in (None, {})}
+
 
 def other(label):
     return {"A": "B", "B": "A", None: None}[label]
