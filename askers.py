@@ -238,7 +238,7 @@ class Server:
         except (aiohttp.ClientConnectorError, aiohttp.ServerTimeoutError, aiohttp.InvalidURL) as e:
             await self.session.close()
             raise Refused(f"--base-url {self.url}: nobody answers there ({self.said(e)})") from e
-        except (aiohttp.ClientError, asyncio.TimeoutError, ValueError, LookupError, TypeError):
+        except (TimeoutError, aiohttp.ClientError, ValueError, LookupError, TypeError):
             pass                           # somebody does, though not in the way of such a server
         for one in listed if isinstance(listed, list) else ():
             self.model = self.model or one["id"]
@@ -353,7 +353,7 @@ class Server:
                     wait = int(after) if (after := r.headers.get("Retry-After", "")).isdigit() else wait
             except (ValueError, RecursionError):
                 return no_answer("not JSON")
-            except (self.aiohttp.ClientError, asyncio.TimeoutError, OSError, EOFError) as e:
+            except (TimeoutError, self.aiohttp.ClientError, OSError, EOFError) as e:
                 said = self.said(e) or type(e).__name__
             if status in (401, 403, 404):
                 raise Refused(f"{self.url}: {said} (the key is read from OPENAI_API_KEY, the model is "

@@ -29,7 +29,7 @@ from askers import Answer, Scalar, asker_of, flags, judged, without_user
 from engine import check_tp, seed_of
 from files import Flags, claim, digest, fail, fingerprint, number, read_lines, read_object, write_lines
 from report import COMMANDS, as_text, key_of, lines_of, measure, read_run
-from rubrics import chat_messages, process_judgement, prompt_form, read_pairs, verbatim
+from rubrics import chat_messages, prompt_form, read_pairs, verbatim
 
 
 # ---------------------------------------------------------------- what to ask
@@ -178,7 +178,7 @@ def line_of(a, shown, messages):
     j = judged(a)
     quotes = verbatim(j, shown)
     return {"verdict": j.verdict, "reason": j.reason,
-            "official": process_judgement(a.text), "finish": a.finish, "tokens": a.tokens,
+            "official": B.process_judgement(a.text), "finish": a.finish, "tokens": a.tokens,
             "prompt_tokens": a.prompt_tokens, "prompt": digest(messages), "type": j.type,
             "rubric": [[name, weight] for name, weight, _ in j.rubric], "quotes": [sum(quotes), len(quotes)],
             "text": a.text}

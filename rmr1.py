@@ -174,7 +174,7 @@ class Judge:
                 heat = 0.0 if self.greedy and not n else self.temperature
                 asked.append((messages, seed_of(self.seed, digest(messages), n), heat))
                 before[place] += 1
-            told = heard and (lambda n, text, k=len(votes): heard(k + n, places[n][0], text))
+            told, first = heard and (lambda n, text: heard(first + n, places[n][0], text)), len(votes)
             for n in range(len(places)) if heard else ():
                 told(n, "")
             for n, a in enumerate(await self.answers(asked, told)):
@@ -232,7 +232,7 @@ class Judge:
         groups = groups_of(prompts, completions)
         if any(len(some) == 1 for _, some in groups):
             warnings.warn("a completion is alone: nothing to compare it with; let per_device_train_batch_size"
-                          " x steps_per_generation be a multiple of num_generations")
+                          " x steps_per_generation be a multiple of num_generations", stacklevel=2)
         return [r for some, _ in await all_of(self.agroup(*group) for group in groups) for r, _ in some]
 
     async def agroup(self, prompt, completions):

@@ -88,7 +88,7 @@ class Upstream:
                 try:
                     async with session.get(self.url + "/models") as r:
                         self.ready = r.status < 500
-                except (aiohttp.ClientError, asyncio.TimeoutError, OSError):
+                except (TimeoutError, aiohttp.ClientError, OSError):
                     self.ready = False
                 was_ready |= self.ready
                 await asyncio.sleep(0.2)

@@ -59,7 +59,7 @@ async def cohorts(url, work, clients, leave):
                                             timeout=aiohttp.ClientTimeout(timeout)) as r:
                         found[k][i] = ((await r.json())["rewards"] or [None])[0]
                         return
-                except asyncio.TimeoutError:
+                except TimeoutError:
                     pass
 
         async def client():

@@ -118,22 +118,22 @@ def distill(pairs, first, second, journal, args):
     system = read_system(args.system_prompt)
     messages = {p.id: chat_messages(p, "instruct", system) for p in pairs}
     traces, failures, why = {}, {}, Counter()
-    for number, teacher, samples in ((1, first, args.samples), (2, second, 1)):
+    for turn, teacher, samples in ((1, first, args.samples), (2, second, 1)):
         if teacher is None:
             break
-        answers = ask(teacher, {(p.id, number, k): messages[p.id] for p in pairs for k in range(samples)},
-                      journal, args, f"pass {number}")
+        answers = ask(teacher, {(p.id, turn, k): messages[p.id] for p in pairs for k in range(samples)},
+                      journal, args, f"pass {turn}")
         asked, pairs = pairs, []
         for p in asked:
             failures.pop(p.id, None)                       # it gets a second chance
-            rows = [answers[p.id, number, k] for k in range(samples) if (p.id, number, k) in answers]
+            rows = [answers[p.id, turn, k] for k in range(samples) if (p.id, turn, k) in answers]
             if not rows:
-                why[f"pass {number}: no answer from the teacher"] += 1
+                why[f"pass {turn}: no answer from the teacher"] += 1
                 continue
-            faults = [fault(r["text"], r["finish"], p.label, told=number == 2) for r in rows]
+            faults = [fault(r["text"], r["finish"], p.label, told=turn == 2) for r in rows]
             good = [r["text"] for r, f in zip(rows, faults) if not f]
             if good and len(good) >= args.agree * len(rows):
-                traces[p.id] = trace_of(good[0]), number
+                traces[p.id] = trace_of(good[0]), turn
             elif good:                                     # right, but not often enough: a guess
                 failures[p.id] = good[0], "too few of its samples agree"
             else:
@@ -141,7 +141,7 @@ def distill(pairs, first, second, journal, args):
                 messages[p.id] = hint(messages[p.id], p.label, *failures[p.id])
                 pairs.append(p)
             if p.id in failures:
-                why[f"pass {number}: {failures[p.id][1]}"] += 1
+                why[f"pass {turn}: {failures[p.id][1]}"] += 1
     return traces, failures, why
 
 

@@ -82,6 +82,8 @@ def flags_of(path, sub=None):
             called = ast.unparse(node.func)
             if called == "R.flags":
                 found.update(flags_of(ROOT / "ranks.py"))
+            if called == "flags" and len(node.args) == 2:            # of askers.py: those that are named
+                found.update(f"--{name}" for name in node.args[1].value.split())
             if called == "common.model_flags":
                 found.update(flags_of(ROOT / "bench/common.py"))
             for a in node.args[:1] if called.split(".")[-1] in ("arg", "add_argument") else ():
