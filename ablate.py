@@ -105,7 +105,10 @@ def stages_of(name, variant, base, out):
             text = functools.reduce(changed, variant.changes.get(stage, []), commands[stage])
             needs = {n: make(n).folder for n in re.findall(r"@/([\w-]+)", text) if n != stage}
             text = re.sub(r"@/([\w-]+)", lambda m: needs.get(m[1], m[0]), text)
-            folder = f"{out}/{stage}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+            # A fork is what its file says now: edited, it is another stage.
+            forks = re.findall(r"^\S+\.py\b", "\n".join(variant.changes.get(stage, [])), re.M)
+            known = text + "".join(read_text(fork, name) for fork in forks[-1:])
+            folder = f"{out}/{stage}-{hashlib.sha256(known.encode()).hexdigest()[:8]}"
             made[stage] = Stage(folder, text.replace(f"@/{stage}", folder), list(needs.values()))
         return made[stage]
 
@@ -213,11 +216,12 @@ def cells_of(row, temperatures):
             f"{row['seconds']:.0f}", ", ".join(map(str, row["seeds"])), ", ".join(row["commits"])]
 
 
-def write_table(plan, chains, out):
+def write_table(plan, chains, out, only):
     """rows.jsonl, table.md and table.png of what has ended. chains: {name: {seed: [Stage, ...]}}"""
     results = {name: {seed: numbers(s[-1].folder) for seed, s in some.items() if s[-1].done()}
                for name, some in chains.items()}
-    rows = [row_of(name, variant, chains[name], results) for name, variant in plan.items()]
+    rows = [row_of(name, variant, chains[name], results) for name, variant in plan.items()
+            if name in only or results[name]]
     temperatures = sorted({t for row in rows for t in row.get("accuracy", ())})
     named = ["greedy" if t == 0 else f"T={t:g}" for t in temperatures]
     head = ["variant", "differs by", *(x for t in named for x in (t, "difference, 95 %")), *OTHERS,
@@ -267,7 +271,7 @@ def main():
         help="file of variants, and of the base's commands, {seed} in them, if it is not the demo")
     arg("--variant", action="append", default=[], help='one more, "NAME: changes"; may be given again')
     arg("--seeds", type=number(int, 0), nargs="+", default=[0], help="each variant runs with each")
-    arg("--only", nargs="+", metavar="NAME", help="run these; the table has all")
+    arg("--only", nargs="+", metavar="NAME", help="run these; the table has them, and what has ended")
     arg("--out", default="runs/ablate", help="folder of all runs and of the table")
     arg("--print", action="store_true", help="print what can start now, and run nothing")
     arg("--table", action="store_true", help="write the table, and run nothing")
@@ -285,7 +289,7 @@ def main():
                 print(line_of(s))
         return
     claim(args.out)
-    show = lambda: write_table(plan, chains, Path(args.out))
+    show = lambda: write_table(plan, chains, Path(args.out), args.only or plan)
     seconds = sum(TAKES.get(Path(s.folder).name.split("-")[0], 60) for s in todo)
     print(f"{len(args.only or plan)} rows, {len(args.seeds)} seeds: {len(asked)} commands, {len(todo)} of "
           f"them to run, at the demo's size in about {seconds / 60:.0f} minutes", flush=True)

@@ -1,9 +1,9 @@
 """
-Who answers: a model in this process, a server, a model that gives a number; and the journal of what they said.
+Who answers: a model in this process, a server, a model that gives a number; their flags, and their journal.
 
-`Local` and `Server` answer (messages, seed, temperature), 0 being greedy. Evaluation and distillation read a stream:
-`answers(requests)`, an iterable in and (place, Answer) out. The judge of rmr1.py and the gateway of serve.py, which
-many ask at once, hand in what they have and wait: `submit(requests)`, a `Future` for each.
+`Local` and `Server` answer (messages, seed, temperature), 0 being greedy. Evaluation and distillation read a
+stream: `answers(requests)`, an iterable in and (place, Answer) out. The judge of rmr1.py and the gateway of
+serve.py, which many ask at once, hand in what they have and wait: `submit(requests)`, a `Future` for each.
 """
 import asyncio
 import atexit
@@ -22,26 +22,55 @@ from dataclasses import dataclass
 from urllib.parse import unquote
 
 from engine import Engine, Sample, text_of
-from files import fail, read_lines, write_lines
-from rubrics import encode, parse, plain
+from files import fail, fingerprint, number, read_lines, write_lines
+from rubrics import PROTOCOLS, encode, parse, plain
+
+FLAGS = {
+    "model": dict(required=True, help="a judge's folder or hub id, FOLDER/config.json for random weights, or "
+                                      "a server's name for it"),
+    "protocol": dict(choices=PROTOCOLS, help="prompt form; default: the model's own (its judge.json)"),
+    "system-prompt": dict(help="file with the system prompt, instead of the model's, the row's or ours"),
+    "base-url": dict(help="ask an OpenAI-compatible server; its key comes from OPENAI_API_KEY"),
+    "at-once": dict(type=number(int, 1), default=64, help="requests under way at a server"),
+    "journal": dict(help="file that keeps every judgment: started again, nothing is judged twice"),
+    "temperature": dict(type=number(float, 0), default=1.0, help="of the second vote in an order, and more"),
+    "seed": dict(type=number(int, 0), default=0, help="of whatever is drawn"),
+    "max-tokens": dict(type=number(int, 1), default=8192, help="longest judgment in tokens"),
+    "max-len": dict(type=number(int, 2), help="prompt and judgment together; default: the model's window"),
+    "dtype": dict(choices=("float32", "bfloat16"), default="bfloat16", help="of the computation")}
+
+
+def flags(ap, names, **defaults):
+    """Those flags that say who answers and how it is asked which a script has, with defaults of its own."""
+    for name in names.split():
+        ap.add_argument(f"--{name}", **FLAGS[name])
+    ap.set_defaults(**defaults)
+
+
+def asker_of(model, base_url=None, max_tokens=8192, folder=None, at_once=64, key=None, patience=60, **local):
+    """Who answers for a model: a `Server` where there is a URL, else a `Local`; each takes its settings."""
+    if base_url:
+        return Server(base_url, model, max_tokens, at_once, key, patience, folder)
+    return Local(str(model), max_tokens, **local)
 
 
 @dataclass
 class Answer:
     """What came back for one chat. finish: "stop"; "cut off" at the length limit; else why there is no text.
-    failed: worth asking again; cached: it was in the journal."""
+    failed: worth asking again. origin: "new"; "cached", from a journal; "shared", asked for by another
+    caller, who bears its tokens."""
     text: str
     finish: str
     tokens: int = 0
     prompt_tokens: int = 0
     failed: bool = False
-    cached: bool = False
+    origin: str = "new"
 
 
 def answer_to(tokenizer, ids, sample):
     """A `Sample` for a prompt as an `Answer`."""
-    return Answer(text_of(tokenizer, ids, sample), "stop" if sample.finished else "cut off", len(sample.tokens),
-                  len(ids))
+    finish = "stop" if sample.finished else "cut off"
+    return Answer(text_of(tokenizer, ids, sample), finish, len(sample.tokens), len(ids))
 
 
 def judged(answer):
@@ -69,7 +98,7 @@ class Local:
     def __init__(self, model, max_tokens, max_len=None, dtype="bfloat16", memory=0.9, seed=0, tp=1):
         import policy
         import ranks
-        self.folder = policy.resolve(model)
+        self.model, self.folder = model, policy.resolve(model)
         self.tokenizer, self.stop = policy.load_tokenizer(self.folder)
         window = policy.config_of(self.folder).max_position_embeddings
         self.window, self.max_tokens = min(max_len or window, window), max_tokens
@@ -82,6 +111,10 @@ class Local:
             dtype = policy.DTYPES[dtype]
             self.engine.sync(policy.load(model, device, dtype, seed, trainable=False), dtype)
         self.inbox, self.worker = queue.SimpleQueue(), None
+
+    def about(self):
+        """What tells its answers from another model's."""
+        return fingerprint(self.model, self.folder)
 
     def answers(self, requests):
         """requests: an iterable of (messages, seed, temperature). Yields (place, Answer) as they finish."""
@@ -103,7 +136,7 @@ class Local:
         yield from refused
 
     def submit(self, requests, heard=None):
-        """-> [Future of an Answer, ...]. One thread steps the engine; what comes while it works joins its next step.
+        """-> [Future of an Answer, ...]. One thread steps the engine; what comes then joins its next step.
         Not for tensor parallelism, whose ranks must hand in the same requests at the same step."""
         futures = [Future() for _ in requests]
         for (messages, seed, temperature), future in zip(requests, futures):
@@ -149,23 +182,24 @@ USER = re.compile(r"(?<=//)([^/]*)@")      # name and password, which can stand 
 
 
 class Refused(Exception):
-    """A server that would refuse whatever it is asked: a wrong key, an unknown model, a setting it does not take."""
+    """A server that would refuse whatever it is asked: a wrong key, an unknown model, a setting it lacks."""
 
 
 class Server:
     """A model behind an OpenAI-compatible endpoint. The key comes from OPENAI_API_KEY; a server of one's own
-    needs none. `at_once` requests are under way together. Limits, failures and a server that restarts: what waited
-    is asked again, later and later, for up to `patience` seconds. What a server says is passed on without key and
-    password, which some repeat.
+    needs none. `at_once` requests are under way together. Limits, failures and a server that restarts: what
+    waited is asked again, later and later, for up to `patience` seconds. What a server says is passed on
+    without key and password, which some repeat.
 
     model    the server's name for it; default: the first that it lists
-    folder   the model's folder, if it is at hand. Then token ids go to /completions, where a response cannot spell a
-             control token and the same seed gives the text that `Local` gives; else messages to /chat/completions
+    folder   the model's folder, if it is at hand. Then token ids go to /completions, where a response cannot
+             spell a control token and a seed gives the text of `Local`; else chats to /chat/completions
     """
 
     def __init__(self, base_url, model=None, max_tokens=8192, at_once=64, key=None, patience=60, folder=None):
-        self.url, self.model, self.max_tokens, self.at_once = without_user(base_url), model, max_tokens, at_once
-        self.patience, self.folder, self.limit, self.first = patience, None, "max_tokens", {}
+        self.url, self.model, self.folder = without_user(base_url), model, None
+        self.max_tokens, self.limit, self.at_once, self.patience = max_tokens, "max_tokens", at_once, patience
+        self.first = {}                                    # three prompts, and how they were refused
         if folder:
             import policy
             self.folder = policy.resolve(folder)
@@ -184,6 +218,9 @@ class Server:
             fail(str(e))
         atexit.register(self.close)
 
+    def about(self):
+        return fingerprint(self.folder, self.folder) or [self.url, self.model]
+
     def close(self):
         asyncio.run_coroutine_threadsafe(self.session.close(), self.loop).result(5)
 
@@ -201,7 +238,7 @@ class Server:
         except (aiohttp.ClientConnectorError, aiohttp.ServerTimeoutError, aiohttp.InvalidURL) as e:
             await self.session.close()
             raise Refused(f"--base-url {self.url}: nobody answers there ({self.said(e)})") from e
-        except (aiohttp.ClientError, asyncio.TimeoutError, ValueError, LookupError, TypeError):
+        except (TimeoutError, aiohttp.ClientError, ValueError, LookupError, TypeError):
             pass                           # somebody does, though not in the way of such a server
         for one in listed if isinstance(listed, list) else ():
             self.model = self.model or one["id"]
@@ -226,8 +263,8 @@ class Server:
                 fail(str(e))
 
     def submit(self, requests, heard=None):
-        """-> [Future of an Answer, ...]. heard(place, text): called with what there is of a text, while it is written.
-        Token ids of one temperature and seed are one HTTP request, which saves a small model half of its time."""
+        """-> [Future of an Answer, ...]. heard(place, text): told what there is of a text as it is written.
+        Token ids of one temperature and seed are one request, which saves a small model half of its time."""
         futures, groups = [Future() for _ in requests], {}
         for place, (messages, seed, temperature) in enumerate(requests):
             alone, prompt, limit = place, messages, self.max_tokens
@@ -267,9 +304,9 @@ class Server:
     async def by_ids(self, prompts, limit, settings, told):
         """Answers to prompts of token ids."""
         # The full softmax, whatever the model's generation_config.json has for who says nothing.
-        reply = await self.post("/completions", told, prompt=prompts, max_tokens=limit, stop_token_ids=self.stop,
-                                return_token_ids=True, skip_special_tokens=False, top_p=1, top_k=0, min_p=0,
-                                repetition_penalty=1, **settings)
+        settings |= {"top_p": 1, "top_k": 0, "min_p": 0, "repetition_penalty": 1}
+        reply = await self.post("/completions", told, prompt=prompts, max_tokens=limit, return_token_ids=True,
+                                stop_token_ids=self.stop, skip_special_tokens=False, **settings)
         if isinstance(reply, Answer):
             return [reply] * len(prompts)
         try:
@@ -280,8 +317,8 @@ class Server:
             return [no_answer("not a completion with token ids, as vLLM gives them")] * len(prompts)
 
     async def by_chat(self, messages, settings, told, limited=True):
-        """[the answer] to a chat. A refusal is final where the prompt is longer than the window; one that leaves
-        some room, though less than `max_tokens`, is asked for again without a limit, and gets what room there is."""
+        """[the answer] to a chat. A refusal is final where the prompt is longer than the window; one that
+        leaves less room than `max_tokens` is asked for again without a limit, and gets what there is."""
         limit = {self.limit: self.max_tokens} if limited else {}
         reply = await self.post("/chat/completions", told, messages=messages, **limit, **settings)
         if not isinstance(reply, Answer):
@@ -301,8 +338,8 @@ class Server:
         return [reply]
 
     async def post(self, route, told, **body):
-        """The server's reply to a request, or an `Answer` that says why there is none. What stays so for every
-        request, a wrong key or model, is raised."""
+        """The server's reply to a request, or an `Answer` that says why there is none. What stays so for all
+        requests, a wrong key or model, is raised."""
         body |= {"model": self.model} | ({"stream": True} if told else {})
         wait, end = 0.5, time.monotonic() + self.patience
         while True:
@@ -316,10 +353,11 @@ class Server:
                     wait = int(after) if (after := r.headers.get("Retry-After", "")).isdigit() else wait
             except (ValueError, RecursionError):
                 return no_answer("not JSON")
-            except (self.aiohttp.ClientError, asyncio.TimeoutError, OSError, EOFError) as e:
+            except (TimeoutError, self.aiohttp.ClientError, OSError, EOFError) as e:
                 said = self.said(e) or type(e).__name__
             if status in (401, 403, 404):
-                raise Refused(f"{self.url}: {said} (the key is read from OPENAI_API_KEY, the model is {self.model})")
+                raise Refused(f"{self.url}: {said} (the key is read from OPENAI_API_KEY, the model is "
+                              f"{self.model})")
             if 400 <= status < 500 and status not in (408, 409, 425, 429):
                 return Answer("", f"{REFUSED}: {said}", failed=True)
             if time.monotonic() + wait > end:
@@ -362,16 +400,17 @@ def with_thought(thought, text):
 
 
 def answer_of(reply):
-    """A chat completion as an `Answer`. Status 200 promises nothing: a proxy's page, a number, a stream or a message
-    of other parts than text is no answer."""
+    """A chat completion as an `Answer`. Status 200 promises nothing: a proxy's page, a number, a stream or a
+    message of other parts than text is no answer."""
     get = lambda x, name: x.get(name) if isinstance(x, dict) else None
     choices = get(reply, "choices")
     choice = choices[0] if isinstance(choices, list) and choices else None
     said, usage = get(choice, "message"), get(reply, "usage")
     text = get(said, "content")
+    if choice is None:
+        return no_answer("not a chat completion")
     if not isinstance(text, str):
-        return no_answer("not a chat completion" if choice is None else "an empty message" if text is None else
-                         "a message that is not a text")
+        return no_answer("an empty message" if text is None else "a message that is not a text")
     tokens, prompt = (n if isinstance(n := get(usage, f"{kind}_tokens"), int) else 0
                       for kind in ("completion", "prompt"))
     return Answer(with_thought(get(said, "reasoning_content") or get(said, "reasoning"), text),
@@ -420,9 +459,11 @@ class Scalar:
 
 
 class Journal:
-    """Every answer, one line of JSON, as it comes, found by `asked`: the digest of all that could change it. So it
-    is cache, resume and bill in one: what was killed, or asked before, is not asked again. Without a path it
-    lasts as long as the process. failed: why the last request without an answer got none."""
+    """Every answer, one line of JSON, as it comes, found by `asked`: the digest of all that could change it.
+    So it is cache, resume and bill in one: what was killed, or asked before, is not asked again. Without a
+    path it lasts as long as the process. failed: why the last request without an answer got none."""
+
+    KEPT = ("text", "finish", "tokens", "prompt_tokens")
 
     def __init__(self, path=None):
         self.path, self.failed, self.answers, self.file, self.lock = path, "", {}, None, threading.Lock()
@@ -433,14 +474,13 @@ class Journal:
             self.file = open(path, "a")
 
     def found(self, asked):
-        row = self.answers[asked]
-        return Answer(row["text"], row["finish"], row["tokens"], row["prompt_tokens"], cached=True)
+        """-> `Answer`, None if it has none"""
+        row = self.answers.get(asked)
+        return row and Answer(**{name: row[name] for name in self.KEPT}, origin="cached")
 
     def add(self, asked, answer, **about):
         """about: what else the line says, for people to read."""
-        row = about | {"asked": asked, "text": answer.text, "finish": answer.finish, "tokens": answer.tokens,
-                       "prompt_tokens": answer.prompt_tokens}
-        self.answers[asked] = row
+        self.answers[asked] = row = about | {"asked": asked} | {k: getattr(answer, k) for k in self.KEPT}
         try:
             if self.file:
                 with self.lock:                          # of a judge that several threads ask

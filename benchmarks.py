@@ -109,6 +109,14 @@ def rewardbench2_row(row):
 
 # ---------------------------------------------------------------- numbers
 
+def process_judgement(text):
+    """The published evaluation rule: [[A]] or [[B]] anywhere in the text, both or neither is an
+    error (which counts as wrong). It disagrees with the training reward; we report it as `official`.
+    -> "A", "B", "error" """
+    a, b = "[[A]]" in text, "[[B]]" in text
+    return "error" if a == b else "A" if a else "B"
+
+
 def mean(values):
     """The plain mean; None of nothing."""
     values = list(values)

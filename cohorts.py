@@ -9,8 +9,8 @@ from files import digest
 
 
 def checked(votes):
-    """Votes. Where none has a text, whoever asked is told why instead of numbers that say nothing: ValueError for a
-    prompt without room, else Refused."""
+    """Votes. Where none has a text, whoever asked is told why instead of numbers that say nothing: ValueError
+    for a prompt without room, else Refused."""
     if votes and not any(v.judgment.text for v in votes):
         why = votes[0].judgment.reason
         raise ValueError(why) if why.startswith("prompt") else Refused(why)
@@ -23,8 +23,8 @@ class Busy(Exception):
 
 @dataclass(eq=False)
 class Rollout:
-    """A sample that waits for the others. text: "" once it has been judged, mark: its digest; callers: requests that
-    wait for its reward; told: one got it."""
+    """A sample that waits for the others. text: "" once it has been judged, mark: its digest; callers:
+    requests that wait for its reward; told: one got it."""
     id: str | None
     text: str
     mark: str
@@ -44,12 +44,12 @@ class Cohort:
 class Cohorts:
     """Groups of samples to one prompt, for trainers that send each by itself.
 
-    A sample joins the open cohort of its prompt, size and name, and is judged with it once `size` are there, or
-    `timeout` seconds after the last one came: who is there then gets judged, and one alone gets None. Who leaves is
-    still a member, so the others lose nothing. A retry finds its place: with an id by id and text, without one by its
-    text, if nobody waits there and nobody was told; for ten minutes after the judgment too. A text that is waited
-    for already is looked at for a second: a retry, or a twin? Rewards do not depend on the order in which samples
-    came. All of a cohort must come to one gateway."""
+    A sample joins the open cohort of its prompt, size and name, and is judged with it once `size` are there,
+    or `timeout` seconds after the last one came: who is there then gets judged, and one alone gets None. Who
+    leaves is still a member, so the others lose nothing. A retry finds its place: with an id by id and text,
+    without one by its text, if nobody waits there and nobody was told; for ten minutes after the judgment,
+    too. A text that is waited for already is looked at for a second: a retry, or a twin? Rewards do not
+    depend on the order in which samples came. All of a cohort must come to one gateway."""
 
     def __init__(self, judge, timeout, most=1 << 17):
         self.judge, self.timeout, self.most = judge, timeout, most
@@ -58,7 +58,7 @@ class Cohorts:
     async def reward(self, prompt, text, size, id=None, name=""):
         """-> reward, stderr of a sample, once its cohort has been judged"""
         key, mark = digest([prompt, size, name]), digest(text)
-        for _ in range(20):                   # its twin, or itself again, the first caller's leaving being on its way
+        for _ in range(20):             # its twin, or itself again, whose first caller is about to leave
             same = [r for r in self.members(key) if (r.id, r.mark) == (None, mark) and not r.told]
             if id is not None or not same or not all(r.callers for r in same):
                 break
@@ -83,7 +83,7 @@ class Cohorts:
             if (rollout.id, rollout.mark) == (id, mark) and (id or not (rollout.callers or rollout.told)):
                 return rollout
         if self.kept >= self.most:
-            raise Busy(f"{self.kept:,} samples wait, or were judged in the last ten minutes: no more are taken")
+            raise Busy(f"{self.kept:,} samples wait, or were judged in the last ten minutes: no more of them")
         cohorts = self.cohorts.setdefault(key, [])
         if not cohorts or cohorts[-1].timer is None:
             cohorts.append(Cohort(prompt, size))

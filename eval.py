@@ -25,11 +25,11 @@ from pathlib import Path
 from tqdm import tqdm
 
 import benchmarks as B
-from askers import Answer, Local, Scalar, Server, judged, without_user
+from askers import Answer, Scalar, asker_of, flags, judged, without_user
 from engine import check_tp, seed_of
 from files import Flags, claim, digest, fail, fingerprint, number, read_lines, read_object, write_lines
 from report import COMMANDS, as_text, key_of, lines_of, measure, read_run
-from rubrics import PROTOCOLS, chat_messages, process_judgement, prompt_form, read_pairs, verbatim
+from rubrics import chat_messages, prompt_form, read_pairs, verbatim
 
 
 # ---------------------------------------------------------------- what to ask
@@ -121,7 +121,10 @@ def judge(args):
     ranks.phase("judge")
     work, = ranks.all_sum([len(mine)])                # building an engine is a collective: all do, or none
     # Kept to the end: when vLLM's engine is collected, it takes the ranks' process group with it.
-    asker = asker_of(args) if work and not args.scalar else None
+    asker = asker_of(
+        args.model, args.base_url, args.max_tokens, at_once=args.at_once, max_len=args.max_len,
+        dtype=args.dtype, memory=args.engine_memory, seed=args.seed, tp=args.tp
+    ) if work and not args.scalar else None
     with open(out / f"judgments.part{rank}.jsonl" if writes else os.devnull, "a") as f:
         for line in answers(args, asker, mine, chat) if work else ():
             if isinstance(line, str):                  # why there is no answer: another run asks again
@@ -158,12 +161,6 @@ def settings(args, world):
             "dtype": args.dtype, "seed": args.seed}
 
 
-def asker_of(args):
-    if args.base_url:
-        return Server(args.base_url, args.model, args.max_tokens, args.at_once)
-    return Local(args.model, args.max_tokens, args.max_len, args.dtype, args.engine_memory, args.seed, args.tp)
-
-
 def answers(args, asker, mine, chat):
     """Yields the lines of judgments.jsonl, as they come, or why no answer came (str)."""
     if args.scalar:
@@ -181,7 +178,7 @@ def line_of(a, shown, messages):
     j = judged(a)
     quotes = verbatim(j, shown)
     return {"verdict": j.verdict, "reason": j.reason,
-            "official": process_judgement(a.text), "finish": a.finish, "tokens": a.tokens,
+            "official": B.process_judgement(a.text), "finish": a.finish, "tokens": a.tokens,
             "prompt_tokens": a.prompt_tokens, "prompt": digest(messages), "type": j.type,
             "rubric": [[name, weight] for name, weight, _ in j.rubric], "quotes": [sum(quotes), len(quotes)],
             "text": a.text}
@@ -272,27 +269,19 @@ def arguments():
     ap = Flags(__doc__, epilog="eval.py report DIR ... and eval.py compare DIR DIR read what was written; "
                                "each has --help")
     arg = ap.add_argument
-    arg("--model", required=True, help="folder, hub id, config.json for random weights, or name at a server")
+    flags(ap, "model protocol system-prompt base-url at-once max-tokens max-len dtype seed")
     arg("--bench", default="", help=f"NAME or NAME@REVISION, with commas: {', '.join(B.BENCHES)}; or all")
     arg("--data-dir", help="folder with the benchmarks' files instead of the hub")
     arg("--data", nargs="+", default=[], help="files of pairs: JSONL, JSON, parquet, or a hub dataset")
     arg("--out", required=True, help="folder of this run")
-    arg("--protocol", choices=PROTOCOLS, help="prompt form; default: the model's own (its judge.json)")
-    arg("--system-prompt", help="file with the system prompt, instead of the model's or the published row's")
-    arg("--base-url", help="ask an OpenAI-compatible server; its key comes from OPENAI_API_KEY")
-    arg("--at-once", type=number(int, 1), default=64, help="requests under way at a server")
     arg("--scalar", action="store_true", help="the model is a reward model that gives a number")
     arg("--temperature", type=number(float, 0), nargs="+", default=[0.0], help="0 for greedy; one or several")
     arg("--votes", type=number(int, 1), default=1,
         help="judgments of a comparison above temperature 0; the majority decides, the first at a tie")
     arg("--both-orders", action="store_true", help="judge every pair a second time with A and B swapped")
     arg("--limit", type=number(int, 1), help="only so many items of every subset, drawn by the seed")
-    arg("--max-tokens", type=number(int, 1), default=8192, help="longest judgment in tokens")
-    arg("--max-len", type=number(int, 2), help="longest prompt + judgment; default: the model's window")
-    arg("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="of the computation")
     arg("--engine-memory", type=number(float, 0, 1, above=True), default=0.9, help="share of a card for vLLM")
     arg("--tp", type=number(int, 1), default=1, help="ranks that judge with one engine together")
-    arg("--seed", type=number(int, 0), default=0, help="of orders, samples, --limit and random weights")
     arg("--skip-bad", action="store_true", help="report and leave out bad lines of --data, and go on")
     args = ap.parse_args()
     args.bench = list(B.BENCHES) if args.bench == "all" else [b for b in args.bench.split(",") if b]

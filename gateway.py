@@ -1,5 +1,5 @@
 """
-The routes of the judge over HTTP: who may ask, what is asked, what is answered. docs/serving.md has the formats.
+The routes of the judge over HTTP: who may ask, what, and what is answered. docs/serving.md has the formats.
 
 `app_of(Gate(judge))` is an application for any ASGI server; serve.py starts one in front of vLLM.
 """
@@ -27,13 +27,13 @@ from starlette.exceptions import HTTPException
 from askers import Refused
 from cohorts import Busy, Cohorts, checked
 from files import digest
-from rmr1 import all_of, as_json, judgment_as_json, vote_as_json
+from rmr1 import all_of, as_json, groups_of, judgment_as_json, vote_as_json
 from rubrics import Pair, messages_of, parse, response_of
 
 PAGE = Path(__file__).with_name("assets") / "judge.html"
 CLOSING, LOADING = "the server is shutting down; ask again", "the judge is not ready yet; /health says when"
 REFUSALS = {400: "bad input", 401: "no key, or a wrong one", 403: "another origin or host", 413: "too large",
-            415: "not JSON", 502: "the model's server refuses or does not answer", 503: "loading, closing or full"}
+            415: "not JSON", 502: "the model's server refuses or is silent", 503: "loading, closing or full"}
 FAILURES = {ValueError: 400, Refused: 502, Busy: 503, Exception: 500}
 
 
@@ -44,7 +44,18 @@ def say(text):
 def error(status, message, param=None):
     """What a caller is told when it goes wrong, in vLLM's form."""
     kind = {400: "BadRequestError", 401: "Unauthorized", 404: "NotFoundError"}.get(status, "Error")
-    return {"error": {"message": message, "type": kind, "param": param, "code": status}}
+    return {"error": {"message": message[:1000], "type": kind, "param": param, "code": status}}
+
+
+def failed(e):
+    """An exception as what a caller is told."""
+    if isinstance(e, HTTPException):
+        return error(e.status_code, e.detail)
+    return error(next(status for kind, status in FAILURES.items() if isinstance(e, kind)), str(e))
+
+
+def reply(told, headers=None):
+    return JSONResponse(told, told["error"]["code"], headers)
 
 
 # ---------------------------------------------------------------- who may ask, and how much
@@ -70,7 +81,7 @@ class Guard:
             message = await receive()
             length += len(message.get("body", b""))
             if length > self.gate.most_bytes:
-                raise HTTPException(413, self.too_long())
+                raise HTTPException(413, f"a request may have {self.gate.most_bytes:,} bytes")
             return message
 
         async def noted(message):
@@ -82,14 +93,11 @@ class Guard:
         if refusal:
             status, why = refusal
             headers = {"WWW-Authenticate": 'Basic realm="rmr1"'} if status == 401 else None
-            app = JSONResponse(error(status, why), status, headers)
+            app = reply(error(status, why), headers)
         try:
             await app(scope, limited, noted)
         finally:
             self.gate.count(scope, status, time.monotonic() - start)
-
-    def too_long(self):
-        return f"a request may have {self.gate.most_bytes:,} bytes"
 
     def refusal(self, scope, headers):
         """-> (status, why), or None"""
@@ -107,12 +115,9 @@ class Guard:
                 return 401, "the key (RMR1_API_KEY of the server) is missing or wrong"
         elif not is_local(host, self.gate.host):            # a name that another's DNS has pointed here
             return 403, f"host {host[:100]!r}: without a key, an address, localhost or --host is answered"
-        if scope["method"] == "POST":
-            if headers.get("content-type", "").split(";")[0].strip().lower() != "application/json":
-                return 415, "the body must be application/json"
-            length = headers.get("content-length", "0")
-            if length.isdigit() and int(length) > self.gate.most_bytes:
-                return 413, self.too_long()
+        media = headers.get("content-type", "").split(";")[0].strip().lower()
+        if scope["method"] == "POST" and media != "application/json":
+            return 415, "the body must be application/json"
 
 
 def is_local(host, ours):
@@ -153,8 +158,8 @@ class ToRank(BaseModel):
 
 
 class ToReward(BaseModel):
-    """prompts and completions; or a sample: prompt and completion, and either its group's size (with an id that makes
-    retries harmless, and the name of a cohort) or a reference to be compared with."""
+    """prompts and completions; or a sample: prompt and completion, and either its group's size (with an id
+    that makes retries harmless, and the name of a cohort) or a reference to be compared with."""
     prompts: list[Prompt] | None = Field(None, max_length=4096)
     completions: list[Text] | None = Field(None, max_length=4096)
     prompt: Prompt | None = None
@@ -186,11 +191,11 @@ def context_of(prompt):
     _, *parts = TURN.split(prompt)
     turns = [(role, END.split(text, maxsplit=1)) for role, text in zip(parts[::2], parts[1::2])]
     # One without an end is the response's.
-    return messages_of([{"role": role, "content": text[0]} for role, text in turns if len(text) > 1] or prompt)
+    return messages_of([{"role": role, "content": said} for role, (said, *end) in turns if end] or prompt)
 
 
 def without_end(response):
-    """A response without the tokens that end it. In linear time, as all that looks at a policy's texts must be."""
+    """A response without the tokens that end it. In linear time, as all that reads such texts must be."""
     end, tokens = len(response), [*END.finditer(response)]
     while tokens and not response[tokens[-1].end():end].strip():
         end = tokens.pop().start()
@@ -199,15 +204,17 @@ def without_end(response):
 
 # ChatML and Llama 3; and the tokens that end a response.
 TURN = re.compile(r"(?:<\|im_start\|>|<\|start_header_id\|>)(\w+)(?:<\|end_header_id\|>)?\n+")
-END = re.compile(r"<\|im_end\|>|<\|eot_id\|>|<\|endoftext\|>|<\|end_of_text\|>|</s>|<｜end▁of▁sentence｜>")
+END = re.compile(r"<\|(?:im_end|eot_id|endoftext|end_of_text)\|>|</s>|<｜end▁of▁sentence｜>")
 CLOSED = re.compile(r"</(type|rubric|solution|eval|quote_A|quote_B|answer)>")
 
 
 def usage(votes):
-    """What votes cost. Those from the journal cost nothing."""
-    new = [v for v in votes if not v.cached]
-    return {"judgments": len(votes), "cached": len(votes) - len(new),
-            "prompt_tokens": sum(v.prompt_tokens for v in new), "completion_tokens": sum(v.tokens for v in new)}
+    """What votes cost. Those from the journal cost nothing, those that another caller asked for cost him."""
+    new = [v.answer for v in votes if v.answer.origin == "new"]
+    return {"judgments": len(votes), "cached": sum(v.answer.origin == "cached" for v in votes),
+            "shared": sum(v.answer.origin == "shared" for v in votes),
+            "prompt_tokens": sum(a.prompt_tokens for a in new),
+            "completion_tokens": sum(a.tokens for a in new)}
 
 
 # ---------------------------------------------------------------- the gateway
@@ -228,7 +235,8 @@ class Gate:
             lambda: self.cohorts.waiting if self.cohorts else 0)
         for name, about in (("judgments", "that the model wrote"), ("cached", "judgments from the journal"),
                             ("prompt_tokens", "that it read"), ("completion_tokens", "that it wrote")):
-            meter(prom.Gauge, name, about).set_function(lambda name=name: self.judge.used[name] if self.judge else 0)
+            meter(prom.Gauge, name, about).set_function(
+                lambda name=name: self.judge.used[name] if self.judge else 0)
 
     def ready(self):
         return bool(self.judge and not self.closing and (self.upstream is None or self.upstream.ready))
@@ -240,17 +248,17 @@ class Gate:
         if status >= 500 and path != "/health":
             say(f"{scope['method']} {path}: {status}")
 
-    async def result(self, request, work):
-        """What `work` comes to, unless who asked for it leaves, or the time to close is up."""
+    async def result(self, work, request=None):
+        """What `work` comes to, unless the time to close is up, or who asked for it (`request`) leaves."""
         async def left():
             while (await request.receive())["type"] != "http.disconnect":
                 pass
-        tasks = [asyncio.ensure_future(x) for x in (work, left(), self.over.wait())]
+        tasks = [asyncio.ensure_future(x) for x in (work, self.over.wait(), *([left()] if request else []))]
         try:
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-            if not tasks[0].done():
-                raise HTTPException(503, CLOSING) if self.over.is_set() else HTTPException(499, "the caller has left")
-            return tasks[0].result()
+            if tasks[0].done():
+                return tasks[0].result()
+            raise HTTPException(*(503, CLOSING) if self.over.is_set() else (499, "the caller has left"))
         finally:
             for task in tasks:
                 task.cancel()
@@ -263,7 +271,6 @@ class Gate:
         if self.cohorts:
             self.cohorts.close(CLOSING)
 
-
     def open_judge(self):
         """The judge, or why there is none. HTTPException 503."""
         if self.judge is None or self.closing:
@@ -273,50 +280,51 @@ class Gate:
 
     def limit(self, n, budget=None):
         if n > self.most:
-            raise HTTPException(413, f"{n} responses: {self.most} of one prompt are compared at most; these would ask "
-                                     f"for up to {budget or 4 * n} judgments")
+            raise HTTPException(413, f"{n} responses: {self.most} of one prompt are compared at most; these "
+                                     f"would ask for up to {budget or 4 * n} judgments")
 
     async def compare(self, body: ToCompare, request: Request):
         pair = Pair("", context_of(body.prompt), response_of(body.a), response_of(body.b), None)
-        ask = lambda heard=None: self.open_judge().acompare(pair.context, pair.a, pair.b, body.budget, heard)
+        judge = self.open_judge()
+        ask = lambda heard=None: judge.acompare(pair.context, pair.a, pair.b, body.budget, heard)
         if body.stream:
-            self.open_judge()
             return StreamingResponse(streamed(self, ask, pair), media_type="text/event-stream",
                                      headers={"Cache-Control": "no-store"})
-        found = await self.result(request, ask())
+        found = await self.result(ask(), request)
         return as_json(found, pair) | {"usage": usage(checked(found.votes))}
 
     async def rank(self, body: ToRank, request: Request):
         self.limit(len(body.responses), body.budget)
-        ranked = await self.result(request, self.open_judge().arank(context_of(body.prompt), body.responses, body.goal,
-                                                          body.budget))
-        return {"ranking": ranked.order} | {k: getattr(ranked, k) for k in (
-            "reward", "stderr", "low", "high", "best")} | {"usage": usage(checked(ranked.votes)), "comparisons": [
-                {"first": v.first, "second": v.second, "verdict": v.verdict, "reason": v.judgment.reason}
-                for v in ranked.votes]}
+        ranked = await self.result(self.open_judge().arank(
+            context_of(body.prompt), body.responses, body.goal, body.budget), request)
+        comparisons = [{"first": v.first, "second": v.second, "verdict": v.verdict,
+                        "reason": v.judgment.reason} for v in ranked.votes]
+        return {"ranking": ranked.order, **ranked.numbers(), "usage": usage(checked(ranked.votes)),
+                "comparisons": comparisons}
 
     async def reward(self, body: ToReward, request: Request):
         one = body.prompt is not None and body.completion is not None
         if one and body.reference is not None:
-            found = await self.result(request, self.open_judge().acompare(
-                context_of(body.prompt), body.completion, body.reference))
+            found = await self.result(self.open_judge().acompare(
+                context_of(body.prompt), body.completion, body.reference), request)
             return {"reward": found.win if found.verdict else None, "usage": usage(checked(found.votes))}
         if one and body.group:
-            r, stderr = (await self.samples(request, [(body.prompt, body.completion)], body.group, body.rollout,
-                                       body.cohort))[0]
+            (r, stderr), = await self.samples(request, [(body.prompt, body.completion)], body.group,
+                                              body.rollout, body.cohort)
             return {"reward": r, "stderr": stderr}
         if body.prompts is None or body.completions is None or len(body.prompts) != len(body.completions):
-            raise ValueError("give prompts and completions, as many of each; or prompt and completion, and either "
-                             "group, how many samples the prompt has, or reference, what to compare with")
+            raise ValueError("give prompts and completions, as many of each; or prompt and completion, and "
+                             "either group, how many samples the prompt has, or reference, to compare with")
         rewards = await self.groups(request, body.prompts, body.completions)
         return {"rewards": [r for r, _ in rewards], "stderr": [e for _, e in rewards]}
 
     async def groups(self, request, prompts, completions):
         """Rewards of whole groups, which stand in a row."""
-        runs = self.open_judge().groups([context_of(p) for p in prompts], completions)
+        judge = self.open_judge()
+        runs = groups_of([context_of(p) for p in prompts], completions)
         for _, some in runs:
             self.limit(len(some))
-        found = await self.result(request, all_of([self.open_judge().agroup(*run) for run in runs]))
+        found = await self.result(all_of(judge.agroup(*run) for run in runs), request)
         checked([v for _, votes in found for v in votes])
         return [both for some, _ in found for both in some]
 
@@ -324,19 +332,19 @@ class Gate:
         """Rewards of samples that wait for the rest of their groups."""
         self.limit(size)
         self.open_judge()
-        return await self.result(request, all_of([
-            self.cohorts.reward(context_of(p), c, size, id, name) for p, c in some]))
+        return await self.result(
+            all_of(self.cohorts.reward(context_of(p), c, size, id, name) for p, c in some), request)
 
     async def get_reward(self, body: ToGetReward, request: Request, cohort: str = "",
                          group: Annotated[int | None, Query(ge=2)] = None):
-        if len(body.prompts) != len(body.query) or any(not q.startswith(p) for q, p in zip(body.query, body.prompts)):
+        if len(body.prompts) != len(body.query) or not all(map(str.startswith, body.query, body.prompts)):
             raise ValueError("each query must be its prompt and the response after it")
         responses = [without_end(q[len(p):]) for q, p in zip(body.query, body.prompts)]
         size = group or self.group
         if not responses:
             return {"rewards": [], "scores": [], "extra_logs": {}}
         if size is None and len(body.query) == 1:
-            raise ValueError("one sample: say how many samples a prompt has, by ?group=8 in the URL or --group 8")
+            raise ValueError("one sample: say how many a prompt has, by ?group=8 in the URL or --group 8")
         some = await (self.samples(request, list(zip(body.prompts, responses)), size, None, cohort)
                       if size else self.groups(request, body.prompts, responses))
         rewards, stderr = ([x[i] for x in some] for i in (0, 1))
@@ -347,21 +355,19 @@ class Gate:
     async def rerank(self, body: ToRerank, request: Request):
         texts = [d if isinstance(d, str) else d.get("text", "") for d in body.documents]
         self.limit(len(texts))
-        some, votes = await self.result(request, self.open_judge().agroup(context_of(body.query), texts))
-        checked(votes)
-        scores, used = [r or 0.0 for r, _ in some], usage(votes)
-        if len(texts) == 1:
-            scores = [0.5]
-        silent = 0 if len(texts) == 1 else sum(r is None for r, _ in some)
+        some, votes = await self.result(self.open_judge().agroup(context_of(body.query), texts), request)
+        rewards, used = [0.5] if len(texts) == 1 else [r for r, _ in some], usage(checked(votes))
+        scores, silent = [r or 0.0 for r in rewards], rewards.count(None)
         results = [{"index": i, "relevance_score": scores[i]} | (
             {"document": {"text": texts[i]}} if body.return_documents else {})
             for i in sorted(range(len(texts)), key=lambda i: -scores[i])[:body.top_n]]
         meta = {"api_version": {"version": "2"}, "billed_units": {"search_units": 1}}
         if silent:
             meta["warnings"] = [f"{silent} documents are empty or could not be judged: score 0"]
-        return {"id": f"rerank-{digest([body.query, texts])[:24]}", "model": body.model or "rm-r1", "results": results,
-                "usage": {"prompt_tokens": used["prompt_tokens"],
-                          "total_tokens": used["prompt_tokens"] + used["completion_tokens"]}, "meta": meta}
+        tokens = {"prompt_tokens": used["prompt_tokens"],
+                  "total_tokens": used["prompt_tokens"] + used["completion_tokens"]}
+        return {"id": f"rerank-{digest([body.query, texts])}", "model": body.model or "rm-r1",
+                "results": results, "usage": tokens, "meta": meta}
 
 
 def app_of(gate):
@@ -372,11 +378,13 @@ def app_of(gate):
     page = PAGE.read_text()
     hashes = {tag: " ".join(f"'sha256-{base64.b64encode(hash_of(text.encode())).decode()}'" for text in
                             re.findall(rf"<{tag}>(.*?)</{tag}>", page, re.S)) for tag in ("script", "style")}
-    policy = (f"default-src 'none'; connect-src 'self'; script-src {hashes['script']}; style-src {hashes['style']}; "
+    policy = (f"default-src 'none'; connect-src 'self'; script-src {hashes['script']}; "
+              f"style-src {hashes['style']}; "
               "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
     plain = {"/": lambda: Response(page, media_type="text/html", headers={"Content-Security-Policy": policy}),
              "/health": lambda: Response(status_code=200 if gate.ready() else 503),
-             "/metrics": lambda: Response(prom.generate_latest(gate.metrics), media_type=prom.CONTENT_TYPE_LATEST)}
+             "/metrics": lambda: Response(prom.generate_latest(gate.metrics),
+                                          media_type=prom.CONTENT_TYPE_LATEST)}
     for path, route in plain.items():
         app.api_route(path, methods=["GET", "HEAD"], response_class=Response)(route)
     for path, route in {"/compare": gate.compare, "/rank": gate.rank, "/reward": gate.reward,
@@ -387,13 +395,11 @@ def app_of(gate):
     def invalid(_, e):
         first = e.errors()[0]
         param = ".".join(map(str, first["loc"][1:]))
-        return JSONResponse(error(400, f"{param or 'body'}: {first['msg']}"[:1000], param), 400)
+        return reply(error(400, f"{param or 'body'}: {first['msg']}", param))
 
     app.exception_handler(RequestValidationError)(invalid)
-    app.exception_handler(HTTPException)(
-        lambda _, e: JSONResponse(error(e.status_code, str(e.detail)), e.status_code, e.headers))
-    for kind, status in FAILURES.items():
-        app.exception_handler(kind)(lambda _, e, status=status: JSONResponse(error(status, str(e)[:1000]), status))
+    for kind in (HTTPException, *FAILURES):
+        app.exception_handler(kind)(lambda _, e: reply(failed(e), getattr(e, "headers", None)))
     return app
 
 
@@ -402,10 +408,8 @@ async def streamed(gate, ask, pair):
     queue, loop, before, orders = asyncio.Queue(), asyncio.get_running_loop(), {}, ("AB", "BA")
     heard = lambda *what: loop.call_soon_threadsafe(queue.put_nowait, what)
     event = lambda name, **data: f"event: {name}\ndata: {json.dumps(data)}\n\n"
-    task = asyncio.ensure_future(ask(heard))
+    task = asyncio.ensure_future(gate.result(ask(heard)))
     task.add_done_callback(lambda _: queue.put_nowait(None))
-    over = asyncio.ensure_future(gate.over.wait())
-    over.add_done_callback(lambda _: over.cancelled() or queue.put_nowait(None))
     try:
         while item := await queue.get():
             k, first, what = item
@@ -421,14 +425,9 @@ async def streamed(gate, ask, pair):
                 yield event("text", vote=k, text=new)
             if any(m.end() > len(had) for m in CLOSED.finditer(what, max(0, len(had) - 12))):
                 yield event("judgment", vote=k, judgment=judgment_as_json(parse(what, False), pair, first))
-        if not task.done():
-            raise HTTPException(503, CLOSING)
         found = task.result()
         yield event("done", **as_json(found, pair), usage=usage(checked(found.votes)))
-    except HTTPException as e:
-        yield event("error", **error(e.status_code, e.detail))
-    except tuple(FAILURES) as e:
-        yield event("error", **error(next(s for kind, s in FAILURES.items() if isinstance(e, kind)), str(e)))
+    except Exception as e:
+        yield event("error", **failed(e))
     finally:
         task.cancel()
-        over.cancel()

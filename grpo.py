@@ -55,16 +55,13 @@ def arguments():
     arg("--reward", choices=("verdict", "published", "random"), default="verdict",
         help="right verdict (paper eq. 8) by the parser, or by the released rule; random: a control")
     # Variants of the objective; each has its formula and source where it is computed below.
-    arg("--advantage", choices=("grpo", "drgrpo", "rloo"), default="grpo", help="baseline and scale")
+    arg("--advantage", choices=("grpo", "drgrpo"), default="grpo", help="with its scale, or without")
     arg("--average", choices=("judgment", "token", "constant"), default="judgment", help="of token losses")
     arg("--ratio", choices=("token", "sequence"), default="token", help="sequence: GSPO")
     arg("--surrogate", choices=("clip", "cispo"), default="clip", help="what is done to the ratio")
-    arg("--dual-clip", type=number(float, 1), help="bound of the loss at negative advantages, e.g. 3")
-    arg("--kl", choices=("k1", "k2", "k3"), default="k3", help="estimator of the divergence")
     arg("--engine-cap", type=number(float, 0, above=True),
         help="weigh tokens by trainer / engine probability, at most this, e.g. 2")
     arg("--overlong", type=limit, default=0, help="tokens before the limit over which the reward falls by 1")
-    arg("--format-reward", type=bonus, default=0.0, help="added where the parts of a judgment are all there")
     arg("--both-orders", type=bonus, metavar="W",
         help="judge each pair in both orders (--pairs and --mini count both), W more where both are right")
     arg("--refill", type=limit, default=0, help="rounds of sampling again for groups that agree")
@@ -94,18 +91,17 @@ def advantages(rewards, kind="grpo"):
     rewards  (P, G) -> (P, G). A group that agrees gets zeros: it teaches nothing, but its KL term still acts.
     NaN, a judgment whose reward could not be computed: advantage 0, and no part in its group's mean.
     drgrpo   r - mean, without the scale (Dr. GRPO, arXiv 2503.20783)
-    rloo     r - mean of the others = G / (G - 1) (r - mean) (RLOO, arXiv 2402.14740)
     """
     known = ~rewards.isnan()
     n = known.sum(1, keepdim=True).clamp(min=2)
     centred = (rewards - rewards.nanmean(1, keepdim=True)).where(known, 0)
-    if kind == "grpo":
-        return centred / ((centred.square().sum(1, keepdim=True) / (n - 1)).sqrt() + 1e-6)
-    return centred * n / (n - 1) if kind == "rloo" else centred
+    if kind == "drgrpo":
+        return centred
+    return centred / ((centred.square().sum(1, keepdim=True) / (n - 1)).sqrt() + 1e-6)
 
 
 def grpo_loss(logp, old, ref, adv, weight, rows=None, engine=None, clip=(0.2, 0.2), beta=1e-3, ratio="token",
-              surrogate="clip", dual_clip=None, kl="k3", engine_cap=None):
+              surrogate="clip", engine_cap=None):
     """Clipped policy gradient plus a pull towards the reference (paper eq. 9), on response tokens only.
 
     logp, old, ref  (R,)  log-prob of each sampled token under the model we train, the model that sampled it,
@@ -127,14 +123,12 @@ def grpo_loss(logp, old, ref, adv, weight, rows=None, engine=None, clip=(0.2, 0.
     r = log_ratio.exp()                              # 1 everywhere in the first update
     if surrogate == "clip":
         gain = torch.min(r * adv, r.clamp(1 - low, 1 + high) * adv)
-        if dual_clip:                                # arXiv 1912.09729, eq. 5: no ratio rules the step
-            gain = torch.where(adv < 0, torch.max(gain, dual_clip * adv), gain)
     else:                                            # CISPO (arXiv 2506.13585, eq. 4): no token is lost
         gain = r.clamp(1 - low, 1 + high).detach() * adv * logp
     if engine_cap:                                   # truncated importance: tokens come from the engine
         gain = gain * (old - engine).exp().clamp(max=engine_cap)
     d = (ref - logp).clamp(max=20)                   # e^20 is finite; where it bites, the next line does too
-    kl = {"k1": -d, "k2": d * d / 2, "k3": d.exp() - d - 1}[kl].clamp(max=10)        # clamped as published
+    kl = (d.exp() - d - 1).clamp(max=10)             # the estimator k3, clamped as published
     loss = ((beta * kl - gain) * weight).sum()
     clipped = ((r < 1 - low) | (r > 1 + high)).float()
     return loss, {"kl": (kl * weight).sum().item(), "clipped": (clipped * weight).sum().item()}
@@ -153,20 +147,14 @@ def shares(tokens, total, judgments, kind, limit):
 
 
 def reward_of(text, judgment, pair, length, key, args):
-    """1 for the right verdict and -1 for any other, or for the control a coin that `key` throws, and what the
-    flags add.
-
-    --overlong N       0 up to N tokens before the limit, falling evenly to -1 at the limit (DAPO, eq. 13)
-    --format-reward W  W where a judgment has type, rubric or solution, and comparison (paper eq. 11: W = 1)
-    """
+    """1 for the right verdict and -1 for any other, or for the control a coin that `key` throws; --overlong N
+    adds 0 up to N tokens before the limit, falling evenly to -1 at the limit (DAPO, eq. 13)."""
     if args.reward == "random":
         return 1.0 if hashlib.sha256(repr(key).encode()).digest()[0] % 2 else -1.0
     reward = (lm_as_judge(text, pair.label) if args.reward == "published" else
               verdict_reward(judgment, pair.label))
     if args.overlong:
         reward += min(0.0, (args.max_response - args.overlong - length) / args.overlong)
-    if args.format_reward and judgment.type and (judgment.rubric or judgment.solution) and judgment.eval:
-        reward += args.format_reward
     return reward
 
 
@@ -279,13 +267,16 @@ def updates_of(groups, adv, args, device, rank, world, width):
     adv  (P, G) advantages; width  the model's hidden size, for the cost of attention"""
     updates = []
     for start in range(0, args.pairs, args.mini):
-        here = [(g[0].prompt, [r.tokens.tolist() for r in g]) for g in groups[start:start + args.mini]]
-        total = sum(len(response) for _, responses in here for response in responses)
+        places = range(start, start + args.mini)
+        total = sum(len(r.tokens) for i in places for r in groups[i])
+        # Without a reference a group that agrees pulls at nothing: it need not be computed.
+        at = [i for i in places if args.beta or adv[i].any()] or [start]
+        here = [(groups[i][0].prompt, [r.tokens.tolist() for r in groups[i]]) for i in at]
         mine = packing.deal(here, world, width)[rank]
         micros = packing.level(packing.pack([here[i] for i in mine], args.micro_tokens, device), device)
         spare = sum(not b.real for b in micros)
-        rollouts = [r for i in mine for r in groups[start + i]] + [STAND_IN] * spare
-        adv_of = F.pad(adv[start:start + args.mini][mine].flatten(), (0, spare)).to(device)
+        rollouts = [r for i in mine for r in groups[at[i]]] + [STAND_IN] * spare
+        adv_of = F.pad(adv[[at[i] for i in mine]].flatten(), (0, spare)).to(device)
         tokens = torch.tensor([len(r.tokens) for r in rollouts], device=device)
         share = shares(tokens, total, args.mini * args.group, args.average, args.max_response)
         engine = torch.tensor(np.concatenate([r.logprobs for r in rollouts]), device=device)
@@ -323,8 +314,7 @@ def check_gap(updates, args):
 def learn(policy, optim, updates, lr, args, world):
     """One clipped step an update (paper eq. 9); engine and trainer are compared before the first one.
     -> what the diary says about it, [gradient norms]"""
-    variant = {k: getattr(args, k) for k in (
-        "clip", "beta", "ratio", "surrogate", "dual_clip", "kl", "engine_cap")}
+    variant = {k: getattr(args, k) for k in ("clip", "beta", "ratio", "surrogate", "engine_cap")}
     sums, norms = np.zeros(3), []
     for micros in updates:
         for m in micros:

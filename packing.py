@@ -172,10 +172,10 @@ class Plan:
 def alike(spans, waste=1.05, call=4096):
     """Groups of spans that one padded call may take: the plainly causal ones apart, and as many of like shape
     as cost less padding than a call of their own would."""
-    groups = []
+    groups, was_plain, area, longest = [], None, 0, 0
     for start, q, keys in sorted(spans, key=lambda s: (len(s[2]) != s[1], len(s[2]))):
         k, plain = len(keys), q == len(keys)                          # k is the group's largest so far
-        if not groups or plain != was_plain or (
+        if plain != was_plain or (
                 max(longest, q) * k * (len(groups[-1]) + 1) > waste * (area + q * k) + call):
             groups, area, longest = groups + [[]], 0, 0
         groups[-1].append((start, q, keys))

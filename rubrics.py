@@ -59,8 +59,17 @@ class Pair:
             shown = last["content"].replace(SHOWN.format(question, self.a, self.b),
                                             SHOWN.format(question, self.b, self.a))
             messages = [*messages[:-1], {**last, "content": shown}]
-        return replace(self, a=self.b, b=self.a, label=other(self.label), trace=None, messages=messages,
-                       meta=meta)
+        return replace(self, a=self.b, b=self.a, label=other(self.label), trace=None, messages=messages, meta=meta)
+
+    def row(self, trace=None, **more):
+        """The pair as `pair_of` reads it, with that trace and more fields. A finished prompt stays one."""
+        row = {"id": self.id, "source": self.source, "type": self.type}
+        if self.messages is None:
+            row |= {"context": self.context, "a": self.a, "b": self.b, "label": self.label, "trace": trace}
+        else:
+            label = f"model_{self.label.lower()}"
+            row |= {"context_messages": self.messages, "winner": trace or label, "ground_truth": trace and label}
+        return {k: v for k, v in (row | {"meta": self.meta} | more).items() if v not in (None, {})}
 
 
 def other(label):
@@ -89,8 +98,7 @@ def read_pairs(source, skip_bad=False):
         fail(bad[0] + (f" (and {len(bad) - 1} more bad lines)" if len(bad) > 1 else "")
              + "; mend it, or leave bad lines out with --skip-bad")
     if not pairs:
-        fail(f"{source}: no pairs in it"
-             + (f", and {len(bad)} bad lines, the first: {bad[0]}" if bad else ""))
+        fail(f"{source}: no pairs in it" + (f", and {len(bad)} bad lines, the first: {bad[0]}" if bad else ""))
     if bad and int(os.environ.get("RANK", 0)) == 0:
         print("\n".join(bad), f"\n{len(bad)} bad lines of {len(bad) + len(pairs)} left out", file=sys.stderr)
     return pairs
@@ -490,11 +498,3 @@ def lm_as_judge(text, label):
     tail = text[-80:]
     right, wrong = f"<answer>[[{label}]]</answer>", f"<answer>[[{other(label)}]]</answer>"
     return 1.0 if right in tail and wrong not in tail else -1.0
-
-
-def process_judgement(text):
-    """The published evaluation rule: [[A]] or [[B]] anywhere in the text, both or neither is an
-    error (which counts as wrong). It disagrees with the training reward; we report it as `official`.
-    -> "A", "B", "error" """
-    a, b = "[[A]]" in text, "[[B]]" in text
-    return "error" if a == b else "A" if a else "B"

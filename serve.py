@@ -2,14 +2,14 @@
 The judge over HTTP: a thin gateway in front of vLLM's own server, and a page to watch it think.
 
     python serve.py --model runs/demo/grpo/model --dtype float32          # http://127.0.0.1:8080
-    python serve.py --model gaotang/RM-R1-Qwen2.5-Instruct-7B --journal runs/serve/7b.jsonl -- --data-parallel-size 8
-    python serve.py --model MODEL --upstream http://node0:8000/v1         # a vLLM that runs already, or a balancer
+    python serve.py --model gaotang/RM-R1-Qwen2.5-Instruct-7B -- --data-parallel-size 8
+    python serve.py --model MODEL --upstream http://node0:8000/v1         # a vLLM that runs, or a balancer
 
     curl 127.0.0.1:8080/compare --json '{"prompt": "What is 6 * 7 ?", "a": "Here: 42", "b": "Here: 45"}'
 
-/compare, /rank, /reward; /rerank, /v1/rerank, /v2/rerank as Cohere, Jina and LiteLLM ask; /get_reward as OpenRLHF does.
-A trainer that sends one sample at a time says how large its groups are: samples wait for their **cohort**, and each
-is told its own reward (see `Cohorts`). RMR1_API_KEY guards everything but /health. docs/serving.md has the formats.
+/compare, /rank, /reward; /rerank, /v1/rerank, /v2/rerank as Cohere, Jina and LiteLLM ask; /get_reward as
+OpenRLHF does. A trainer that sends one sample at a time says how large its groups are: samples wait for their
+**cohort**, and each is told its own reward. RMR1_API_KEY guards all but /health. docs/serving.md has formats.
 """
 import asyncio
 import ctypes
@@ -28,18 +28,19 @@ import torch
 import uvicorn
 
 import policy
+from askers import flags
 from engine import on_cpu
 from files import Flags, claim, fail, number
 from gateway import Gate, app_of, say
 from rmr1 import Judge
-from rubrics import PROTOCOLS, Pair, chat_messages, encode, messages_of, prompt_form
+from rubrics import Pair, chat_messages, encode, messages_of, prompt_form
 
 
 # ---------------------------------------------------------------- vLLM, started and kept running
 
 class Upstream:
-    """vLLM's own server for a model, or one that runs already. ready: does it answer? One of ours that ends is started
-    again, while what waited for it is asked again (`askers.Server`)."""
+    """vLLM's own server for a model, or one that runs already. ready: does it answer? One of ours that ends
+    is started again, while what waited for it is asked again (`askers.Server`)."""
 
     def __init__(self, args, more):
         self.url, self.key, self.ready, self.command, self.process = args.upstream, None, False, None, None
@@ -51,18 +52,16 @@ class Upstream:
             port = s.getsockname()[1]
         self.url, self.key = f"http://127.0.0.1:{port}/v1", secrets.token_hex(16)
         # As `Engine` has it, so that a seed gives the same text. The wheel for CPUs has no `vllm serve`.
-        more = ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", "judge", "--dtype", args.dtype,
-                "--max-model-len", str(args.max_len), "--hf-overrides", '{"head_dtype": "float32"}',
-                "--disable-log-stats", "--disable-uvicorn-access-log", *more]
-        if torch.cuda.is_available():
-            start = ["-m", "vllm.entrypoints.cli.main", "serve", args.folder]
-        else:
-            start = ["-m", "vllm.entrypoints.openai.api_server", "--model", args.folder]
+        start = ["vllm.entrypoints.cli.main", "serve", args.folder]
+        if not torch.cuda.is_available():
+            start = ["vllm.entrypoints.openai.api_server", "--model", args.folder]
             for name, value in on_cpu(args.max_len).items():
-                name = name.replace("_", "-")
-                start += [f"--{name}" if value else f"--no-{name}"] if isinstance(value, bool) else [
-                    f"--{name}", str(value)]
-        self.command = [sys.executable, *map(str, start), *more]
+                flag = f"--{'no-' if value is False else ''}{name.replace('_', '-')}"
+                start += [flag] if isinstance(value, bool) else [flag, value]
+        self.command = [sys.executable, "-m", *map(str, start), "--host", "127.0.0.1", "--port", str(port),
+                        "--served-model-name", "judge", "--dtype", args.dtype, "--max-model-len",
+                        str(args.max_len), "--hf-overrides", '{"head_dtype": "float32"}',
+                        "--disable-log-stats", "--disable-uvicorn-access-log", *more]
 
     async def keep(self):
         """Keep it running. RuntimeError if it ends without having been ready."""
@@ -89,7 +88,7 @@ class Upstream:
                 try:
                     async with session.get(self.url + "/models") as r:
                         self.ready = r.status < 500
-                except (aiohttp.ClientError, asyncio.TimeoutError, OSError):
+                except (TimeoutError, aiohttp.ClientError, OSError):
                     self.ready = False
                 was_ready |= self.ready
                 await asyncio.sleep(0.2)
@@ -121,18 +120,11 @@ class Server(uvicorn.Server):
 def arguments():
     ap = Flags(__doc__, epilog="What stands behind -- goes to vLLM, such as --data-parallel-size 8.")
     arg = ap.add_argument
-    arg("--model", required=True, help="folder or hub id of a judge; with --upstream also that server's name for it")
-    arg("--upstream", help="OpenAI-compatible URL that has the model; default: a vLLM server is started for it")
+    flags(ap, "model protocol system-prompt journal temperature seed max-tokens max-len dtype",
+          journal="runs/serve/journal.jsonl")
+    arg("--upstream", help="OpenAI-compatible URL that has the model; default: vLLM's server, started for it")
     arg("--host", default="127.0.0.1", help="address to listen at; 0.0.0.0: everybody's")
     arg("--port", type=number(int, 1, 65535), default=8080, help="port to listen at")
-    arg("--journal", default="runs/serve/journal.jsonl", help="file that keeps every judgment")
-    arg("--protocol", choices=PROTOCOLS, help="prompt form; default: the model's own (its judge.json)")
-    arg("--system-prompt", help="file with the system prompt, instead of the model's")
-    arg("--temperature", type=number(float, 0), default=1.0, help="of the second vote in an order, and further")
-    arg("--seed", type=number(int, 0), default=0, help="of the votes")
-    arg("--max-tokens", type=number(int, 1), default=8192, help="longest judgment in tokens")
-    arg("--max-len", type=number(int, 2), help="prompt and judgment together; default: the model's window")
-    arg("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the computation")
     arg("--group", type=number(int, 2), help="samples a prompt, where /get_reward is sent one at a time")
     arg("--group-timeout", type=number(float, 0, above=True), default=120.0,
         help="seconds after its last sample at which a group is judged that is not whole")
@@ -149,7 +141,9 @@ def arguments():
             s.bind((args.host, args.port))
         except OSError as e:
             fail(f"--host {args.host} --port {args.port}: {e.strerror}")
-    args.folder = args.model if args.upstream and not Path(args.model).is_dir() else policy.resolve(args.model)
+    args.folder = args.model
+    if not args.upstream or Path(args.model).is_dir():
+        args.folder = policy.resolve(args.model)
     if not args.upstream:
         policy.check_weights(args.model, args.folder)
         window = policy.config_of(args.folder).max_position_embeddings
@@ -160,8 +154,8 @@ def arguments():
 
 async def run(args, more):
     """Serve until a signal. -> why it ended, if not by one"""
-    gate = Gate(None, os.environ.get("RMR1_API_KEY", "").strip(), args.host, args.most, args.most_bytes, args.group,
-                args.group_timeout)
+    gate = Gate(None, os.environ.get("RMR1_API_KEY", "").strip(), args.host, args.most, args.most_bytes,
+                args.group, args.group_timeout)
     gate.upstream = upstream = Upstream(args, more)
     server = Server(uvicorn.Config(app_of(gate), args.host, args.port, log_level="error", lifespan="off",
                                    http="h11",                                          # which bounds headers
@@ -179,13 +173,15 @@ async def run(args, more):
         while not upstream.ready:
             await asyncio.sleep(0.1)
         judge = await asyncio.to_thread(
-            Judge, str(args.folder), args.protocol, args.system_prompt, upstream.url, args.journal, args.temperature,
-            args.seed, args.max_tokens, at_once=1024, patience=args.patience, key=upstream.key)
-        if judge.asker.folder:                  # a template that refuses such chats does so now, not in a request
+            Judge, str(args.folder), args.protocol, args.system_prompt, upstream.url, args.journal,
+            args.temperature, args.seed, args.max_tokens, at_once=1024, patience=args.patience,
+            key=upstream.key)
+        if judge.asker.folder:              # a template that refuses such chats does so now, not in a request
             pair = Pair("", messages_of("question"), "a", "b", None)
             encode(judge.asker.tokenizer, chat_messages(pair, *judge.form))
         gate.judge = judge
-        say(f"http://{args.host}:{args.port}: ready; {len(judge.journal.answers):,} judgments are in {args.journal}")
+        known = len(judge.journal.answers)
+        say(f"http://{args.host}:{args.port}: ready; {known:,} judgments are in {args.journal}")
 
         told = Counter()
         while True:
@@ -196,7 +192,7 @@ async def run(args, more):
                     f"{new['completion_tokens']:,} tokens written")
             told = used
 
-    serving, keeping, judges = (asyncio.ensure_future(x) for x in (server.serve(), upstream.keep(), judging()))
+    serving, keeping, judges = map(asyncio.ensure_future, (server.serve(), upstream.keep(), judging()))
     why = None
     try:
         await asyncio.wait([serving, keeping, judges], return_when=asyncio.FIRST_COMPLETED)
@@ -213,6 +209,8 @@ async def run(args, more):
 
 def main():
     args, more = arguments()
+    # M_MMAP_THRESHOLD, fixed: else glibc keeps what a burst of long texts took, some four times their bytes.
+    ctypes.CDLL(None).mallopt(-3, 1 << 17)
     claim(Path(args.journal).parent)
     # Every sample that waits holds a connection; 1,024 files, a usual limit, are soon spent.
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)

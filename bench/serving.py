@@ -63,7 +63,7 @@ async def one_by_one(session, k, question, responses):
                 async with session.post(f"/get_reward?group={N}&cohort={k}", json=body,
                                         timeout=aiohttp.ClientTimeout(timeout)) as r:
                     return ((await r.json())["rewards"] or [None])[0]
-            except asyncio.TimeoutError:
+            except TimeoutError:
                 pass
 
     rng = random.Random(k)

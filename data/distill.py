@@ -26,10 +26,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from askers import Answer, Journal, Local, Server, judged
+from askers import Answer, Journal, asker_of, flags, judged
 from engine import seed_of
 from files import Flags, claim, digest, fail, number, read_lines, write_lines
-from prepare import row_of
 from rubrics import chat_messages, encode, read_pairs, read_system
 
 # What pass 2 adds to the user's message.
@@ -119,22 +118,22 @@ def distill(pairs, first, second, journal, args):
     system = read_system(args.system_prompt)
     messages = {p.id: chat_messages(p, "instruct", system) for p in pairs}
     traces, failures, why = {}, {}, Counter()
-    for number, teacher, samples in ((1, first, args.samples), (2, second, 1)):
+    for turn, teacher, samples in ((1, first, args.samples), (2, second, 1)):
         if teacher is None:
             break
-        answers = ask(teacher, {(p.id, number, k): messages[p.id] for p in pairs for k in range(samples)},
-                      journal, args, f"pass {number}")
+        answers = ask(teacher, {(p.id, turn, k): messages[p.id] for p in pairs for k in range(samples)},
+                      journal, args, f"pass {turn}")
         asked, pairs = pairs, []
         for p in asked:
             failures.pop(p.id, None)                       # it gets a second chance
-            rows = [answers[p.id, number, k] for k in range(samples) if (p.id, number, k) in answers]
+            rows = [answers[p.id, turn, k] for k in range(samples) if (p.id, turn, k) in answers]
             if not rows:
-                why[f"pass {number}: no answer from the teacher"] += 1
+                why[f"pass {turn}: no answer from the teacher"] += 1
                 continue
-            faults = [fault(r["text"], r["finish"], p.label, told=number == 2) for r in rows]
+            faults = [fault(r["text"], r["finish"], p.label, told=turn == 2) for r in rows]
             good = [r["text"] for r, f in zip(rows, faults) if not f]
             if good and len(good) >= args.agree * len(rows):
-                traces[p.id] = trace_of(good[0]), number
+                traces[p.id] = trace_of(good[0]), turn
             elif good:                                     # right, but not often enough: a guess
                 failures[p.id] = good[0], "too few of its samples agree"
             else:
@@ -142,7 +141,7 @@ def distill(pairs, first, second, journal, args):
                 messages[p.id] = hint(messages[p.id], p.label, *failures[p.id])
                 pairs.append(p)
             if p.id in failures:
-                why[f"pass {number}: {failures[p.id][1]}"] += 1
+                why[f"pass {turn}: {failures[p.id][1]}"] += 1
     return traces, failures, why
 
 
@@ -161,10 +160,10 @@ def too_long(traces, args):
 def write_results(out, pairs, traces, failures, why, journal, args):
     """sft.jsonl, failed.jsonl and the counts; a pair without an answer is in neither file, and an error."""
     write_lines(out / "sft.jsonl", (
-        json.dumps(row_of(p, trace=traces[p.id][0], meta={"pass": traces[p.id][1]}))
+        json.dumps(p.row(traces[p.id][0], meta={"pass": traces[p.id][1]}))
         for p in pairs if p.id in traces))
     write_lines(out / "failed.jsonl", (
-        json.dumps(row_of(p, judgment=failures[p.id][0], reason=failures[p.id][1]))
+        json.dumps(p.row(judgment=failures[p.id][0], reason=failures[p.id][1]))
         for p in pairs if p.id in failures))
     rows = journal.answers.values()
     read, written = (sum(r[k] for r in rows) for k in ("prompt_tokens", "tokens"))
@@ -185,22 +184,16 @@ def main():
     arg("--data", required=True, help="pairs with labels")
     arg("--out", required=True, help="folder for sft.jsonl, failed.jsonl and journal.jsonl")
     arg("--teacher", required=True, help="model of pass 1: a server's name for it, or a folder or hub id")
-    arg("--base-url", help="OpenAI-compatible server of pass 1; without it the model runs here, by vLLM")
+    flags(ap, "base-url system-prompt at-once seed max-tokens max-len dtype")
     arg("--teacher2", help="model of pass 2; default: that of pass 1. 'none': no second pass")
     arg("--base-url2", help="its server; default: that of pass 1")
-    arg("--system-prompt", help="file with the system prompt, instead of ours")
     arg("--samples", type=number(int, 1), default=1, help="judgments of pass 1 for each pair")
     arg("--agree", type=number(float, 0, 1), default=0.0, help="least share of them that must be right")
     arg("--max-trace", type=number(int, 1), help="leave out longer traces: tokens of --tokenizer, else words")
     arg("--tokenizer", help="model folder or hub id, to count tokens")
     arg("--temperature", type=number(float, 0), default=1.0, help="of the teachers")
-    arg("--max-tokens", type=number(int, 1), default=8192, help="longest judgment in tokens")
-    arg("--max-len", type=number(int, 1), help="a local teacher's window; default: the model's own")
-    arg("--at-once", type=number(int, 1), default=64, help="requests under way at a server")
     arg("--price", type=number(float, 0), nargs=2, default=(0, 0),
         help="dollars a million tokens, read and written")
-    arg("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="of a local teacher")
-    arg("--seed", type=number(int, 0), default=0, help="of the samples")
     arg("--dry-run", action="store_true", help="print counts, tokens and estimated cost, and ask nothing")
     arg("--skip-bad", action="store_true", help="report and leave out bad lines instead of stopping")
     args = ap.parse_args()
@@ -212,10 +205,9 @@ def main():
         return dry_run(pairs, out, args)
 
     def teacher(model, url, key):
-        if url:
-            return model, lambda: Server(url, model, args.max_tokens, args.at_once, key=os.environ.get(key))
-        return (f"{model} in {args.dtype}, window {args.max_len or 'its own'}",
-                lambda: Local(model, args.max_tokens, args.max_len, args.dtype))
+        name = model if url else f"{model} in {args.dtype}, window {args.max_len or 'its own'}"
+        return name, lambda: asker_of(model, url, args.max_tokens, at_once=args.at_once,
+                                      key=os.environ.get(key), max_len=args.max_len, dtype=args.dtype)
 
     first = teacher(args.teacher, args.base_url, "OPENAI_API_KEY")
     second = None if args.teacher2 == "none" else teacher(

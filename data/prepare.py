@@ -175,17 +175,6 @@ def candidate(row, name, published):
                         type=pair.type or TYPES.get(source, ""))
 
 
-def row_of(p, **more):
-    """A pair as a row again; one that came as a finished prompt stays one (`winner` is then the trace, as
-    published)."""
-    row = {"id": p.id, "source": p.source, "type": p.type}
-    if p.messages is None:
-        return row | {"context": p.context, "a": p.a, "b": p.b, "label": p.label} | more
-    winner, trace = f"model_{p.label.lower()}", more.pop("trace", None)
-    return row | {"context_messages": p.messages} | more | (
-        {"winner": winner} if trace is None else {"winner": trace, "ground_truth": winner})
-
-
 def gate(args, overlaps):
     """A function that raises ValueError where --rollouts or --decontaminate leave a pair out, and counts
     overlaps with benchmarks."""
@@ -257,7 +246,7 @@ def prepare(args):
                 pair = pair if label == "A" else pair.swapped()
             # By content, so that a pair stays on its side of the split when rows are added around it.
             part = "distill" if int.from_bytes(drawn("split", key)[:8]) / 2**64 < args.split else "rl"
-            files[out / f"{part}.jsonl"].write(json.dumps(row_of(pair)) + "\n")
+            files[out / f"{part}.jsonl"].write(json.dumps(pair.row()) + "\n")
             turns = "finished" if pair.messages else "multi" if len(pair.context) > 1 else "single"
             for what, value in (("rows", part), ("source", pair.source), ("turns", turns),
                                 ("type", pair.type or "unknown"), ("label", pair.label),

@@ -220,10 +220,6 @@ def write_model(folder, layers, hidden, world="looks"):
 
 # ---------------------------------------------------------------- files
 
-def row(pair, **more):
-    return json.dumps({k: v for k, v in vars(pair).items() if v is not None} | more)
-
-
 def show():
     """Three examples: the idea of the paper on one screen."""
     pairs = (make_pair(0, "show", i) for i in range(1000))
@@ -280,10 +276,10 @@ def main():
             if split in ("test", "val"):
                 taken.add(key)
     traces = oracle(splits["sft"], args.seed, args.repair, args.world)
-    write_lines(out / "sft.jsonl", (row(p, trace=asked(t, args.protocol))
+    write_lines(out / "sft.jsonl", (json.dumps(p.row(asked(t, args.protocol)))
                                     for p, t in zip(splits["sft"], traces)))
     for split in ("rl", "val", "test"):
-        write_lines(out / f"{split}.jsonl", map(row, splits[split]))
+        write_lines(out / f"{split}.jsonl", (json.dumps(p.row()) for p in splits[split]))
     tokenizer = write_model(out / "model", args.layers, args.hidden, args.world)
     form = {"protocol": args.protocol, "system": SYSTEM}
     (out / "model" / "judge.json").write_text(json.dumps(form) + "\n")

@@ -1,6 +1,7 @@
 """What tests share: a tiny world on disk, a way to run scripts, and the real data where it is present."""
 import atexit
 import contextlib
+import fcntl
 import io
 import json
 import os
@@ -9,6 +10,8 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
+from collections import Counter, defaultdict
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
@@ -18,12 +21,75 @@ ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
 SOAK = "SOAK" in os.environ                 # make soak: the long forms of what `make test` has in short
 sys.path[:0] = [str(ROOT), str(ROOT / "data")]
+os.environ.setdefault("OMP_NUM_THREADS", "1")       # before torch's import: two workers have a core each
 
+
+# ---------------------------------------------------------------- how pytest runs, and what it says
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "soak: has a long form")
     config.addinivalue_line("markers", "check(part): what `make check` runs, on a card where there is one")
+    if config.option.verbose < 0 and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(Progress(config))
 
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers():
+    """How many processes share the tests under `-n auto`: two, or this one where they would share a card.
+    More were not tried: each takes 2 GB and more, and some tests have four ranks."""
+    import torch
+    return 2 if len(os.sched_getaffinity(0)) > 1 and not torch.cuda.is_available() else 0
+
+
+def pytest_make_parametrize_id(val):
+    """Two workers must give a test the same name, and gzip writes the time into its bytes."""
+    return f"{len(val)} bytes" if isinstance(val, bytes) else None
+
+
+class Progress:
+    """With -q, a line for each file when its last test has ended; two workers would mix the dots of several:
+    time since the start, file, outcomes, seconds of its tests and fixtures, names of what failed."""
+
+    def __init__(self, config):
+        self.config, self.began = config, time.monotonic()
+        self.left, self.seconds, self.outcomes = Counter(), Counter(), defaultdict(Counter)
+        self.failed = defaultdict(list)
+
+    def pytest_collection_finish(self, session):
+        self.expect(item.nodeid for item in session.items)
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_xdist_node_collection_finished(self, ids):
+        self.expect(ids)
+
+    def expect(self, ids):
+        self.left = self.left or Counter(i.split("::")[0] for i in ids)     # every worker collects them all
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_report_teststatus(self):
+        category, _, word = yield
+        return category, "", word
+
+    def pytest_runtest_logreport(self, report):
+        file, _, name = report.nodeid.partition("::")
+        self.seconds[file] += report.duration
+        if report.when == "call" or not report.passed:
+            self.outcomes[file][report.outcome] += 1
+        if report.failed:
+            self.failed[file].append(name)
+        if report.when in ("setup", "call"):                # last comes "teardown", or "???" of a dead worker
+            return
+        self.left[file] -= 1
+        if not self.left[file]:
+            said = ", ".join(f"{n} {what}" for what, n in self.outcomes[file].items())
+            minutes, seconds = divmod(round(time.monotonic() - self.began), 60)
+            line = f"{minutes:2}:{seconds:02}  {file:30} {said:24} {self.seconds[file]:4.0f} s"
+            terminal = self.config.pluginmanager.get_plugin("terminalreporter")
+            terminal.write_line("  ".join([line, *self.failed[file]]), red=bool(self.failed[file]))
+            terminal.flush()                                # through a pipe it would wait for more
+
+
+# ---------------------------------------------------------------- scripts
 
 def environment():
     """For a process of its own: without the process group that this one may be."""
@@ -66,11 +132,21 @@ class Warm:
         return subprocess.CompletedProcess(self.pids, status, *(p.read_text(errors="replace") for p in self.files))
 
     def close(self):
-        self.process.stdin.close()
-        self.process.wait(20)
+        self.process.kill()                 # it has nothing to end but libraries, for seconds
+        self.process.wait()
 
 
 WARM = Warm()
+
+
+@contextlib.contextmanager
+def turn(ranks):
+    """One run of several ranks at a time among all tests on this machine: two cores have no more to give, and
+    the memory that vLLM's ranks share has the same name in every run."""
+    with open(Path(tempfile.gettempdir()) / f"rmr1-tests-{os.getuid()}.lock", "w") as file:
+        if ranks > 1:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def run(*command, ranks=1, ok=True, timeout=300, fresh=False):
@@ -79,14 +155,15 @@ def run(*command, ranks=1, ok=True, timeout=300, fresh=False):
     import torch
     if torch.cuda.is_available() and torch.cuda.device_count() < ranks:
         pytest.skip(f"{ranks} ranks want {ranks} cards; this machine has {torch.cuda.device_count()}")
-    if fresh or torch.cuda.is_available():
-        launch = [sys.executable] if ranks == 1 else [
-            sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks)]
-        done = subprocess.run([*launch, *map(str, command)], cwd=ROOT, capture_output=True, text=True,
-                              timeout=timeout, env=environment())
-    else:
-        WARM.begin(command, ranks)
-        done = WARM.end(timeout)
+    with turn(ranks):
+        if fresh or torch.cuda.is_available():
+            launch = [sys.executable] if ranks == 1 else [
+                sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks)]
+            done = subprocess.run([*launch, *map(str, command)], cwd=ROOT, capture_output=True, text=True,
+                                  timeout=timeout, env=environment())
+        else:
+            WARM.begin(command, ranks)
+            done = WARM.end(timeout)
     if ok and done.returncode:
         pytest.fail(f"{' '.join(map(str, command))} ended with {done.returncode}:\n{done.stderr[-4000:]}")
     return done

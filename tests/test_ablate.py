@@ -244,16 +244,19 @@ def test_a_fork_is_its_script_and_a_failure_is_a_row(tiny, tmp_path):
     done = call(ablate, *tiny, *more, "--only", "fork", "broken", "base", ok=False)
     rows = rows_of(tmp_path / "out")
     assert done.returncode == 1 and rows["broken"]["status"] == "not ended: ValueError: it broke"
-    assert rows["later"]["status"] == "not run yet"
+    assert "later" not in rows, "the table is of what was asked for"
     fork, base = (rows[name]["commands"]["0"][1] for name in ("fork", "base"))
     assert "fork.py" in fork and "train.py" not in fork and "train.py" in base and "--steps 9" in fork
     assert rows["fork"]["accuracy"]["0.0"]["difference"] > 0
     assert "not ended: ValueError" in (tmp_path / "out" / "table.md").read_text()
+    (tmp_path / "fork.py").write_text(TRAIN + "# edited")
+    assert "fork.py" in call(ablate, *tiny, *more, "--only", "fork", "base", "--print").stdout
 
 
 @pytest.mark.parametrize("line, complaint", [
     ("no changes", "not NAME: changes"), ("base: grpo --x", "two variants"),
     ("x: foo --y", "no command of the base"), ("x: at eval-foo", "no command"),
+    ("x: grpo nowhere.py --y", "x nowhere.py: no such file"),
     ("x: against y", "y: no such variant")])
 def test_a_bad_variant_gets_a_sentence(tiny, line, complaint):
     done = call(ablate, *tiny, "--variant", line, ok=False)

@@ -153,7 +153,7 @@ def test_rewardbench2_needs_all_six():
 def test_intervals():
     """A stratum that always agrees has no width; a coin has 1.96 standard errors; a paired difference of two
     equal runs is 0, though each is wide."""
-    sure = {"s": (1, {i: 1.0 for i in range(50)})}
+    sure = {"s": (1, dict.fromkeys(range(50), 1.0))}
     assert B.interval(sure) == (1, 1)
     coin = {"s": (1, {i: float(i % 2) for i in range(400)})}
     low, high = B.interval(coin)

@@ -375,8 +375,7 @@ def instant(monkeypatch):
                 yield at, fake.say(name, messages)
         return SimpleNamespace(answers=answers)
 
-    monkeypatch.setattr(D, "Server", lambda url, model, *_, **__: teacher(model))
-    monkeypatch.setattr(D, "Local", lambda model, *_: teacher(model))
+    monkeypatch.setattr(D, "asker_of", lambda model, *_, **__: teacher(model))
     return fake
 
 

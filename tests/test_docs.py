@@ -82,6 +82,8 @@ def flags_of(path, sub=None):
             called = ast.unparse(node.func)
             if called == "R.flags":
                 found.update(flags_of(ROOT / "ranks.py"))
+            if called == "flags" and len(node.args) == 2:            # of askers.py: those that are named
+                found.update(f"--{name}" for name in node.args[1].value.split())
             if called == "common.flags":
                 found.update(flags_of(ROOT / "bench/common.py"))
             for a in node.args[:1] if called.split(".")[-1] in ("arg", "add_argument") else ():
@@ -295,7 +297,7 @@ def test_the_forks_of_the_docs_apply():
     """docs/training.md, "Fork it": what every diff expects stands in the file it names, once, and it changes at most
     12 lines."""
     diffs = re.findall(r"```diff\n(.*?)```", (ROOT / "docs/training.md").read_text(), re.S)
-    assert len(diffs) == 2
+    assert len(diffs) == 5
     for diff in diffs:
         name, *hunks = re.split(r"^@@.*\n", diff, flags=re.M)
         text, changed = (ROOT / re.search(r"\+\+\+ (\S+)", name)[1]).read_text(), 0

@@ -78,7 +78,7 @@ def test_scripts_say_what_they_would_do_and_do_nothing(toy, tmp_path):
     said = run("sft.py", "--data", toy / "sft.jsonl", "--max-len", 160, "--batch", 16, *common).stdout
     assert "steps: 16 of 16 traces" in said and "rank 0 of 8, shards of 8" in said and "it fits" in said
     said = run("grpo.py", "--data", toy / "rl.jsonl", "--pairs", 8, "--mini", 4, "--max-prompt", 80,
-               "--max-response", 24, "--shard", 4, "--ratio", "sequence", "--engine-cap", 2, "--dual-clip", 3,
+               "--max-response", 24, "--shard", 4, "--ratio", "sequence", "--engine-cap", 2,
                "--offload", *common, 40).stdout
     assert "steps: 8 of 8 pairs x 7 judgments, 2 updates each" in said and "shards of 4" in said
     assert "of the card's 37" in said and "sampling" in said and "it fits" in said

@@ -213,10 +213,10 @@ def test_keys_and_paths_in_data_stay_where_they_belong(server, bench, tmp_path, 
     (inside / "pairs.jsonl").write_text("".join(json.dumps(
         {"prompt": f"q{n}", "a": "the good one", "b": "a bad one", "label": "A", "id": path,
          "source": path}) + "\n" for n, path in enumerate(paths)))
-    before = {p for p in tmp_path.rglob("*")}
+    before = set(tmp_path.rglob("*"))
     done = ask(server, bench, inside / "run", "--data", inside / "pairs.jsonl")
     call(E, "report", inside / "run", "--out", inside / "report")
-    new = {p for p in tmp_path.rglob("*")} - before
+    new = set(tmp_path.rglob("*")) - before
     ours = {inside / "run", inside / "report"}
     assert new and all(ours & {p, *p.parents} for p in new)
     assert len(E.read_run(inside / "run")["judgments"]) == 32

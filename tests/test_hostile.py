@@ -10,8 +10,9 @@ from conftest import SHARED, SOAK
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from rubrics import (Pair, chat_messages, encode, judges_by_looks, lm_as_judge, pair_of, parse,
-                     process_judgement, rubric_items, verdict_reward)
+from benchmarks import process_judgement
+from rubrics import (Pair, chat_messages, encode, judges_by_looks, lm_as_judge, pair_of, parse, rubric_items,
+                     verdict_reward)
 
 pytestmark = pytest.mark.soak
 settings.register_profile("hostile", derandomize=True, database=None, deadline=None,

@@ -13,6 +13,7 @@ import pytest
 import rmr1
 from askers import Answer
 from conftest import Replies, call
+from gateway import usage
 from rmr1 import Judge
 from rubrics import Pair
 
@@ -210,6 +211,48 @@ def test_who_leaves_loses_no_judgment():
         model.go_on()
         assert (await second).verdict == (await one.acompare("q", "is 5", "is 3")).verdict == "A"
         assert first.cancelled() and len(model.asked) == 2
+    asyncio.run(go())
+
+
+def test_what_several_want_costs_once():
+    """Two callers at once, and one who comes later: all tokens are the first one's, as the judge counts them."""
+    async def go():
+        one = Judge(model := Slow(), protocol="instruct")
+        both = [asyncio.create_task(one.acompare("q", "is 5", "is 3")) for _ in range(2)]
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        model.go_on()
+        found = [await both[0], await both[1], await one.acompare("q", "is 5", "is 3")]
+        costs = [usage(c.votes) for c in found]
+        assert [(c["judgments"], c["shared"], c["cached"]) for c in costs] == [(2, 0, 0), (2, 2, 0), (2, 0, 2)]
+        assert [c["completion_tokens"] for c in costs] == [14, 0, 0] and costs[0]["prompt_tokens"] == 22
+        assert one.used == {"judgments": 2, "cached": 2, "prompt_tokens": 22, "completion_tokens": 14}
+    asyncio.run(go())
+
+
+def test_many_groups_leave_the_loop_to_others():
+    """Each begins in a turn of its own, and somebody else's turns come between. Who leaves ends them all."""
+    turns = []
+
+    async def group(n):
+        turns.append(n)
+        await asyncio.sleep(60 if n == 9 else 0)
+        return n
+
+    async def health():
+        while True:
+            turns.append("health")
+            await asyncio.sleep(0)
+
+    async def go():
+        other = asyncio.create_task(health())
+        assert await rmr1.all_of(group(n) for n in range(8)) == [*range(8)]
+        assert all(turns[turns.index(n) + 1] == "health" for n in range(8))
+        with pytest.raises(asyncio.TimeoutError):
+            await asyncio.wait_for(rmr1.all_of([group(9), group(9)]), 0.1)
+        other.cancel()
+        await asyncio.sleep(0)
+        assert asyncio.all_tasks() == {asyncio.current_task()}
     asyncio.run(go())
 
 

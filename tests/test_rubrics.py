@@ -5,9 +5,9 @@ import json
 import pytest
 
 import rubrics
+from benchmarks import process_judgement
 from conftest import SHARED
-from rubrics import (Pair, chat_messages, encode, lm_as_judge, pair_of, parse, process_judgement, read_pairs,
-                     verbatim)
+from rubrics import Pair, chat_messages, encode, lm_as_judge, pair_of, parse, read_pairs, verbatim
 
 CHAT = """<type>Chat</type>
 <rubric>

@@ -264,9 +264,9 @@ def test_numbers_have_ranges(kind, args, good, bad):
                                  ("--max-bad", 0), ("--max-len", 0), ("--micro-tokens", 0), ("--shard", 0))),
     *(("grpo", f, v) for f, v in (("--lr", "inf"), ("--beta", "nan"), ("--clip", "nan nan"), ("--steps", 0),
                                   ("--steps", -1), ("--overlong", -5), ("--engine-cap", -1), ("--refill", -1),
-                                  ("--dual-clip", 0.5), ("--tp", 0), ("--val-every", 0), ("--max-response", 0),
+                                  ("--tp", 0), ("--val-every", 0), ("--max-response", 0),
                                   ("--pairs", 0), ("--mini", 0), ("--group", 0), ("--engine-memory", 2),
-                                  ("--max-gap", "nan"), ("--format-reward", "nan"), ("--timeout", 0)))])
+                                  ("--max-gap", "nan"), ("--timeout", 0)))])
 def test_a_number_out_of_range_is_refused_by_its_flag(script, flag, value):
     import importlib
     done = call(importlib.import_module(script), flag, *str(value).split(), ok=False)

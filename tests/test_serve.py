@@ -285,7 +285,7 @@ def test_when_it_closes_nobody_is_left_hanging():
         waits = pool.submit(post, url, "/reward", sample(1))
         judged, late = (pool.submit(post, url, "/compare", {"prompt": p, "a": "is 5", "b": "is 3"}) for p in "qp")
         until(lambda: len(model.waiting) == 4 and url.gate.cohorts and url.gate.cohorts.waiting == 1)
-        url.loop.call_soon_threadsafe(url.gate.close, 0.5)
+        url.loop.call_soon_threadsafe(url.gate.close, 2)
         assert waits.result().status_code == 503 and "shutting down" in waits.result().text
         assert post(url, "/rank", {"prompt": "q", "responses": ["is 1", "is 2"]}).status_code == 503
         assert httpx.get(url + "/health").status_code == 503

@@ -171,18 +171,13 @@ def test_a_signal_saves_and_stops_at_the_next_step(number, ranks, toy, tmp_path)
                "--save-every", 0)
     run(*command, "--out", tmp_path / "whole", ranks=ranks)
     out = tmp_path / "cut"
-    launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2"] if ranks == 2 else []
-    process = start(*launch, *command, "--out", out)
+    pids = WARM.begin((*command, "--out", out), ranks)
     deadline = time.time() + 120
     log = out / "metrics.jsonl"
     while time.time() < deadline and not (log.exists() and log.stat().st_size):
         time.sleep(0.01)
-    victim = process.pid
-    if ranks == 2:                                       # one worker only, not the launcher
-        victim = int(subprocess.run(["pgrep", "-P", str(process.pid), "-f", "sft.py"], capture_output=True,
-                                    text=True).stdout.split()[-1])
-    os.kill(victim, number)
-    assert process.wait(timeout=120) == 0
+    os.kill(pids[-1], number)
+    assert WARM.end(120).returncode == 0
     said = (out / "stopped").read_text()
     step = int(said.split(":")[0].split()[1])
     assert 0 < step < 48 and len(R.whole_states(out / "state")) == 1
@@ -266,16 +261,16 @@ def test_bad_steps_in_a_row_stop_the_run_with_a_checkpoint(toy, tmp_path):
     ids=["hang", "raise"])
 def test_a_run_ends_when_a_rank_hangs_or_dies(how, first, toy, tmp_path):
     """One of two ranks stops answering, or fails, in its third step: within a minute the whole run has ended,
-    and what comes first says what it was. A rank that lost another says so in one line."""
+    and what comes first says what it was. A rank that lost another says so in one line. What fails is
+    torchrun's; what hangs is forked, for imports in a phase could take as long as --timeout."""
     (tmp_path / "sick.py").write_text(SICK)
-    began = time.time()
-    done = run(tmp_path / "sick.py", how, *GRPO[1:], "--steps", 50, "--timeout", 0.4, "--save-every", 1,
-               "--model", toy / "model/config.json", "--data", toy / "rl.jsonl", "--out", tmp_path / "out",
-               ranks=2, ok=False, timeout=120, fresh=True)
+    done = run(tmp_path / "sick.py", how, *GRPO[1:], "--steps", 50, "--timeout", 0.4 if how == "hang" else 5,
+               "--save-every", 1, "--model", toy / "model/config.json", "--data", toy / "rl.jsonl",
+               "--out", tmp_path / "out", ranks=2, ok=False, fresh=how == "raise")
+    assert time.time() - (tmp_path / "sick.at").stat().st_mtime < 60
     said = done.stderr[done.stderr.index("SICK") + 4:]
     said = said.split('Traceback (most recent call last):\n  File "<frozen runpy>"')[0]    # torchrun's own
-    assert done.returncode and time.time() - began < 90
-    assert first in said and said.count("Traceback") == (how == "raise"), said
+    assert done.returncode and first in said and said.count("Traceback") == (how == "raise"), said
     if how == "raise":
         assert said.index(first) < said.index("rank 0: lost another rank in the phase 'sample'")
     assert R.whole_states(tmp_path / "out/state")
@@ -297,7 +292,7 @@ def test_a_rank_ends_with_its_main(end, code, world, tmp_path):
     interpreter's teardown beside them, and nothing that was said is lost. One alone is taken down as usual,
     unless it failed."""
     (tmp_path / "life.py").write_text(f"WORLD = {world}\n{LIFE}    {end}\nranks.run(main)\n")
-    done = run(tmp_path / "life.py", ok=False, timeout=60, fresh=True)
+    done = run(tmp_path / "life.py", ok=False, timeout=60)
     orderly = world == 1 and code != 1
     assert done.returncode == code and done.stdout == "said without a flush" + "teardown\n" * orderly
     for said, line in SAID.items():
@@ -330,6 +325,7 @@ sample = grpo.sample
 def sick(engine, tokenizer, stop, args, rank, world, batch, step, *more):
     if os.environ["RANK"] == "1" and step == 2:
         print("SICK", file=sys.stderr, flush=True)
+        open(__file__.replace(".py", ".at"), "w").close()
         if how == "hang":
             time.sleep(1000)
         raise AttributeError("a slip in the sampling")

@@ -22,7 +22,8 @@ os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 import torch
 import vllm.model_executor.models.qwen2
-import vllm.v1.worker.cpu_worker  # noqa: F401
+import vllm.platforms.cpu
+import vllm.v1.worker.cpu_worker
 
 import eval  # noqa: F401
 import grpo  # noqa: F401
@@ -30,6 +31,7 @@ import policy as P
 import sft  # noqa: F401
 
 vllm.LLM                                    # imported at its first use: all of this is what takes long
+vllm.platforms.cpu.GiB_bytes //= 4          # its smallest cache takes a second to clear in every life
 
 
 def die():
@@ -92,10 +94,7 @@ for line in sys.stdin:
     for rank in range(life["ranks"]):
         children.append(os.fork())
         if children[-1] == 0:
-            status = live(life, rank, port)
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(status)
+            sys.exit(live(life, rank, port))      # as any script: threads are waited for, exit functions run
     print(*children, flush=True)
     status = 0
     while children:
