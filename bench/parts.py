@@ -1,68 +1,149 @@
 """
-What do the parts of a run cost, each by itself?
+What do the parts cost, each by itself?
 
+    python bench/parts.py training        # how do time and memory of a pass grow with group, answers, ranks?
     python bench/parts.py sampling        # does Engine.generate cost more than vLLM's own LLM.generate?
-    python bench/parts.py evaluation --model runs/demo/grpo/model --data runs/demo/data/test.jsonl
+    python bench/parts.py evaluation --model runs/demo/grpo/model --answer 56
     python bench/parts.py sync            # what does it cost to give the engine the trainer's weights?
     python bench/parts.py logprobs        # what do log-probs over a large vocabulary cost?
-    python bench/parts.py logprobs --hidden 3584 --dtype bfloat16 --vocab 152064 \\
-        --tokens 512 1024 16384 --plain-gb 12                       # the width of a 7B model
     python bench/parts.py loading         # how much host memory does loading take, over all ranks?
+    python bench/parts.py prepare         # data/prepare.py on made-up rows: does memory stay flat?
+    python bench/parts.py recompute       # all numbers of a made-up evaluation, with their intervals
 
-Every case is a fresh process. Extra memory is the peak beyond what was held before.
+The model is a random one unless named, every case a fresh process. Extra memory is the peak beyond what was
+held before.
+
+**training**: score is a pass without gradient (the old log-probs, or the reference's); update is forward,
+backward and optimizer step, and has the extra memory. `shared` computes a prompt once for all of its
+answers, as grpo.py does; `separate` once for each answer, the same code told that every answer has a prompt
+of its own. "of rate" is the floor's share of a pass: the matrix products that it cannot do without (a
+backward pass has twice those of a forward pass), at the rate at which this machine multiplies large matrices
+of this type, all ranks at a time. With --trl also the learning phase of TRL's GRPOTrainer, all samples at
+once, score being its reference pass; both ours and TRL's take one update.
 
 **sampling**: one engine, the same token ids, seeds and lengths, alternately, with an empty prefix cache each
 time. vLLM is measured twice: with the log-probs that a trainer needs, as ours, and without. **evaluation** is
 the same for `askers.Local` with all that eval.py does to an answer: decode, parse, write a line.
 
-**sync**: a random Qwen2 of each size, fp32 weights in the trainer, as in training, and an engine in --dtype.
-Its share of a GRPO step is the column `sync` of step.py.
+**sync**: fp32 weights in the trainer, as in training, and an engine in --dtype. Its share of a GRPO step is
+the column `sync` of step.py.
 
 **logprobs**: forward and backward through the head only: hidden states in, gradients of hidden states and
 head out, less these two gradients, which every way has to give. Chunked is policy.py's TokenLogProbs; the
-plain way makes one tensor of all logits, its fp32 log-softmax, and gathers, unless it would not fit.
+plain way makes one tensor of all logits, its fp32 log-softmax, and gathers.
 
-**loading**: a random Qwen2 (bf16, saved to disk first) is read into fp32 shards by every rank. What the ranks
-hold together when it is done, and the most they ever held, beyond what they held before, over the size of the
-fp32 weights. Pages of the file are counted apart: the kernel takes them back when it needs them.
+**loading**: a model on disk (bf16) is read into fp32 shards by every rank. What the ranks hold together when
+it is done, and the most they ever held, beyond what they held before, over the size of the fp32 weights.
+Pages of the file are counted apart: the kernel takes them back when it needs them.
 """
 import gc
+import itertools
 import json
 import random
-import shutil
 import statistics
+import sys
 import tempfile
 import threading
-from pathlib import Path
+from functools import partial
 
 import common
 
 import torch
 
+import benchmarks
+import packing
 import policy as P
 import ranks as R
+import report
+from askers import Answer, Local
 from engine import Engine, seed_of
-from files import Flags, fail
-
-# layers, width, vocabulary: with tied embeddings about 5, 100, 500 and 1,500 million parameters
-SIZES = {"5M": (6, 256, None), "100M": (12, 512, 152064), "500M": (24, 1024, 152064),
-         "1.5B": (28, 1920, 152064)}
+from eval import line_of
+from files import Flags, write_lines
+from rubrics import Pair, chat_messages, encode, prompt_form, read_pairs
 
 
-def race(engine, ways, repeats, unit, count):
-    """Ways to do the same, in turn, after a turn that warms up. count: `unit`s in each, None: its tokens."""
+def training(args, answer, group):
+    """What every rank does. The rows have the slowest rank's time and the largest memory."""
+    rank, world, device = R.start_ranks()
+    policy = P.load(args.model, device, P.DTYPES[args.dtype], recompute=False)
+    optim, rng = P.adamw(policy, 1e-6, (0.9, 0.999), 0.01), random.Random(0)
+    rate, = R.all_sum([matrix_rate(device, P.DTYPES[args.dtype])])
+    ids = lambda n: [rng.randrange(260, 400) for _ in range(n)]
+    shared = [(ids(args.prompt), [ids(answer) for _ in range(group)]) for _ in range(args.pairs)][rank::world]
+    layouts = {"shared": shared, "separate": [(p, [r]) for p, rs in shared for r in rs]}
+    micros = {name: packing.level(packing.pack(g, 16384, device), device) for name, g in layouts.items()}
+    turns = common.alternate({name: partial(one_pass, policy, optim, m) for name, m in micros.items()},
+                             args.turns + 1)
+    for name, (_, *results) in turns.items():
+        score, update, gb = R.all_max([statistics.median(x) for x in zip(*results)])
+        tokens, needed = R.all_sum([sum(len(b.tokens) for b in micros[name]),
+                                    sum(products(policy.lm, b) for b in micros[name])])
+        yield {"": name, "ranks": world, "answer": answer, "group": group, "tokens": int(tokens),
+               "score s": score, "update s": update, "extra GB": gb, "score of rate": needed / score / rate,
+               "update of rate": 3 * needed / update / rate, "TFLOP/s": rate / 1e12}
+    R.barrier()
+
+
+def matrix_rate(device, dtype):
+    """Operations a second of this rank in products of large matrices, the ranks all at it together."""
+    n = 8192 if common.CUDA else 2048
+    a, b, seconds = (*torch.randn(2, n, n, device=device, dtype=dtype), [])
+    for _ in range(10):
+        start = common.clock()
+        a @ b
+        seconds.append(common.clock() - start)
+    return 2 * n**3 / statistics.median(seconds)
+
+
+def products(lm, batch):
+    """Operations in the matrix products of a forward pass: the blocks for every token, the head for every
+    response token, attention for every key that a query sees."""
+    heads, keys = lm.model.layers[0].self_attn.q_proj.weight.shape[0], int((batch.positions + 1).sum())
+    blocks = sum(p.numel() for p in lm.model.layers.parameters() if p.ndim == 2)
+    return (2 * blocks * len(batch.tokens) + 2 * lm.lm_head.weight.numel() * len(batch.src)
+            + 4 * heads * len(lm.model.layers) * keys)
+
+
+def one_pass(policy, optim, micros):
+    """-> seconds to score, seconds of an update, GB"""
+    start = common.clock()
+    with torch.no_grad():
+        for b in micros:
+            policy(b)
+    score = common.clock() - start
+    memory, start = common.Memory(), common.clock()
+    for b in micros:
+        policy(b).sum().mul(1e-4 * b.real).backward()
+    P.optimizer_step(policy, optim, 1e-6, 1.0)
+    return score, common.clock() - start, memory.extra()
+
+
+def peer(args, answer, group):
+    """TRL's row: the score and learn phases of its whole steps, without its sampling."""
+    steps, (tokenizer, _) = args.turns + 1, P.load_tokenizer(args.model)
+    with tempfile.NamedTemporaryFile() as f:
+        common.write_prompts(f.name, tokenizer, args.pairs * steps, args.prompt)
+        _, *rows = common.run_peer(
+            args.trl, 1, args.threads, kind="grpo", model=args.model, data=f.name, dtype=args.dtype,
+            steps=steps, pairs=args.pairs, group=group, answer=answer, parts=1)
+    median = lambda k: statistics.median(row[k] for row in rows)
+    return {"": "TRL", "ranks": 1, "answer": answer, "group": group, "tokens": int(median("tokens")),
+            "score s": median("score"), "update s": median("learn"), "extra GB": median("learn_gb")}
+
+
+def race(engine, ways, turns, unit, count=None):
+    """Ways to do the same, in turn, after a turn that warms up. count: `unit`s in each, else its tokens."""
     def timed(way):
         engine.reset_cache()
         start = common.clock()
         texts = way()
         return common.clock() - start, texts
 
-    runs = {name: lambda way=way: timed(way) for name, way in ways.items()}
-    turns = common.alternate(runs, repeats + 1)
-    warm = [first[1] for first, *_ in turns.values()]
+    results = common.alternate({name: partial(timed, way) for name, way in ways.items()}, turns + 1)
+    warm = [first[1] for first, *_ in results.values()]
     assert all(texts == warm[-1] for texts in warm if texts), "the ways sampled different texts"
     count = count or sum(map(len, warm[-1]))
-    seconds = {name: [s for s, _ in results[1:]] for name, results in turns.items()}
+    seconds = {name: [s for s, _ in some[1:]] for name, some in results.items()}
     for name, s in seconds.items():
         yield {"": name, "s": statistics.median(s), "fastest": min(s), "slowest": max(s),
                f"{unit}/s": count / statistics.median(s),
@@ -78,33 +159,24 @@ def raw(engine, prompts, seeds, limits, logprobs=None, stop=()):
     return [list(d.outputs[0].token_ids) for d in done]
 
 
-def sampling(args):
-    answer = args.answer or 90
-    with tempfile.TemporaryDirectory() as folder:
-        if not args.model:
-            common.write_model(folder, args.prompt + answer)
-        R.start_ranks()
-        engine = Engine(args.model or folder, args.prompt + answer, args.dtype, memory=0.5)
-    rng = random.Random(0)
-    prompts = [[rng.randrange(260, 400) for _ in range(args.prompt)] for _ in range(args.pairs or 16)]
-    prompts = [p for p in prompts for _ in range(args.group)]
+def sampling(args, answer, group):
+    R.start_ranks()
+    engine, rng = Engine(args.model, args.prompt + answer, args.dtype, memory=0.5), random.Random(0)
+    prompts = [[rng.randrange(260, 400) for _ in range(args.prompt)] for _ in range(args.pairs)]
+    prompts = [p for p in prompts for _ in range(group)]
     seeds, limits = [seed_of(0, i) for i in range(len(prompts))], [answer] * len(prompts)
     ways = {"ours": lambda: [s.tokens for s in engine.generate(prompts, seeds, answer)],
             "vLLM": lambda: raw(engine, prompts, seeds, limits, 0),
             "vLLM, no log-probs": lambda: raw(engine, prompts, seeds, limits)}
-    return race(engine, ways, args.turns, "tokens", None)
+    return race(engine, ways, args.turns, "tokens")
 
 
 def evaluation(args):
-    from askers import Local
-    from eval import line_of
-    from rubrics import chat_messages, encode, prompt_form, read_pairs
-    pairs, answer = read_pairs(args.data)[:args.pairs or 500], args.answer or 56
-    judge = Local(args.model, answer, args.max_len, args.dtype)
-    form = prompt_form(judge.folder, args.model, args.protocol)
+    pairs, judge = read_pairs(args.data), Local(args.model, args.answer[0], None, args.dtype)
+    form = prompt_form(judge.folder, args.model, default="instruct")
     chats = [chat_messages(p, *form) for p in pairs]
     ids, seeds = [encode(judge.tokenizer, c) for c in chats], [seed_of(0, p.id, 0, 1.0, 0) for p in pairs]
-    limits = [min(answer, judge.window - len(i)) for i in ids]
+    limits = [min(args.answer[0], judge.window - len(i)) for i in ids]
 
     def ours():
         with tempfile.TemporaryFile("w") as f:
@@ -116,135 +188,164 @@ def evaluation(args):
     return race(judge.engine, ways, args.turns, "judgments", len(pairs))
 
 
-def sync(args, size):
-    layers, hidden, vocab = SIZES[size]
-    with tempfile.TemporaryDirectory() as folder:
-        common.write_model(folder, 512, layers, hidden, vocab, weights=False)
-        *_, device = R.start_ranks()
-        policy = P.load(f"{folder}/config.json", device, torch.float32)
-        engine = Engine(folder, 512, args.dtype, weights="dummy", memory=0.5)
-    engine.sync(policy, P.DTYPES[args.dtype])                   # the first one also allocates
+def sync(args):
+    *_, device = R.start_ranks()
+    policy, dtype = P.load(args.model, device, torch.float32), P.DTYPES[args.dtype]
+    engine = Engine(args.model, 512, args.dtype, weights="dummy", memory=0.5)
+    engine.sync(policy, dtype)                                  # the first one also allocates
     engine.sleep()
-    seconds, memory = [], common.Memory().start()
+    seconds, memory = [], common.Memory()
     for _ in range(args.turns):
         start = common.clock()
-        engine.sync(policy, P.DTYPES[args.dtype])
+        engine.sync(policy, dtype)
         seconds.append(common.clock() - start)
         engine.sleep()
-    extra = memory.peak()
-    n = sum(p.numel() for p in policy.parameters())
-    gb = n * P.DTYPES[args.dtype].itemsize / 2**30
-    yield {"": size, "parameters (M)": n / 1e6, "s": statistics.median(seconds), "fastest": min(seconds),
-           "slowest": max(seconds), "GB": gb, "GB/s": gb / statistics.median(seconds), "extra GB": extra}
+    n, s = sum(p.numel() for p in policy.parameters()), statistics.median(seconds)
+    gb = n * dtype.itemsize / 2**30
+    yield {"parameters (M)": n / 1e6, "s": s, "fastest": min(seconds), "slowest": max(seconds), "GB": gb,
+           "GB/s": gb / s, "extra GB": memory.extra()}
 
 
-def logprobs(args, vocab, tokens, way):
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    make = lambda *shape: torch.randn(*shape, device=device, dtype=P.DTYPES[args.dtype]).requires_grad_()
+def logprobs(args, tokens, way):
+    words, device = args.vocab or 152064, "cuda" if common.CUDA else "cpu"
+    make = lambda *shape: torch.randn(*shape, device=device, dtype=P.DTYPES[args.dtype])
     torch.manual_seed(0)
-    states, head = make(tokens, args.hidden), make(vocab, args.hidden)
-    with torch.no_grad():
-        head.mul_(args.hidden ** -0.5)
-    targets = torch.randint(vocab, (tokens,), device=device)
-    memory, start = common.Memory().start(), common.clock()
+    states = make(tokens, args.hidden).requires_grad_()
+    head = make(words, args.hidden).mul_(args.hidden ** -0.5).requires_grad_()
+    targets = torch.randint(words, (tokens,), device=device)
+    memory, start = common.Memory(), common.clock()
     if way == "chunked":
         logp = P.TokenLogProbs.apply(states, head, targets, 1.0, None)
     else:
         logp = (states @ head.T).float().log_softmax(-1).gather(-1, targets[:, None])[:, 0]
     logp.sum().backward()
     seconds, gradients = common.clock() - start, (states.nbytes + head.nbytes) / 2**30
-    yield {"words": str(vocab), "tokens": str(tokens), f"{way} s": seconds,
-           f"{way} GB": memory.peak() - gradients, f"{way} logp": logp.mean().item()}
+    yield {"": way, "tokens": str(tokens), "words": str(words), "s": seconds,
+           "GB": memory.extra() - gradients, "logp": logp.mean().item()}
 
 
-def beside(rows):
-    """The two ways of `logprobs` in one row."""
-    both = {}
-    for row in rows:
-        both.setdefault((row["words"], row["tokens"]), {}).update(row)
-    for row in both.values():
-        if "plain s" in row:
-            assert abs(row.pop("plain logp") - row["chunked logp"]) < 0.02, "the two ways disagree"
-            row |= {"time": row["chunked s"] / row["plain s"], "memory": row["chunked GB"] / row["plain GB"]}
-        del row["chunked logp"]
-    return list(both.values())
-
-
-def loading(args, size):
+def loading(args):
     rank, world, device = R.start_ranks()
-    folder = Path(tempfile.gettempdir()) / f"loading-{size}"
-    if rank == 0:
-        tokenizer = common.write_model(folder / "made", 512, *SIZES[size], weights=False)
-        tokenizer.save_pretrained(folder / "made")
-    R.barrier()
-    made = P.load(folder / "made/config.json", device, torch.bfloat16, trainable=False)
-    P.save_model(made, folder / "made", folder / "model", torch.bfloat16)
-    del made
+    P.load(args.model, device, torch.float32)         # what this imports and allocates once is not counted
     gc.collect()                                      # modules refer to themselves
-    memory, most, done = common.Memory().start(), [0], threading.Event()
-    before = memory.status("RssAnon")
+    memory, before, most, done = common.Memory(), common.of_process("RssAnon"), [0], threading.Event()
 
     def look():                                       # the kernel keeps no mark of this one
         while not done.wait(0.002):
-            most[0] = max(most[0], memory.status("RssAnon") - before)
+            most[0] = max(most[0], common.of_process("RssAnon") - before)
 
     threading.Thread(target=look, daemon=True).start()
     start = common.clock()
-    policy = P.load(folder / "model", device, torch.float32)
-    seconds, peak, held = common.clock() - start, memory.peak(), memory.now()
+    policy = P.load(args.model, device, torch.float32)
+    seconds, peak, held = common.clock() - start, memory.extra(), common.now_gb() - memory.held
     done.set()
     gb = 4 * sum(p.numel() for p in policy.parameters()) / 2**30
     peak, held, own = R.all_sum([peak, held, most[0]])
-    if rank == 0:
-        shutil.rmtree(folder)
-        yield {"": size, "ranks": str(world), "fp32 GB": gb, "s": seconds, "held / size": held / gb,
-               "peak / size": own / gb, "with pages of the file": peak / gb}
+    yield {"ranks": str(world), "fp32 GB": gb, "s": seconds, "held / size": held / gb,
+           "peak / size": own / gb, "with pages of the file": peak / gb}
     R.barrier()
 
 
-PARTS = {part.__name__: part for part in (sampling, evaluation, sync, logprobs, loading)}
+def prepare(args):
+    """Preference rows of about 1,500 characters: a quarter of them, then all."""
+    rng = random.Random(0)
+    words = ["".join(rng.choices("abcdefghijklmnop", k=rng.randint(2, 9))) for _ in range(5000)]
+    text = lambda n: " ".join(rng.choices(words, k=n))
+    # Through a small process: a child's mark of memory begins at what its parent holds.
+    small = ("import resource as r, subprocess, sys; subprocess.run(sys.argv[1:], check=True, stdout=2); "
+             "print(r.getrusage(r.RUSAGE_CHILDREN).ru_maxrss)")
+    more = ["--tokenizer", args.tokenizer] if args.tokenizer else []
+    for rows in (args.rows // 4, args.rows):
+        with tempfile.TemporaryDirectory() as folder:
+            write_lines(f"{folder}/rows.jsonl", (json.dumps(
+                {"prompt": text(50), "chosen": text(100), "rejected": text(100)}) for _ in range(rows)))
+            start = common.clock()
+            peak = common.run(sys.executable, 1, 1, "-c", small, sys.executable, "data/prepare.py", *more,
+                              "--out", folder, "--source", f"{folder}/rows.jsonl")
+            seconds = common.clock() - start
+        yield {"rows": str(rows), "s": seconds, "rows/s": rows / seconds, "peak MB": int(peak) / 1024}
 
 
-def main():
+def recompute(args):
+    """A RewardBench run, five votes a comparison, of 1,500 characters each."""
+    pair = {"bench": "rewardbench", "compare": [0, 1], "context": [], "a": "x" * 500, "b": "y" * 500,
+            "swap": False, "label": "A"}
+    line = {"order": 0, "swap": False, "temperature": 1.0, "label": "A"} | line_of(
+        Answer("z" * 1500, "stop", 300, 900), Pair("", [], pair["a"], pair["b"], "A"), [])
+    subsets = [subset for chapter in benchmarks.REWARDBENCH.values() for subset in chapter]
+    keys = [f"rewardbench/{subsets[n % len(subsets)]}/{n}/0-1" for n in range(args.judgments // 5)]
+    with tempfile.TemporaryDirectory() as folder:
+        write_lines(f"{folder}/config.json", ["{}"])
+        write_lines(f"{folder}/pairs.jsonl", (
+            json.dumps(pair | {"id": key, "item": key, "subset": key.split("/")[1]}) for key in keys))
+        write_lines(f"{folder}/judgments.jsonl", (
+            json.dumps(line | {"id": key, "vote": vote, "verdict": "AB"[(n * 7 + vote) % 3 == 0]})
+            for n, key in enumerate(keys) for vote in range(5)))
+        start = common.clock()
+        run = report.read_run(folder)
+        read = common.clock()
+        report.measure(run)
+    yield {"judgments": len(run["judgments"]), "read s": read - start, "numbers s": common.clock() - read}
+
+
+def beside(rows, ours, same, of):
+    """What share of a row's numbers `of` does the row `ours` need that is the same in `same`?"""
+    for row in rows:
+        base = next(r for r in rows if r[""] == ours and all(r[k] == row[k] for k in same))
+        assert abs(base.get("logp", 0) - row.get("logp", 0)) < 0.02, "the ways disagree"
+        row |= {f"{ours}/this: {k}": base[k] / row[k] for k in of}
+
+
+PARTS = {part.__name__: part
+         for part in (training, sampling, evaluation, sync, logprobs, loading, prepare, recompute)}
+
+
+def arguments():
     ap = Flags(__doc__)
     arg = ap.add_argument
     arg("part", choices=PARTS)
-    arg("--model", help="sampling, evaluation: its folder; sampling: default a random one of 6 layers x 256")
-    arg("--data", help="evaluation: file of pairs")
-    arg("--protocol", help="evaluation: prompt form, for a model without a judge.json")
-    arg("--max-len", type=int, default=100, help="evaluation: window")
-    arg("--pairs", type=int, help="sampling, evaluation: prompts; default: 16, 500")
-    arg("--prompt", type=int, default=300, help="sampling: tokens of every prompt")
-    arg("--answer", type=int, help="sampling, evaluation: most tokens of an answer; default: 90, 56")
-    arg("--group", type=int, default=7, help="sampling: answers to each prompt")
-    arg("--sizes", nargs="+", choices=SIZES, help="sync, loading: parameters, roughly; 1.5B wants 16 GB")
-    arg("--tokens", type=int, nargs="+", default=[512, 2048, 8192, 16384], help="logprobs: response tokens")
-    arg("--vocab", type=int, nargs="+", default=[32000, 152064], help="logprobs: words")
-    arg("--hidden", type=int, default=256, help="logprobs: width of the hidden states")
-    arg("--plain-gb", type=float, default=14, help="logprobs: memory that the plain way may take")
-    arg("--dtype", choices=P.DTYPES, help="of the computation; default: float32, sync: bfloat16")
-    arg("--turns", type=int, default=7, help="turns of each, after one that warms up")
-    arg("--ranks", type=int, default=2, help="loading: how many")
-    arg("--threads", type=int, default=2, help="of all ranks together")
+    arg("--model", help="its folder; default: a random one")
+    arg("--data", default="runs/demo/data/test.jsonl", help="evaluation: file of pairs")
+    arg("--prompt", type=int, default=300, help="training, sampling: tokens of every prompt")
+    arg("--answer", type=int, nargs="+", default=[90], help="and of every answer; evaluation: the most")
+    arg("--group", type=int, nargs="+", default=[7], help="training, sampling: answers to each prompt")
+    arg("--pairs", type=int, default=8, help="training, sampling: prompts")
+    arg("--tokens", type=int, nargs="+", default=[512, 2048], help="logprobs: response tokens")
+    arg("--ways", nargs="+", choices=("chunked", "plain"), default=["chunked", "plain"],
+        help="logprobs: at 152,064 words the plain way wants 2.4 GB for 1,000 tokens")
+    arg("--rows", type=int, default=80000, help="prepare: of the larger file")
+    arg("--tokenizer", help="prepare: count tokens with this one")
+    arg("--judgments", type=int, default=100000, help="recompute: of so many")
     arg("--case", type=json.loads, help="for its own use")
-    arg("--json", help="where the numbers go; default: runs/bench/PART.json")
-    args = ap.parse_args()
-    if args.part == "evaluation" and not (args.model and args.data):
-        fail("name a judge and its pairs: --model and --data")
-    args.dtype = args.dtype or ("bfloat16" if args.part == "sync" else "float32")
+    common.flags(arg)
+    return ap.parse_args()
+
+
+def main():
+    args = arguments()
     if args.case is not None:
         return R.run(lambda: [R.print0(json.dumps(row)) for row in PARTS[args.part](args, **args.case)])
-    cases = [{}]
-    if args.part in ("sync", "loading"):
-        sizes = ["5M", "100M", "500M"] if args.part == "sync" else ["500M"]
-        cases = [{"size": size} for size in args.sizes or sizes]
-    if args.part == "logprobs":                  # the plain way: logits, log-softmax, their gradients
-        cases = [{"vocab": vocab, "tokens": tokens, "way": way}
-                 for vocab in args.vocab for tokens in args.tokens for way in ("chunked", "plain")
-                 if way == "chunked" or tokens * vocab * 4 * 4 / 2**30 < args.plain_gb]
-    ranks = args.ranks if args.part == "loading" else 1
-    rows = sum([common.again(ranks, args.threads, case) for case in cases], [])
-    common.report(args.part, args, beside(rows) if args.part == "logprobs" else rows)
+    answers = {"answer": args.answer, "group": args.group}
+    axes = {"training": answers, "sampling": answers, "logprobs": {"tokens": args.tokens, "way": args.ways}}
+    axes, rows = axes.get(args.part, {}), []
+    cases = [dict(zip(axes, case)) for case in itertools.product(*axes.values())]
+    with tempfile.TemporaryDirectory() as folder:
+        if not args.model and args.part not in ("logprobs", "prepare", "recompute"):
+            common.write_model(folder, max(512, args.prompt + max(args.answer)), args)
+        args.model = args.model or folder
+        for ranks in args.ranks if args.part in ("training", "loading") else [1]:
+            for case in cases:
+                print(ranks, case, file=sys.stderr, flush=True)
+                out = common.run(sys.executable, ranks, args.threads, __file__, *sys.argv[1:],
+                                 "--model", args.model, "--case", json.dumps(case))
+                rows += [json.loads(line) for line in out.splitlines() if line.startswith("{")]
+        if args.part == "training" and args.trl:
+            rows += [peer(args, **case) for case in cases]
+    if args.part == "training":
+        beside(rows, "shared", ("ranks", "answer", "group"), ("score s", "update s", "extra GB"))
+    if args.part == "logprobs":
+        beside(rows, args.ways[0], ("tokens",), ("s", "GB"))
+    common.report(args.part, args, rows, peer=args.trl)
 
 
 if __name__ == "__main__":

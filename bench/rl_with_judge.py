@@ -6,23 +6,20 @@ The demo's judge answers from vLLM's own server (the project's environment), the
     OMP_NUM_THREADS=1 VLLM_CPU_KVCACHE_SPACE=1 .venv/bin/python -m vllm.entrypoints.openai.api_server \\
         --model runs/demo/grpo/model --port 8011 --dtype float32 --max-model-len 256 --enforce-eager \\
         --no-enable-chunked-prefill &
-    python -m venv trl && trl/bin/pip install torch==2.13.0 trl datasets openai httpx
-    PYTHONPATH=. trl/bin/python bench/rl_with_judge.py --url http://127.0.0.1:8011/v1
+    python -m venv trl && trl/bin/pip install torch==2.13.0 trl datasets aiohttp
+    trl/bin/python bench/rl_with_judge.py --url http://127.0.0.1:8011/v1
 
 First the judge is asked about pairs whose better response is known. Then a random Qwen2 is fitted to sums
 and products, wrong more often than right, openers by lot, and learns on from each reward: the judge's (a
 group's win rates), and `longest`, the number of characters. Neither sees a right answer. A line each says the
-share of right answers to 500 questions. There are 72 in all, which fitting meets; GRPO asks two thirds of
-them, the others are held out. The pull towards the fitted model (--beta) is needed: the judge falls for some
-far-off numbers (42 for 2 * 5), and with .02 the share of all ended at .14 after 200 steps.
+share of right answers to 500 questions, `held` being those that GRPO does not ask. The pull towards the
+fitted model (--beta) is needed: the judge falls for some far-off numbers (docs/judge.md).
 """
 import itertools
 import json
 import random
-import sys
 import tempfile
 import time
-from pathlib import Path
 
 import torch
 from datasets import Dataset
@@ -30,13 +27,15 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, AutoModelForCausalLM, set_seed
 from trl import GRPOConfig, GRPOTrainer
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "data"))
+from trl_peer import plain         # which also finds the imports below
+
 import toy
 from files import Flags, number
 from rmr1 import Judge
-from rubrics import prompt_form
 
 LONG = 8                    # tokens of an answer; right ones have three: opener, number, end
+RIGHT = 0.4                 # share of right answers to fit to
+PROMPTS, GROUP = 16, 4      # questions of a step of GRPO, answers to each
 
 
 def pairs(seed, n, apart=()):
@@ -51,7 +50,7 @@ def question(pair):
 
 
 def fit(model, tokenizer, some, args):
-    """Supervised: the right response of a pair in `--right` of all cases, else the wrong one."""
+    """Supervised: the right response of a pair in RIGHT of all cases, else the wrong one."""
     rng = random.Random(args.seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
     for step in range(args.fit_steps):
@@ -59,7 +58,7 @@ def fit(model, tokenizer, some, args):
         for pair in some[64 * step:64 * step + 64]:
             better, worse = (pair.a, pair.b) if pair.label == "A" else (pair.b, pair.a)
             ask = tokenizer.apply_chat_template(pair.context, add_generation_prompt=True, return_dict=False)
-            text = tokenizer.encode(better if rng.random() < args.right else worse) + [tokenizer.eos_token_id]
+            text = tokenizer.encode(better if rng.random() < RIGHT else worse) + [tokenizer.eos_token_id]
             rows.append(torch.tensor(ask + text))
             labels.append(torch.tensor([-100] * len(ask) + text))
         ids, labels = pad_sequence(rows, True), pad_sequence(labels, True, -100)
@@ -91,33 +90,28 @@ def split(some, right, held):
 def learn(folder, tokenizer, reward, some, args):
     """GRPO. A step's completions, all groups whole, are one call of the reward function."""
     config = GRPOConfig(
-        output_dir=f"{folder}-rl", use_cpu=True, bf16=False, report_to="none", save_strategy="no",
-        disable_tqdm=True, logging_steps=10, seed=args.seed, max_steps=args.steps, learning_rate=args.lr,
-        lr_scheduler_type="constant", beta=args.beta, temperature=1.0, max_completion_length=LONG,
-        num_generations=args.group, per_device_train_batch_size=args.prompts * args.group,
-        steps_per_generation=1, gradient_checkpointing=False, model_init_kwargs={"dtype": "float32"})
+        **plain(f"{folder}/rl", args.steps, args.lr, args.seed) | {"logging_steps": 10}, beta=args.beta,
+        temperature=1.0, max_completion_length=LONG, num_generations=GROUP,
+        per_device_train_batch_size=PROMPTS * GROUP, steps_per_generation=1)
     trainer = GRPOTrainer(model=folder, args=config, processing_class=tokenizer, reward_funcs=reward,
                           train_dataset=Dataset.from_dict({"prompt": [p.context for p in some]}))
     trainer.train()
     return trainer.model
 
 
-def main(args, out):
-    longest = lambda completions, **_: [float(len(c[-1]["content"])) for c in completions]
-    protocol, text = prompt_form(args.judge, args.judge)
-    Path(out, "system.txt").write_text(text)
-    judge = Judge(args.url, protocol, f"{out}/system.txt", max_tokens=56)
+def main(args, folder):
+    judge = Judge(args.judge, base_url=args.url, max_tokens=56)
     test = pairs("test", 500)
     held = random.Random(0).sample(sorted({question(p) for p in test}), 24)
     agrees = [f.verdict == p.label for p, f in zip(test, judge.compare_all(test, budget=2))]
     print("judge", json.dumps(split(test, agrees, held)), flush=True)
-    folder = f"{out}/responder"
     tokenizer = toy.write_model(folder, layers=2, hidden=96)
     tokenizer.padding_side = "left"
     model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=torch.float32)
     fit(model, tokenizer, pairs(f"{args.seed}/fit", 64 * args.fit_steps), args)
     model.save_pretrained(folder)
-    some = pairs(f"{args.seed}/rl", args.prompts * args.steps, held)
+    some = pairs(f"{args.seed}/rl", PROMPTS * args.steps, held)
+    longest = lambda completions, **_: [float(len(c[-1]["content"])) for c in completions]
     for name, reward in (("fitted", None), ("judge", judge.reward), ("longest", longest)):
         start, had = time.time(), len(judge.journal.answers)
         if reward:
@@ -132,17 +126,14 @@ if __name__ == "__main__":
     ap = Flags(__doc__)
     arg = ap.add_argument
     arg("--url", required=True, help="the judge's server")
-    arg("--judge", default="runs/demo/grpo/model", help="its folder, for judge.json: how to ask it")
-    arg("--right", type=number(float, 0, 1), default=0.4, help="share of right answers to fit to")
+    arg("--judge", default="runs/demo/grpo/model", help="its folder: how to ask it")
     arg("--fit-steps", type=number(int, 1), default=600, help="supervised updates, 64 answers each")
     arg("--steps", type=number(int, 1), default=160, help="of GRPO")
-    arg("--prompts", type=number(int, 1), default=16, help="questions of a step")
-    arg("--group", type=number(int, 2), default=4, help="answers to each")
     arg("--lr", type=number(float, 0), default=4e-4, help="GRPO's learning rate")
     arg("--beta", type=number(float, 0), default=0.25, help="pull towards the fitted model")
     arg("--seed", type=number(int, 0), default=0, help="of all but the 500 questions")
     args = ap.parse_args()
     torch.set_num_threads(1)                    # the other core is the judge's
     set_seed(args.seed)
-    with tempfile.TemporaryDirectory() as out:
-        main(args, out)
+    with tempfile.TemporaryDirectory() as folder:
+        main(args, folder)

@@ -84,7 +84,7 @@ def flags_of(path, sub=None):
                 found.update(flags_of(ROOT / "ranks.py"))
             if called == "flags" and len(node.args) == 2:            # of askers.py: those that are named
                 found.update(f"--{name}" for name in node.args[1].value.split())
-            if called == "common.model_flags":
+            if called == "common.flags":
                 found.update(flags_of(ROOT / "bench/common.py"))
             for a in node.args[:1] if called.split(".")[-1] in ("arg", "add_argument") else ():
                 if isinstance(a, ast.Constant) and a.value.startswith("--"):
@@ -287,7 +287,7 @@ def test_what_is_right_passes(text):
 
 def test_flags_are_those_of_help():
     """What is read from the text of a script, beside what it prints itself."""
-    for script, *sub in (["bench/text.py"], ["eval.py", "report"]):
+    for script, *sub in (["bench/step.py"], ["eval.py", "report"]):
         command = [sys.executable, ROOT / script, *sub, "--help"]
         shown = subprocess.run(command, capture_output=True, text=True).stdout
         assert set(re.findall(r"\[(--[a-z][\w-]*)", shown)) - {"--help"} == flags_of(ROOT / script, *sub)
