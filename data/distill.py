@@ -23,8 +23,6 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from tqdm import tqdm
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from askers import Answer, Journal, asker_of, flags, judged
 from engine import seed_of
@@ -85,6 +83,7 @@ def hint(messages, label, judgment, reason):
 def ask(teacher, wanted, journal, args, desc):
     """Answers for {key: messages}, from the journal or else from the teacher: its name, and a function that
     builds it when there is something to ask. -> {key: row}; keys without an answer are missing."""
+    from tqdm import tqdm                   # here: data/toy.py --show, which imports this, needs no package
     name, build = teacher
     seeds = {key: seed_of(args.seed, *key) for key in wanted}
     asked = {key: digest([name, messages, seeds[key], args.temperature, args.max_tokens])
@@ -231,6 +230,7 @@ def dry_run(pairs, out, args):
         import policy
         tokenizer, _ = policy.load_tokenizer(args.tokenizer)
         count = lambda m: len(encode(tokenizer, m))
+    from tqdm import tqdm
     prompt = sum(count(chat_messages(p, "instruct", system)) for p in tqdm(pairs, desc="count", leave=False))
     done = len(read_lines(out / "journal.jsonl"))
     read = prompt * args.samples + (prompt + 800 * len(pairs)) // 4

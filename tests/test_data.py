@@ -575,3 +575,9 @@ def test_docs_name_real_flags():
         doc = module.__doc__
         flags, shown = set(re.findall(r"--[a-z][\w-]+", doc)), call(module, "--help").stdout
         assert flags and all(f in shown for f in flags), flags
+
+
+def test_the_three_examples_need_no_package():
+    """data/toy.py --show is for who has nothing but Python and a clone: -S, no site-packages."""
+    done = subprocess.run([sys.executable, "-S", "data/toy.py", "--show"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.count("--- reward") == 3, done.stderr
