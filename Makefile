@@ -93,7 +93,7 @@ $(PRE)/sft/model: | $(PRE)/data/test.jsonl $(if $(filter $(PRE)/lm,$(LM)),$(PRE)
 
 $(PRE)/grpo/model: | $(PRE)/sft/model
 	$(RUN) grpo.py --model $(PRE)/sft/model --data $(PRE)/data/rl.jsonl --out $(PRE)/grpo --max-prompt 120 \
-	    --max-response 120 --pairs 16 --mini 8 --group 8 --lr 3e-5 --schedule linear --beta 0 --steps 32 \
+	    --max-response 120 --pairs 16 --mini 8 --group 8 --lr 3e-5 --schedule linear --beta 0 --steps 60 \
 	    --shard 1 --micro-tokens 2048 --no-recompute --save-every 8
 
 test: $(READY)
