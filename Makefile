@@ -1,6 +1,6 @@
 # make demo      the whole pipeline on two CPU cores, from nothing to a judge (SEED=1, REPAIR=1, WORLD=leap, DEMO=runs/other)
 # make controls  what the demo's gain is not: more SFT, or a reward without meaning (the same SEED, ...)
-# make pretrained  the same with a language model that has read English, in some 90 minutes (LM=owner/name: with another)
+# make pretrained  the same with a language model that has read English, in some 80 minutes (LM=owner/name: with another)
 # make test      the tests, in two processes (T=name: those whose name has it, in one)
 # make soak      the long forms of some: 20 kills of each run, four times the fuzz
 # make check     is this machine sound? attention, sync, ranks, a killed run, speed: a table and a JSON file
