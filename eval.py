@@ -60,14 +60,11 @@ def pairs_of(path, args):
     """A file's pairs as `collect` gives them."""
     name = Path(path).stem
     name += " pairs" if name in B.BENCHES else ""                # which would be scored as the benchmark
-    pairs = read_pairs(path, args.skip_bad)
+    pairs = read_pairs(path, args.skip_bad, args.both_orders)
     if args.limit:
         drawn = random.Random(args.seed).sample(range(len(pairs)), min(args.limit, len(pairs)))
         pairs = [pairs[i] for i in sorted(drawn)]
     for p in pairs:
-        if args.both_orders and p.messages is not None and not p.a:
-            fail(f"--both-orders: {path} has finished prompts whose responses cannot be told apart, the "
-                 f"first is {p.id}")
         about = {"type": p.type, "source": p.source, "swap": p.label == "B"}
         if "style_a" in p.meta and "style_b" in p.meta:
             better, worse = "ab" if p.label == "A" else "ba"

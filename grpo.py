@@ -18,6 +18,7 @@ import sys
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, islice
+from statistics import fmean
 
 import numpy as np
 import torch
@@ -39,7 +40,7 @@ def arguments():
     R.flags(ap, model="runs/sft/model", data="gaotang/RM-R1-after-Distill-RLVR", out="runs/grpo", lr=1e-6,
             save_every=10, seed=1)
     arg, count, limit = ap.add_argument, number(int, 1), number(int, 0)
-    weight, bonus = number(float, 0), number(float, -math.inf)
+    weight, cap, share = number(float, 0), number(float, 0, above=True), number(float, 0, 1, above=True)
     arg("--val-data", help="held-out pairs, judged greedily every --val-every steps")
     arg("--val-every", type=count, default=5, help="steps between held-out evaluations")
     arg("--max-prompt", type=count, default=4096, help="longest prompt in tokens; longer ones are left out")
@@ -49,8 +50,7 @@ def arguments():
     arg("--group", type=count, default=7, help="judgments a pair (G)")
     arg("--steps", type=count, help="rounds; default: one pass over the data")
     arg("--schedule", choices=("constant", "linear", "cosine"), default="constant", help="of the rate")
-    arg("--clip", type=weight, nargs=2, default=(0.2, 0.2),
-        help="how far a ratio may fall below 1 and rise above it and still be pushed")
+    arg("--clip", type=weight, nargs=2, default=(0.2, 0.2), help="how far below and above 1 a ratio may be pushed")
     arg("--beta", type=weight, default=1e-3, help="weight of the pull towards the reference; 0 loads none")
     arg("--reward", choices=("verdict", "published", "random"), default="verdict",
         help="right verdict (paper eq. 8) by the parser, or by the released rule; random: a control")
@@ -59,14 +59,12 @@ def arguments():
     arg("--average", choices=("judgment", "token", "constant"), default="judgment", help="of token losses")
     arg("--ratio", choices=("token", "sequence"), default="token", help="sequence: GSPO")
     arg("--surrogate", choices=("clip", "cispo"), default="clip", help="what is done to the ratio")
-    arg("--engine-cap", type=number(float, 0, above=True),
-        help="weigh tokens by trainer / engine probability, at most this, e.g. 2")
+    arg("--engine-cap", type=cap, help="weigh tokens by trainer / engine probability, at most this, e.g. 2")
     arg("--overlong", type=limit, default=0, help="tokens before the limit over which the reward falls by 1")
-    arg("--both-orders", type=bonus, metavar="W",
+    arg("--both-orders", type=number(float, -math.inf), metavar="W",
         help="judge each pair in both orders (--pairs and --mini count both), W more where both are right")
     arg("--refill", type=limit, default=0, help="rounds of sampling again for groups that agree")
-    arg("--engine-memory", type=number(float, 0, 1, above=True), default=0.5,
-        help="share of each card for vLLM while it samples")
+    arg("--engine-memory", type=share, default=0.5, help="share of each card for vLLM while it samples")
     arg("--tp", type=count, default=1, help="ranks that sample with one engine together (tensor parallel)")
     arg("--max-gap", type=weight, default=0.1, help="largest mean difference of engine and trainer log-probs")
     arg("--offload", action="store_true", help="reference and optimizer wait in host memory while not used")
@@ -173,10 +171,6 @@ class Rollout:
     reward: float
 
 
-# What a rank that has fewer micro-batches than another looks up for `packing.level`'s: it weighs nothing.
-STAND_IN = Rollout(None, [], np.zeros(1, np.int32), np.zeros(1, np.float32), True, None, 0.0)
-
-
 @dataclass
 class Micro:
     """A micro-batch of an update, and of each of its tokens (R,): its judgment's advantage, its share of the
@@ -193,9 +187,6 @@ class Micro:
 def tokenize(source, pairs, tokenizer, form, args, both=False):
     """[[(pair, prompt ids), and with `both` the same in the other order], ...], without those that are longer
     than --max-prompt, which are counted."""
-    if both and (stuck := [p.id for p in pairs if p.messages and not p.a]):
-        fail(f"--both-orders: {source} has finished prompts whose responses cannot be told apart, the first "
-             f"is {stuck[0]}")
     rows = [[(p, encode(tokenizer, chat_messages(p, *form))) for p in ([p, p.swapped()] if both else [p])]
             for p in tqdm(pairs, desc="tokenize", disable=R.quiet(), leave=False)]
     kept = [row for row in rows if all(len(ids) <= args.max_prompt for _, ids in row)]
@@ -274,12 +265,12 @@ def updates_of(groups, adv, args, device, rank, world, width):
         here = [(groups[i][0].prompt, [r.tokens.tolist() for r in groups[i]]) for i in at]
         mine = packing.deal(here, world, width)[rank]
         micros = packing.level(packing.pack([here[i] for i in mine], args.micro_tokens, device), device)
-        spare = sum(not b.real for b in micros)
-        rollouts = [r for i in mine for r in groups[at[i]]] + [STAND_IN] * spare
+        rollouts, spare = [r for i in mine for r in groups[at[i]]], sum(not b.real for b in micros)
+        # A stand-in of `level` has one token, which weighs nothing.
         adv_of = F.pad(adv[[at[i] for i in mine]].flatten(), (0, spare)).to(device)
-        tokens = torch.tensor([len(r.tokens) for r in rollouts], device=device)
+        tokens = torch.tensor([len(r.tokens) for r in rollouts] + [1] * spare, device=device)
         share = shares(tokens, total, args.mini * args.group, args.average, args.max_response)
-        engine = torch.tensor(np.concatenate([r.logprobs for r in rollouts]), device=device)
+        engine = torch.cat([torch.from_numpy(r.logprobs) for r in rollouts] + [torch.zeros(spare)]).to(device)
         updates.append([Micro(b, adv_of[b.rows], b.real * share[b.rows], logprobs)
                         for b, logprobs in zip(micros, engine.split([len(b.rows) for b in micros]))])
     return updates
@@ -331,15 +322,11 @@ def learn(policy, optim, updates, lr, args, world):
     return gap | {"loss": loss, "kl": kl, "clipped": clipped, "grad_norm": sum(norms) / len(norms)}, norms
 
 
-def held_out(ask, rows, step):
-    """Greedy accuracy and unread share on held-out pairs."""
-    rollouts = [r for group in ask(rows, step) for r in group]
-    return {"val_accuracy": mean(r.verdict == r.pair.label for r in rollouts),
-            "val_unread": mean(r.verdict is None for r in rollouts)}
-
-
-def mean(values):
-    return float(np.mean(list(values)))
+def verdicts(groups):
+    """Shares of judgments that are right, and that have no verdict one could read."""
+    judged = [(r.verdict, r.pair.label) for group in groups for r in group]
+    return {"accuracy": fmean(verdict == label for verdict, label in judged),
+            "unread": fmean(verdict is None for verdict, _ in judged)}
 
 
 def summary(groups, agreeing, norms, args):
@@ -348,12 +335,10 @@ def summary(groups, agreeing, norms, args):
     scored = [r.reward for r in rollouts if not math.isnan(r.reward)]
     lengths = [len(r.tokens) for r in rollouts]
     sampled = hashlib.sha256(b"".join(r.tokens.tobytes() for r in rollouts)).hexdigest()
-    return {"reward": mean(scored or [0]), "unscored": len(rollouts) - len(scored),
-            "accuracy": mean(r.verdict == r.pair.label for r in rollouts),
-            "unread": mean(r.verdict is None for r in rollouts),
-            "cut_off": mean(not r.finished for r in rollouts),
+    return {"reward": fmean(scored or [0]), "unscored": len(rollouts) - len(scored), **verdicts(groups),
+            "cut_off": fmean(not r.finished for r in rollouts),
             "agreeing_groups": sum(agreeing) / len(agreeing) / args.pairs, "rounds": len(agreeing),
-            "length_mean": mean(lengths), "length_max": max(lengths),
+            "length_mean": fmean(lengths), "length_max": max(lengths),
             "tokens": sum(lengths) + sum(len(r.prompt) for r in rollouts), "sampled": sampled[:12],
             "skipped_rows": [group[0].pair.id for i, group in enumerate(groups)
                              if not math.isfinite(norms[i // args.mini])]}
@@ -385,8 +370,9 @@ def rehearse(policy, reference, optim, shown, args, world):
 def read(args, tokenizer, form, config, world):
     """What the run learns from, and flags that do not fit it, the model or the ranks.
     -> pairs, rows as `tokenize` has them, [(held-out pair, prompt ids), ...], steps"""
-    pairs = read_pairs(args.data, args.skip_bad)
-    rows = tokenize(args.data, pairs, tokenizer, form, args, both=args.both_orders is not None)
+    both = args.both_orders is not None
+    pairs = read_pairs(args.data, args.skip_bad, both)
+    rows = tokenize(args.data, pairs, tokenizer, form, args, both)
     val = read_pairs(args.val_data, args.skip_bad) if args.val_data else []
     val_rows = [*chain(*tokenize(args.val_data, val, tokenizer, form, args))] if val else []
     prompts = sum(map(len, rows))
@@ -425,12 +411,13 @@ def main():
     engine = Engine(folder, window, args.dtype, weights="dummy", memory=args.engine_memory, tp=args.tp)
     engine.sync(policy, dtype)
     ask = partial(sample, engine, tokenizer, stop, args, rank, world)
+    held_out = lambda step: {f"val_{k}": v for k, v in verdicts(ask(val_rows, step)).items()}     # greedily
     diary = R.Diary(args.out, first, about)
     R.print0(f"{world} ranks on {device.type}, {steps} steps of {args.pairs} pairs x {args.group} judgments, "
              f"{args.pairs // args.mini} updates each")
 
     for step in R.steps_of(diary, state, first, steps, args):
-        val = held_out(ask, val_rows, step) if val_rows and step % args.val_every == 0 else {}
+        val = held_out(step) if val_rows and step % args.val_every == 0 else {}
         diary.phase("sample")
         groups, agreeing = collect(ask, rows, step, args)
         engine.sleep()
@@ -456,7 +443,7 @@ def main():
         diary.write(norms, step=step, lr=lr, **val, **summary(groups, agreeing, norms, args), **learned)
 
     if val_rows:
-        diary.write(step=steps, **held_out(ask, val_rows, steps))
+        diary.write(step=steps, **held_out(steps))
     P.save_model(policy, folder, f"{args.out}/model", dtype, form_of(pairs[0], *form))
     R.print0(f"wrote {args.out}/model")
 

@@ -76,7 +76,7 @@ def other(label):
     return {"A": "B", "B": "A", None: None}[label]
 
 
-def read_pairs(source, skip_bad=False):
+def read_pairs(source, skip_bad=False, both_orders=False):
     """Pairs from a JSONL, JSON or parquet file, or from the train split of a hub dataset named owner/name.
     Three forms:
 
@@ -86,7 +86,7 @@ def read_pairs(source, skip_bad=False):
                is the oracle's trace and `ground_truth` the label
 
     What is null is absent. A bad row stops the program and names its file and line; with skip_bad it is
-    reported, counted and left out.
+    reported, counted and left out. both_orders refuses finished prompts that cannot be swapped.
     """
     pairs, bad = [], []
     for number, row in rows_of(source):
@@ -99,6 +99,9 @@ def read_pairs(source, skip_bad=False):
              + "; mend it, or leave bad lines out with --skip-bad")
     if not pairs:
         fail(f"{source}: no pairs in it" + (f", and {len(bad)} bad lines, the first: {bad[0]}" if bad else ""))
+    if both_orders and (stuck := [p.id for p in pairs if p.messages is not None and not p.a]):
+        fail(f"--both-orders: {source} has finished prompts whose responses cannot be told apart, the first is "
+             f"{stuck[0]}")
     if bad and int(os.environ.get("RANK", 0)) == 0:
         print("\n".join(bad), f"\n{len(bad)} bad lines of {len(bad) + len(pairs)} left out", file=sys.stderr)
     return pairs
