@@ -322,16 +322,16 @@ def learn(policy, optim, updates, lr, args, world):
     return gap | {"loss": loss, "kl": kl, "clipped": clipped, "grad_norm": sum(norms) / len(norms)}, norms
 
 
-def verdicts(groups):
+def verdicts(groups, name=""):
     """Shares of judgments that are right, and that have no verdict one could read."""
-    judged = [(r.verdict, r.pair.label) for group in groups for r in group]
-    return {"accuracy": fmean(verdict == label for verdict, label in judged),
-            "unread": fmean(verdict is None for verdict, _ in judged)}
+    rollouts = [*chain(*groups)]
+    return {f"{name}accuracy": fmean(r.verdict == r.pair.label for r in rollouts),
+            f"{name}unread": fmean(r.verdict is None for r in rollouts)}
 
 
 def summary(groups, agreeing, norms, args):
     """What a step's rollouts and updates look like; docs/training.md explains each number."""
-    rollouts = [r for group in groups for r in group]
+    rollouts = [*chain(*groups)]
     scored = [r.reward for r in rollouts if not math.isnan(r.reward)]
     lengths = [len(r.tokens) for r in rollouts]
     sampled = hashlib.sha256(b"".join(r.tokens.tobytes() for r in rollouts)).hexdigest()
@@ -357,7 +357,7 @@ def rehearse(policy, reference, optim, shown, args, world):
     args = argparse.Namespace(**vars(args) | {"pairs": len(shown), "mini": len(shown), "max_gap": math.inf})
     groups = [[Rollout(None, prompt, np.array(r), np.zeros(len(r), np.float32), True, None, 0.0)
                for r in responses] for prompt, responses in shown]
-    updates = updates_of(groups, torch.zeros(len(shown), len(groups[0])), args, torch.device("cpu"), 0, world,
+    updates = updates_of(groups, torch.ones(len(shown), len(groups[0])), args, torch.device("cpu"), 0, world,
                          policy.lm.config.hidden_size)
     dryrun.phase("scoring")
     score(policy, reference, updates)
@@ -411,13 +411,12 @@ def main():
     engine = Engine(folder, window, args.dtype, weights="dummy", memory=args.engine_memory, tp=args.tp)
     engine.sync(policy, dtype)
     ask = partial(sample, engine, tokenizer, stop, args, rank, world)
-    held_out = lambda step: {f"val_{k}": v for k, v in verdicts(ask(val_rows, step)).items()}     # greedily
     diary = R.Diary(args.out, first, about)
     R.print0(f"{world} ranks on {device.type}, {steps} steps of {args.pairs} pairs x {args.group} judgments, "
              f"{args.pairs // args.mini} updates each")
 
     for step in R.steps_of(diary, state, first, steps, args):
-        val = held_out(step) if val_rows and step % args.val_every == 0 else {}
+        val = verdicts(ask(val_rows, step), "val_") if val_rows and step % args.val_every == 0 else {}
         diary.phase("sample")
         groups, agreeing = collect(ask, rows, step, args)
         engine.sleep()
@@ -443,7 +442,7 @@ def main():
         diary.write(norms, step=step, lr=lr, **val, **summary(groups, agreeing, norms, args), **learned)
 
     if val_rows:
-        diary.write(step=steps, **held_out(steps))
+        diary.write(step=steps, **verdicts(ask(val_rows, steps), "val_"))
     P.save_model(policy, folder, f"{args.out}/model", dtype, form_of(pairs[0], *form))
     R.print0(f"wrote {args.out}/model")
 
