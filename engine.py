@@ -200,6 +200,23 @@ class Engine:
                                "samples would mix old and new weights")
 
 
+def check_gap(logprobs, bound):
+    """Mean and largest |trainer - engine| log-prob of what was sampled, over all ranks, from [(trainer's (R,),
+    engine's (R,)), ...] of this one. They are two programs with the same weights: where they disagree, samples
+    came from other weights than those that learn from them. A mean above the bound ends the run."""
+    from ranks import all_max, all_sum
+    gaps = [(ours - theirs).abs() for ours, theirs in logprobs]
+    total, count = all_sum([sum(gap.sum() for gap in gaps), sum(map(len, gaps))])
+    worst, = all_max([max((gap.max() for gap in gaps), default=0)])
+    mean = total / count
+    if not mean <= bound:
+        fail(f"engine and trainer disagree on the sampled tokens: mean log-prob gap {mean:.3g}, "
+             f"bound {bound:g} (--max-gap). The engine is not sampling from the weights in training: "
+             "the weight sync is broken, its cache is stale, or the two compute differently (dtype, "
+             "temperature, template)")
+    return {"gap_mean": mean, "gap_max": worst}
+
+
 def seed_of(*key):
     """A seed for one sample: a function of what names it, e.g. (run seed, step, pair, sample)."""
     return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:7])

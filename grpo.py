@@ -29,7 +29,7 @@ import dryrun
 import packing
 import policy as P
 import ranks as R
-from engine import Engine, check_tp, seed_of, text_of
+from engine import Engine, check_gap, check_tp, seed_of, text_of
 from files import Flags, fail, number
 from rubrics import (Pair, chat_messages, encode, form_of, lm_as_judge, parse, prompt_form, read_pairs,
                      verdict_reward)
@@ -184,15 +184,16 @@ class Micro:
     old: torch.Tensor | None = None
 
 
-def tokenize(source, pairs, tokenizer, form, args, both=False):
-    """[[(pair, prompt ids), and with `both` the same in the other order], ...], without those that are longer
-    than --max-prompt, which are counted."""
+def rows_of(source, tokenizer, form, args, both=False):
+    """A source's pairs, and [[(pair, prompt ids), and with `both` the same in the other order], ...] without
+    those that are longer than --max-prompt, which are counted."""
+    pairs = read_pairs(source, args.skip_bad, both)
     rows = [[(p, encode(tokenizer, chat_messages(p, *form))) for p in ([p, p.swapped()] if both else [p])]
             for p in tqdm(pairs, desc="tokenize", disable=R.quiet(), leave=False)]
     kept = [row for row in rows if all(len(ids) <= args.max_prompt for _, ids in row)]
     R.print0(f"{source}: {len(kept)} pairs, {len(rows) - len(kept)} left out as longer than "
              f"--max-prompt {args.max_prompt}")
-    return kept
+    return pairs, kept
 
 
 def sample(engine, tokenizer, stop, args, rank, world, batch, step, first=0, group=1, temperature=0.0):
@@ -286,22 +287,6 @@ def score(policy, reference, updates):
         m.old = policy(m.batch)
 
 
-def check_gap(updates, args):
-    """Mean and largest |engine - trainer| log-prob over all ranks. They are two programs with the same
-    weights: where they disagree, samples came from other weights than those that learn from them."""
-    gaps = [(m.old - m.engine).abs() for m in chain(*updates) if m.batch.real]
-    gap = torch.cat(gaps) if gaps else torch.zeros(0)
-    total, count = R.all_sum([gap.sum(), len(gap)])
-    worst, = R.all_max([gap.max() if len(gap) else 0])
-    mean = total / count
-    if not mean <= args.max_gap:
-        fail(f"engine and trainer disagree on the sampled tokens: mean log-prob gap {mean:.3g}, "
-             f"bound {args.max_gap:g} (--max-gap). The engine is not sampling from the weights in training: "
-             "the weight sync is broken, its cache is stale, or the two compute differently (dtype, "
-             "temperature, template)")
-    return {"gap_mean": mean, "gap_max": worst}
-
-
 def learn(policy, optim, updates, lr, args, world):
     """One clipped step an update (paper eq. 9); engine and trainer are compared before the first one.
     -> what the diary says about it, [gradient norms]"""
@@ -316,7 +301,7 @@ def learn(policy, optim, updates, lr, args, world):
             (loss * world).backward()              # FSDP averages over ranks; the weights are already global
             sums += loss.item(), stats["kl"], stats["clipped"]
         if not norms:
-            gap = check_gap(updates, args)
+            gap = check_gap([(m.old, m.engine) for m in chain(*updates) if m.batch.real], args.max_gap)
         norms.append(P.optimizer_step(policy, optim, lr, clip=1.0))
     loss, kl, clipped = (x / len(updates) for x in R.all_sum(sums))
     return gap | {"loss": loss, "kl": kl, "clipped": clipped, "grad_norm": sum(norms) / len(norms)}, norms
@@ -369,12 +354,9 @@ def rehearse(policy, reference, optim, shown, args, world):
 
 def read(args, tokenizer, form, config, world):
     """What the run learns from, and flags that do not fit it, the model or the ranks.
-    -> pairs, rows as `tokenize` has them, [(held-out pair, prompt ids), ...], steps"""
-    both = args.both_orders is not None
-    pairs = read_pairs(args.data, args.skip_bad, both)
-    rows = tokenize(args.data, pairs, tokenizer, form, args, both)
-    val = read_pairs(args.val_data, args.skip_bad) if args.val_data else []
-    val_rows = [*chain(*tokenize(args.val_data, val, tokenizer, form, args))] if val else []
+    -> pairs, their rows as `rows_of` has them, [(held-out pair, prompt ids), ...], steps"""
+    pairs, rows = rows_of(args.data, tokenizer, form, args, both=args.both_orders is not None)
+    val_rows = [*chain(*rows_of(args.val_data, tokenizer, form, args)[1])] if args.val_data else []
     prompts = sum(map(len, rows))
     if prompts < args.pairs:
         fail(f"--pairs {args.pairs}: more than the {len(rows)} usable pairs in {args.data}")

@@ -197,14 +197,18 @@ def test_overlong_traces_are_left_out_not_cut(toy, capsys):
     assert f"{len(pairs) - len(rows)} left out" in capsys.readouterr().out
 
 
-def test_a_gap_between_engine_and_trainer_stops_the_run(ranks, capsys):
-    args = SimpleNamespace(max_gap=0.1)
+def test_a_gap_between_engine_and_trainer_stops_the_run(ranks, capsys, monkeypatch):
+    """In the first update, before its step; a stand-in's token is nobody's sample."""
+    monkeypatch.setattr(grpo.P, "optimizer_step", lambda *_, **kw: 0.0)
+    args = SimpleNamespace(max_gap=0.1, clip=(0.2, 0.2), beta=0.0, ratio="token", surrogate="clip", engine_cap=None)
     engine = torch.linspace(-3, 0, 50)
-    micro = lambda ours, engine, real: grpo.Micro(SimpleNamespace(real=real), None, None, engine, old=ours)
-    gap = lambda ours: grpo.check_gap(
-        [[micro(ours, engine, 1), micro(torch.ones(2), torch.zeros(2), 0)]], args)
-    assert gap(engine + 0.05) == {"gap_mean": pytest.approx(0.05, abs=1e-6),
-                                  "gap_max": pytest.approx(0.05, abs=1e-6)}
+    policy = lambda batch: batch.ours.clone().requires_grad_()
+    micro = lambda ours, engine, real: grpo.Micro(
+        SimpleNamespace(real=real, rows=None, ours=ours), torch.zeros(len(ours)), torch.zeros(len(ours)), engine)
+    gap = lambda ours: grpo.learn(
+        policy, None, [[micro(ours, engine, 1), micro(torch.ones(2), torch.zeros(2), 0)]], 0.1, args, 1)[0]
+    said = gap(engine + 0.05)
+    assert said["gap_mean"] == pytest.approx(0.05, abs=1e-6) and said["gap_max"] == pytest.approx(0.05, abs=1e-6)
     for broken in (engine + 0.2, engine * float("nan")):
         with pytest.raises(SystemExit) as stop:
             gap(broken)
