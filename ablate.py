@@ -31,7 +31,7 @@ import benchmarks as B
 from files import Flags, claim, fail, number, read_lines, read_text, write_lines
 from report import ASSETS, by_bench, cell, grouped, measure, metrics_of, read_run
 
-TAKES = {"data": 15, "sft": 90, "grpo": 70, "eval": 35}      # seconds, from the demo on two idle cores
+TAKES = {"data": 7, "sft": 90, "grpo": 35, "eval": 12}       # seconds at the demo's size on two idle cores
 OTHERS = ("right in both orders", "unread", "tokens a judgment")                 # of report.py's numbers
 
 
