@@ -31,8 +31,7 @@ import policy as P
 import ranks as R
 from engine import Engine, check_gap, check_tp, seed_of, text_of
 from files import Flags, fail, number
-from rubrics import (Pair, chat_messages, encode, form_of, lm_as_judge, parse, prompt_form, read_pairs,
-                     verdict_reward)
+from rubrics import Pair, chat_messages, encode, form_of, lm_as_judge, parse, prompt_form, read_pairs, verdict_reward
 
 
 def arguments():
@@ -50,7 +49,7 @@ def arguments():
     arg("--group", type=count, default=7, help="judgments a pair (G)")
     arg("--steps", type=count, help="rounds; default: one pass over the data")
     arg("--schedule", choices=("constant", "linear", "cosine"), default="constant", help="of the rate")
-    arg("--clip", type=weight, nargs=2, default=(0.2, 0.2), help="how far below and above 1 a ratio may be pushed")
+    arg("--clip", type=weight, nargs=2, default=(0.2, 0.2), help="how far a ratio may leave 1, down and up")
     arg("--beta", type=weight, default=1e-3, help="weight of the pull towards the reference; 0 loads none")
     arg("--reward", choices=("verdict", "published", "random"), default="verdict",
         help="right verdict (paper eq. 8) by the parser, or by the released rule; random: a control")
@@ -83,8 +82,7 @@ def arguments():
 # ---------------------------------------------------------------- the algorithm, without a model
 
 def advantages(rewards, kind="grpo"):
-    """(r - mean) / (std + 1e-6) within each group (paper eq. 10; sample std and 1e-6 as in the published
-    code).
+    """(r - mean) / (std + 1e-6) within each group (paper eq. 10; sample std and 1e-6 as published).
 
     rewards  (P, G) -> (P, G). A group that agrees gets zeros: it teaches nothing, but its KL term still acts.
     NaN, a judgment whose reward could not be computed: advantage 0, and no part in its group's mean.
@@ -113,8 +111,7 @@ def grpo_loss(logp, old, ref, adv, weight, rows=None, engine=None, clip=(0.2, 0.
     low, high = clip
     log_ratio = logp - old
     if ratio == "sequence":
-        # GSPO (arXiv 2507.18071, eq. 7 and 14): the geometric mean over a judgment, gradient through its
-        # tokens.
+        # GSPO (arXiv 2507.18071, eq. 7 and 14): a judgment's geometric mean, gradient through its tokens.
         at, none = rows - rows.min(), torch.zeros_like(logp)
         mean = none.index_add(0, at, log_ratio.detach()) / none.index_add(0, at, none + 1).clamp(min=1)
         log_ratio = mean[at] + logp - logp.detach()
@@ -191,8 +188,8 @@ def rows_of(source, tokenizer, form, args, both=False):
     rows = [[(p, encode(tokenizer, chat_messages(p, *form))) for p in ([p, p.swapped()] if both else [p])]
             for p in tqdm(pairs, desc="tokenize", disable=R.quiet(), leave=False)]
     kept = [row for row in rows if all(len(ids) <= args.max_prompt for _, ids in row)]
-    R.print0(f"{source}: {len(kept)} pairs, {len(rows) - len(kept)} left out as longer than "
-             f"--max-prompt {args.max_prompt}")
+    left_out = f"{len(rows) - len(kept)} left out as longer than --max-prompt {args.max_prompt}"
+    R.print0(f"{source}: {len(kept)} pairs, {left_out}")
     return pairs, kept
 
 
@@ -236,8 +233,7 @@ def consistency(groups, bonus):
 def collect(ask, rows, step, args):
     """The groups that a step learns from. --refill N (dynamic sampling, DAPO, eq. 11): while groups agree, up
     to N times another batch is drawn and sampled; the first --pairs groups that do not agree are taken, and
-    only where they run out some that do. ask: `sample`, what runs it being given
-    -> groups, [how many groups each round had that agree]"""
+    where they run out some that do. ask: `sample`, given what runs it. -> groups, [agreeing ones by round]"""
     groups, agreeing = [], []
     for again in range(1 + args.refill):
         # Another shuffle of the data for every round, so that the first one remains a pass over it.
@@ -255,8 +251,7 @@ def collect(ask, rows, step, args):
 
 def updates_of(groups, adv, args, device, rank, world, width):
     """Cut a step into its updates of --mini groups, and this rank's share of each into micro-batches, as many
-    on every rank: [[Micro, ...], ...]
-    adv  (P, G) advantages; width  the model's hidden size, for the cost of attention"""
+    on every rank: [[Micro, ...], ...]. adv (P, G); width: the model's hidden size, for attention's cost"""
     updates = []
     for start in range(0, args.pairs, args.mini):
         places = range(start, start + args.mini)
@@ -266,8 +261,8 @@ def updates_of(groups, adv, args, device, rank, world, width):
         here = [(groups[i][0].prompt, [r.tokens.tolist() for r in groups[i]]) for i in at]
         mine = packing.deal(here, world, width)[rank]
         micros = packing.level(packing.pack([here[i] for i in mine], args.micro_tokens, device), device)
-        rollouts, spare = [r for i in mine for r in groups[at[i]]], sum(not b.real for b in micros)
-        # A stand-in of `level` has one token, which weighs nothing.
+        rollouts = [r for i in mine for r in groups[at[i]]]
+        spare = sum(not b.real for b in micros)              # stand-ins: one token each, which weighs nothing
         adv_of = F.pad(adv[[at[i] for i in mine]].flatten(), (0, spare)).to(device)
         tokens = torch.tensor([len(r.tokens) for r in rollouts] + [1] * spare, device=device)
         share = shares(tokens, total, args.mini * args.group, args.average, args.max_response)
@@ -327,14 +322,6 @@ def summary(groups, agreeing, norms, args):
             "tokens": sum(lengths) + sum(len(r.prompt) for r in rollouts), "sampled": sampled[:12],
             "skipped_rows": [group[0].pair.id for i, group in enumerate(groups)
                              if not math.isfinite(norms[i // args.mini])]}
-
-
-def examples(groups, step, tokenizer, count=4):
-    """Some of a step's judgments for a person to read, one a pair: what samples.jsonl has."""
-    for r in (group[step % len(group)] for group in groups[:count]):
-        yield {"step": step, "pair": r.pair.id, "label": r.pair.label, "verdict": r.verdict,
-               "reward": r.reward if math.isfinite(r.reward) else None, "finished": r.finished,
-               "text": tokenizer.decode(r.tokens)}
 
 
 def rehearse(policy, reference, optim, shown, args, world):
@@ -420,7 +407,7 @@ def main():
         diary.phase("sync")                                    # before anyone samples again
         engine.sync(policy, dtype)
         diary.phase("")
-        diary.append("samples.jsonl", examples(groups, step, tokenizer))
+        diary.show(step, groups, tokenizer)
         diary.write(norms, step=step, lr=lr, **val, **summary(groups, agreeing, norms, args), **learned)
 
     if val_rows:
