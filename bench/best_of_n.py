@@ -78,10 +78,9 @@ def best_of(judge, n):
                        ("ring, 4N", "all", 4 * n), ("active, 4N", "best", 4 * n)):
         judge.journal.answers.clear()                      # each way pays for its own judgments
         judge.asker.engine.reset_cache()
-        start = common.clock()
-        ranked = now(all_of([judge.arank(*game, *way) for game in games]))
-        seconds, spent = (common.clock() - start) / len(games), mean(len(r.votes) for r in ranked)
-        rows.append(row(name, [r.order[0] for r in ranked]) | {"judgments": spent, "seconds": seconds})
+        seconds, ranked = common.timed(now, all_of(judge.arank(*game, *way) for game in games))
+        rows.append(row(name, [r.order[0] for r in ranked]) | {
+            "judgments": mean(len(r.votes) for r in ranked), "seconds": seconds / len(games)})
     for name, worth in (("random", lambda text: 0), ("longest", len)):
         picks = [max(range(n), key=lambda i: (worth(some[i]), rng.random())) for some in texts]
         rows.append(row(name, picks))
@@ -148,7 +147,6 @@ def main():
     arg("--data", default="runs/demo/data/test.jsonl", help="pairs to vote on")
     arg("--seeds", type=number(int, 1), default=4, help="of the votes")
     arg("--lots", type=number(int, 2), default=25, help="of the labels, for each seed")
-    arg("--json", help="where the numbers go; default: runs/bench/best_of_n.json")
     args = ap.parse_args()
     judge, pairs = Judge(args.model, max_tokens=56, dtype="float32", max_len=100), read_pairs(args.data)
     judge.compare_all(pairs[:50])                                                     # warms up
@@ -156,7 +154,7 @@ def main():
     for how in ("T=1", "greedy first"):
         *some, seeds = votes(args, judge, pairs, how)
         found += [some, labels(args, pairs, seeds, how)]
-    common.report("best_of_n", args, *(sum(some, []) for some in zip(*found)))
+    common.report(args, *(sum(some, []) for some in zip(*found)))
 
 
 if __name__ == "__main__":

@@ -28,30 +28,13 @@ from files import Flags
 PHASES = ("sample", "score", "learn", "sync")
 
 
-def arguments():
-    ap = Flags(__doc__)
-    arg = ap.add_argument
-    arg("kind", choices=("grpo", "sft"))
-    arg("--prompt", type=int, default=300, help="grpo: tokens of a prompt")
-    arg("--answer", type=int, default=90, help="grpo: tokens of every answer")
-    arg("--group", type=int, default=7, help="grpo: answers a prompt")
-    arg("--pairs", type=int, default=8, help="grpo: prompts a step")
-    arg("--peer-parts", type=int, nargs="+", default=[1, 2], help="grpo: TRL's micro-batches to try")
-    arg("--peer-length", type=int, nargs="+", default=[512, 1024, 2048], help="sft: TRL's packed rows to try")
-    arg("--steps", type=int, default=6, help="steps of a turn")
-    arg("--warmup", type=int, default=2, help="of which dropped")
-    common.flags(arg)
-    return ap.parse_args()
-
-
 def grpo(args, model, data):
-    """Write both. -> flags of our script; what trl_peer.py is told, and what of it is tried, in words"""
+    """Write both. -> flags of our script, which trl_peer.py is told too; what else it is, by what is tried"""
     tokenizer = common.write_model(model, args.prompt + args.answer, args)
     common.write_prompts(data, tokenizer, args.pairs * args.steps, args.prompt)
     flags = dict(max_prompt=args.prompt, max_response=args.answer, pairs=args.pairs, mini=args.pairs,
                  group=args.group, steps=args.steps, reward="random", max_gap=0.01)
-    told = dict(pairs=args.pairs, group=args.group, answer=args.answer)
-    return flags, told, {f"micro-batches: {n}": {"parts": n} for n in args.peer_parts}
+    return flags, {f"micro-batches: {n}": {"parts": n} for n in args.peer_parts}
 
 
 def sft(args, model, data):
@@ -60,7 +43,7 @@ def sft(args, model, data):
     common.write_prompts(data, tokenizer, rows * args.steps, lambda rng: rng.randint(100, 300),
                          lambda rng: rng.randint(30, 150))
     flags = dict(max_len=450, batch=rows, micro_tokens=4096, lr=1e-6)
-    return flags, {"tokens": 8192}, {f"rows of {n}": {"length": n} for n in args.peer_length}
+    return flags, {f"rows of {n}": {"length": n, "tokens": 8192} for n in args.peer_length}
 
 
 def seconds(steps):
@@ -72,18 +55,28 @@ def rate(steps):
 
 
 def main():
-    args = arguments()
+    ap = Flags(__doc__)
+    arg = ap.add_argument
+    arg("kind", choices=("grpo", "sft"))
+    arg("--answer", type=int, default=90, help="grpo: tokens of every answer")
+    arg("--group", type=int, default=7, help="grpo: answers a prompt")
+    arg("--peer-parts", type=int, nargs="+", default=[1, 2], help="grpo: TRL's micro-batches to try")
+    arg("--peer-length", type=int, nargs="+", default=[512, 1024, 2048], help="sft: TRL's packed rows to try")
+    arg("--steps", type=int, default=6, help="steps of a turn")
+    arg("--warmup", type=int, default=2, help="of which dropped")
+    common.flags(arg)
+    args, runs = ap.parse_args(), {}
     with tempfile.TemporaryDirectory() as folder:
         files = {"model": f"{folder}/model", "data": f"{folder}/data.jsonl"}
-        flags, told, tries = {"grpo": grpo, "sft": sft}[args.kind](args, **files)
-        both, runs = files | {"dtype": args.dtype}, {}
+        flags, tries = {"grpo": grpo, "sft": sft}[args.kind](args, **files)
+        flags |= files | {"dtype": args.dtype}
         for ranks in args.ranks:
             runs[f"ours, ranks: {ranks}"] = partial(
-                common.run_ours, f"{args.kind}.py", ranks, args.threads, **both, **flags)
+                common.run_ours, f"{args.kind}.py", ranks, args.threads, **flags)
             for words, tried in tries.items() if args.trl else ():
                 runs[f"trl, ranks: {ranks}, {words}"] = partial(
-                    common.run_peer, args.trl, ranks, args.threads, kind=args.kind, steps=args.steps,
-                    **both, **told, **tried)
+                    common.run_peer, args.trl, ranks, args.threads,
+                    **flags | {"kind": args.kind, "steps": args.steps} | tried)
         turns = common.alternate(runs, args.turns)
 
     table = []
@@ -101,7 +94,7 @@ def main():
     ratio = lambda a, b: common.spread([measure(x) / measure(y) for x, y in zip(turns[a], turns[b])])
     notes = [f"{a} / {b}, {measure.__name__} of each turn: {ratio(a, b)}"
              for a in turns if a.startswith("ours") for b in turns if b.startswith("trl")]
-    common.report(f"step-{args.kind}", args, table, notes, args.trl)
+    common.report(args, table, notes)
 
 
 if __name__ == "__main__":
