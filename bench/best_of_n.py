@@ -61,17 +61,12 @@ def with_error(name, values):
     return {name: mean(values), "se": stdev(values) / len(values)**.5}
 
 
-def apart(what, a, b):
-    """A note on how far a is above b, item by item."""
-    by = with_error("by", [x - y for x, y in zip(a, b)])
-    return f"{what} {by['by']:+.4f}, standard error {by['se']:.4f}"
-
-
 def best_of(judge, n):
-    """A row for every way to choose one of n. -> rows, a note"""
-    rng, rows = random.Random(f"candidates {n}"), []
+    """A row for every way to choose one of n."""
+    rng = random.Random(f"candidates {n}")
     texts, quality = zip(*(candidates(*some, n, rng) for _, *some in questions()))
     games = [(question, some) for (question, *_), some in zip(questions(), texts)]
+    yield {"": f"best of {n}: {len(games)} questions", "right": mean(map(mean, quality))}
     gain = lambda worth, pick: (worth[pick] - mean(worth)) / (max(worth) - mean(worth))
     row = lambda way, picks: {"": f"best of {n}: {way}"} | with_error("gain", list(map(gain, quality, picks)))
     for name, *way in (("knockout", "best", 2 * (n - 1)), ("ring, N", "all", n), ("ring, 2N", "all", 2 * n),
@@ -79,12 +74,10 @@ def best_of(judge, n):
         judge.journal.answers.clear()                      # each way pays for its own judgments
         judge.asker.engine.reset_cache()
         seconds, ranked = common.timed(now, all_of(judge.arank(*game, *way) for game in games))
-        rows.append(row(name, [r.order[0] for r in ranked]) | {
-            "judgments": mean(len(r.votes) for r in ranked), "seconds": seconds / len(games)})
+        yield row(name, [r.order[0] for r in ranked]) | {
+            "judgments": mean(len(r.votes) for r in ranked), "seconds": seconds / len(games)}
     for name, worth in (("random", lambda text: 0), ("longest", len)):
-        picks = [max(range(n), key=lambda i: (worth(some[i]), rng.random())) for some in texts]
-        rows.append(row(name, picks))
-    return rows, [f"best of {n}: {len(games)} questions, {mean(map(mean, quality)):.2f} of responses right"]
+        yield row(name, [max(range(n), key=lambda i: (worth(some[i]), rng.random())) for some in texts])
 
 
 def voted(judge, pairs, budget, lead):
@@ -97,16 +90,18 @@ def voted(judge, pairs, budget, lead):
 
 
 def votes(args, judge, pairs, how):
-    """A row for every number of votes. -> rows, a note; of each seed, what adaptive votes say"""
-    rows, right, asked = [], {}, set()
+    """A row for every number of votes, and for what labels are worth beside the adaptive ones."""
+    right, asked = {}, set()
     judge.greedy = how == "greedy first"
     for name, *way in (("8 fixed", 8, 9), ("4 fixed", 4, 9), ("2 fixed", 2, 9), ("adaptive, up to 8", 8, 2)):
         seeds = [voted(judge, pairs, *way) for judge.seed in range(args.seeds)]
         right[name], spent = ([mean(f[k] for f in some) for some in zip(*seeds)] for k in ("right", "spent"))
-        rows.append({"": f"{how}: {name}"} | with_error("accuracy", right[name]) | {"judgments": mean(spent)})
+        yield {"": f"{how}: {name}"} | with_error("accuracy", right[name]) | {"judgments": mean(spent)}
         asked.add(len(judge.journal.answers))
     assert len(asked) == 1, "something was judged twice"
-    return rows, [apart(f"{how}: adaptive less 8 fixed votes", right[name], right["8 fixed"])], seeds
+    yield {"": f"{how}: adaptive less 8 fixed"} | with_error(
+        "accuracy", [a - b for a, b in zip(right[name], right["8 fixed"])])
+    yield from labels(args, pairs, seeds, how)
 
 
 def bought(found, drawn, disputed):
@@ -120,8 +115,8 @@ def bought(found, drawn, disputed):
 
 
 def labels(args, pairs, seeds, how):
-    """A row for every share of pairs whose label is bought, picked by `select` or by lot. -> rows, notes"""
-    rows, notes = [], []
+    """A row for every share of pairs whose label is bought, picked by `select` or by lot.
+    seeds: what the votes of each say of the pairs"""
     for percent in (5, 10, 20, 30, 50):
         after, count = {}, len(pairs) * percent // 100
         for way in ("select", "by lot"):
@@ -133,11 +128,11 @@ def labels(args, pairs, seeds, how):
                 some.append(bought(found, *picked))
             corrected, drawn, decided, kept = zip(*some)
             after[way], kept = [mean(x) for x in zip(*corrected)], [k for k in kept if k is not None]
-            rows.append({"": f"{how}: {percent} % {way}"} | with_error("accuracy", after[way]) | {
+            yield {"": f"{how}: {percent} % {way}"} | with_error("accuracy", after[way]) | {
                 "drawn": mean(drawn), "sd": stdev(drawn), "decided": mean(decided),
-                "kept": mean(kept) if kept else None})
-        notes.append(apart(f"{how}: {percent} % by select less by lot", *after.values()))
-    return rows, notes
+                "kept": mean(kept) if kept else None}
+        yield {"": f"{how}: {percent} % select less by lot"} | with_error(
+            "accuracy", [a - b for a, b in zip(*after.values())])
 
 
 def main():
@@ -150,11 +145,10 @@ def main():
     args = ap.parse_args()
     judge, pairs = Judge(args.model, max_tokens=56, dtype="float32", max_len=100), read_pairs(args.data)
     judge.compare_all(pairs[:50])                                                     # warms up
-    found = [best_of(judge, n) for n in (2, 4, 8, 16)]
+    rows = [row for n in (2, 4, 8, 16) for row in best_of(judge, n)]
     for how in ("T=1", "greedy first"):
-        *some, seeds = votes(args, judge, pairs, how)
-        found += [some, labels(args, pairs, seeds, how)]
-    common.report(args, *(sum(some, []) for some in zip(*found)))
+        rows += votes(args, judge, pairs, how)
+    common.report(rows)
 
 
 if __name__ == "__main__":

@@ -50,36 +50,31 @@ def machine(peer=None):
             "versions": versions(sys.executable), "peer": versions(peer) if peer else "not run"}
 
 
-def report(args, rows, notes=()):
-    """Print a table, then the notes; with the machine and the settings they are a line more of a file."""
-    where = machine(getattr(args, "trl", None))
-    print("\n" + "; ".join(f"{k}: {v}" for k, v in where.items()))
+def report(rows, peer=None):
+    """Print where and with what something was measured, and a table."""
+    print("\n" + "; ".join(f"{k}: {v}" for k, v in machine(peer).items()))
     table(rows)
-    print("\n".join(notes))
-    path = Path("runs/bench/results.jsonl")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a") as f:
-        f.write(json.dumps({"command": sys.argv, "machine": where, "settings": vars(args), "rows": rows,
-                            "notes": notes}) + "\n")
-    print(f"a line more in {path}")
 
 
 def table(rows):
     """Rows are dicts; what a row lacks is a dash, numbers keep three digits."""
     names = list(dict.fromkeys(k for row in rows for k in row))
+
     def text(v):
-        large = isinstance(v, (int, float)) and abs(v) >= 1000
-        return "-" if v is None else f"{v:,.0f}" if large else f"{v:.3g}" if isinstance(v, float) else str(v)
+        if isinstance(v, (int, float)):
+            return f"{v:,.0f}" if abs(v) >= 1000 else f"{v:.3g}"
+        return "-" if v is None else v
 
     lines = [names] + [[text(row.get(k)) for k in names] for row in rows]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(names))]
-    for line in lines:
-        print("  ".join(cell.ljust(w) if i == 0 else cell.rjust(w)
-                        for i, (cell, w) in enumerate(zip(line, widths))))
+    first, *others = (max(map(len, column)) for column in zip(*lines))
+    for name, *cells in lines:
+        print("  ".join([name.ljust(first), *map(str.rjust, cells, others)]))
 
 
-def spread(ratios):
-    return f"{statistics.median(ratios):.3f} (from {min(ratios):.3f} to {max(ratios):.3f})"
+def ratio(ours, others):
+    """Numbers of each turn, ours over others': median and range."""
+    turns = [a / b for a, b in zip(ours, others)]
+    return f"{statistics.median(turns):.3f} (from {min(turns):.3f} to {max(turns):.3f})"
 
 
 def alternate(runs, turns):
@@ -106,22 +101,16 @@ def run(python, ranks, threads, *command):
 
 
 def run_ours(script, ranks, threads, **flags):
-    """The diary of a run of ours: a row a step, with the seconds of each phase by its name, and of all in
-    "seconds". Every rank holds the whole model, as TRL's do."""
+    """The diary of a run of ours: a row a step, with the seconds of all phases in "seconds". Every rank holds
+    the whole model, as TRL's do."""
     words = [w for k, v in flags.items() for w in (f"--{k.replace('_', '-')}", v)]
     with tempfile.TemporaryDirectory() as out:
         run(sys.executable, ranks, threads, ROOT / script, "--out", out, "--no-recompute", "--save-every", 0,
             "--shard", 1, *words)
         rows = [json.loads(line) for line in open(Path(out) / "metrics.jsonl")]
     for row in rows:
-        phases = {k.partition("_")[2]: v for k, v in row.items() if k.startswith("seconds_")}
-        row |= phases | {"seconds": sum(phases.values())}
+        row["seconds"] = sum(v for k, v in row.items() if k.startswith("seconds_"))
     return rows
-
-
-def run_peer(python, ranks, threads, **told):
-    """The same of TRL's trainer."""
-    return run(python, ranks, threads, ROOT / "bench/trl_peer.py", json.dumps(told))
 
 
 def clock():

@@ -120,12 +120,12 @@ def peer(args, ranks, answer, group):
     steps, (tokenizer, _) = args.turns + 1, P.load_tokenizer(args.model)
     with tempfile.NamedTemporaryFile() as f:
         common.write_prompts(f.name, tokenizer, args.pairs * steps, args.prompt)
-        _, *rows = common.run_peer(
-            args.trl, ranks, args.threads, kind="grpo", model=args.model, data=f.name, dtype=args.dtype,
-            steps=steps, pairs=args.pairs, group=group, max_response=answer, parts=1)
+        _, *rows = common.run(args.trl, ranks, args.threads, "bench/trl_peer.py", json.dumps(dict(
+            kind="grpo", model=args.model, data=f.name, dtype=args.dtype, steps=steps, pairs=args.pairs,
+            group=group, max_response=answer, parts=1)))
     median = lambda k: statistics.median(row[k] for row in rows)
-    return {"way": "TRL", "tokens": int(median("tokens")), "score s": median("score"),
-            "update s": median("learn"), "extra GB": median("learn_gb")}
+    return {"way": "TRL", "tokens": int(median("tokens")), "score s": median("seconds_score"),
+            "update s": median("seconds_learn"), "extra GB": median("learn_gb")}
 
 
 def race(engine, ways, turns, unit, count=None):
@@ -140,20 +140,15 @@ def race(engine, ways, turns, unit, count=None):
     count = count or sum(map(len, warm[-1]))
     seconds = {name: [s for s, _ in some[1:]] for name, some in results.items()}
     for name, s in seconds.items():
-        yield {"way": name} | times(s) | {
-            f"{unit}/s": count / statistics.median(s),
-            "ours/this": common.spread([a / b for a, b in zip(seconds["ours"], s)])}
+        yield {"way": name, "s": statistics.median(s), "fastest": min(s), "slowest": max(s),
+               f"{unit}/s": count / statistics.median(s), "ours/this": common.ratio(seconds["ours"], s)}
 
 
-def times(seconds):
-    return {"s": statistics.median(seconds), "fastest": min(seconds), "slowest": max(seconds)}
-
-
-def raw(engine, prompts, seeds, limits, logprobs=None, stop=()):
+def raw(engine, prompts, seeds, answer, logprobs=None, stop=()):
     """One call of vLLM's own."""
-    params = [engine.vllm.SamplingParams(temperature=1.0, seed=seed, logprobs=logprobs, detokenize=False,
-                                         max_tokens=limit, stop_token_ids=list(stop))
-              for seed, limit in zip(seeds, limits)]
+    params = [engine.vllm.SamplingParams(
+        temperature=1.0, seed=seed, logprobs=logprobs, detokenize=False, stop_token_ids=list(stop),
+        max_tokens=min(answer, engine.max_len - len(prompt))) for prompt, seed in zip(prompts, seeds)]
     done = engine.llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
     return [list(d.outputs[0].token_ids) for d in done]
 
@@ -163,10 +158,10 @@ def sampling(args, answer, group):
     engine, rng = Engine(args.model, args.prompt + answer, args.dtype, memory=0.5), random.Random(0)
     prompts = [[rng.randrange(260, 400) for _ in range(args.prompt)] for _ in range(args.pairs)]
     prompts = [p for p in prompts for _ in range(group)]
-    seeds, limits = [seed_of(0, i) for i in range(len(prompts))], [answer] * len(prompts)
+    seeds = [seed_of(0, i) for i in range(len(prompts))]
     ways = {"ours": lambda: [s.tokens for s in engine.generate(prompts, seeds, answer)],
-            "vLLM": lambda: raw(engine, prompts, seeds, limits, 0),
-            "vLLM, no log-probs": lambda: raw(engine, prompts, seeds, limits)}
+            "vLLM": lambda: raw(engine, prompts, seeds, answer, 0),
+            "vLLM, no log-probs": lambda: raw(engine, prompts, seeds, answer)}
     return race(engine, ways, args.turns, "tokens")
 
 
@@ -175,7 +170,6 @@ def evaluation(args, answer):
     form = prompt_form(judge.folder, args.model, default="instruct")
     chats = [chat_messages(p, *form) for p in pairs]
     ids, seeds = [encode(judge.tokenizer, c) for c in chats], [seed_of(0, p.id, 0, 1.0, 0) for p in pairs]
-    limits = [min(answer, judge.window - len(i)) for i in ids]
 
     def ours():
         with tempfile.TemporaryFile("w") as f:
@@ -183,7 +177,7 @@ def evaluation(args, answer):
                 f.write(json.dumps(line_of(a, pairs[at], chats[at])) + "\n")
                 f.flush()
 
-    ways = {"ours": ours, "vLLM": lambda: raw(judge.engine, ids, seeds, limits, stop=judge.stop)}
+    ways = {"ours": ours, "vLLM": lambda: raw(judge.engine, ids, seeds, answer, stop=judge.stop)}
     return race(judge.engine, ways, args.turns, "judgments", len(pairs))
 
 
@@ -197,10 +191,10 @@ def sync(args):
     for _ in range(args.turns):
         seconds.append(common.timed(engine.sync, policy, dtype)[0])
         engine.sleep()
-    n = sum(p.numel() for p in policy.parameters())
+    n, s = sum(p.numel() for p in policy.parameters()), statistics.median(seconds)
     gb = n * dtype.itemsize / 2**30
-    yield {"parameters (M)": n / 1e6} | times(seconds) | {
-        "GB": gb, "GB/s": gb / statistics.median(seconds), "extra GB": extra()}
+    yield {"parameters (M)": n / 1e6, "s": s, "fastest": min(seconds), "slowest": max(seconds), "GB": gb,
+           "GB/s": gb / s, "extra GB": extra()}
 
 
 def logprobs(args, tokens, way):
@@ -280,23 +274,22 @@ def recompute(args):
     yield {"judgments": len(run["judgments"]), "read s": read, "numbers s": numbers}
 
 
-def beside(rows, axes, numbers):
+def beside(rows, axes):
     """What share of a row's numbers does the first way need in the same case?"""
     ours, same = rows[0]["way"], [k for k in axes if k != "way"]
     for row in rows:
         base = next(r for r in rows if r["way"] == ours and all(r[k] == row[k] for k in same))
         assert abs(base.get("logp", 0) - row.get("logp", 0)) < 0.02, "the ways disagree"
-        row |= {f"{ours}/this: {k}": base[k] / row[k] for k in numbers}
-
-
-PARTS = {part.__name__: part
-         for part in (training, sampling, evaluation, sync, logprobs, loading, prepare, recompute)}
+        row |= {f"{ours}/this: {k}": base[k] / row[k]
+                for k in ("score s", "update s", "extra GB", "s", "GB") if k in row}
 
 
 def main():
+    parts = training, sampling, evaluation, sync, logprobs, loading, prepare, recompute
+    parts = {part.__name__: part for part in parts}
     ap = Flags(__doc__)
     arg = ap.add_argument
-    arg("part", choices=PARTS)
+    arg("part", choices=parts)
     arg("--model", help="its folder; default: a random one")
     arg("--data", default="runs/demo/data/test.jsonl", help="evaluation: file of pairs")
     arg("--answer", type=int, nargs="+", default=[90], help="tokens of every answer; evaluation: the most")
@@ -308,7 +301,7 @@ def main():
     arg("--case", type=json.loads, help="for its own use")
     common.flags(arg)
     args = ap.parse_args()
-    part = PARTS[args.part]
+    part = parts[args.part]
     if args.case is not None:
         return R.run(lambda: [R.print0(json.dumps(row)) for row in part(args, **args.case)])
     # What a part takes are flags of several values: all of their combinations are a case each.
@@ -325,11 +318,9 @@ def main():
                 "--model", args.model, "--case", json.dumps(case))]
             if args.part == "training" and args.trl and case["ranks"] == 1:
                 rows.append(case | peer(args, **case))
-    if args.part == "training":
-        beside(rows, axes, ("score s", "update s", "extra GB"))
-    if args.part == "logprobs":
-        beside(rows, axes, ("s", "GB"))
-    common.report(args, rows)
+    if args.part in ("training", "logprobs"):
+        beside(rows, axes)
+    common.report(rows, args.trl)
 
 
 if __name__ == "__main__":

@@ -56,9 +56,9 @@ def fit(model, tokenizer, some, args):
     for step in range(args.fit_steps):
         rows, labels = [], []
         for pair in some[64 * step:64 * step + 64]:
-            better, worse = (pair.a, pair.b) if pair.label == "A" else (pair.b, pair.a)
             ask = tokenizer.apply_chat_template(pair.context, add_generation_prompt=True, return_dict=False)
-            text = tokenizer.encode(better if rng.random() < RIGHT else worse) + [tokenizer.eos_token_id]
+            said = pair.a if (pair.label == "A") == (rng.random() < RIGHT) else pair.b
+            text = tokenizer.encode(said) + [tokenizer.eos_token_id]
             rows.append(torch.tensor(ask + text))
             labels.append(torch.tensor([-100] * len(ask) + text))
         ids, labels = pad_sequence(rows, True), pad_sequence(labels, True, -100)
@@ -69,15 +69,14 @@ def fit(model, tokenizer, some, args):
 
 
 @torch.no_grad()
-def shares(model, tokenizer, some, held, sample):
-    """What share of the pairs' questions a model answers right; characters of an answer."""
+def shares(model, tokenizer, some, held, **how):
+    """What share of the pairs' questions a model answers right; characters of an answer. how: it samples"""
     torch.manual_seed(0)
     rows = tokenizer.apply_chat_template([p.context for p in some], add_generation_prompt=True, padding=True,
                                          return_dict=True, return_tensors="pt")
-    ids = model.generate(**rows, max_new_tokens=LONG, do_sample=sample, **({"top_k": 0} if sample else {}))
+    ids = model.generate(**rows, max_new_tokens=LONG, **how)
     texts = tokenizer.batch_decode(ids[:, rows["input_ids"].shape[1]:], skip_special_tokens=True)
-    answers = [p.meta["key"].split()[-1] for p in some]
-    right = [text in [f"{o} {answer}" for o in toy.OPENERS] for text, answer in zip(texts, answers)]
+    right = [text in [f"{o} {p.meta['key'].split()[-1]}" for o in toy.OPENERS] for p, text in zip(some, texts)]
     return split(some, right, held) | {"characters": round(sum(map(len, texts)) / len(texts), 1)}
 
 
@@ -118,8 +117,8 @@ def main(args, folder):
             model = learn(folder, tokenizer, reward, some, args)
         print(name, json.dumps({"seconds": round(time.time() - start),
                                 "judgments": len(judge.journal.answers) - had,
-                                "sampled": shares(model, tokenizer, test, held, sample=True),
-                                "greedy": shares(model, tokenizer, test, held, sample=False)}), flush=True)
+                                "sampled": shares(model, tokenizer, test, held, do_sample=True, top_k=0),
+                                "greedy": shares(model, tokenizer, test, held, do_sample=False)}), flush=True)
 
 
 if __name__ == "__main__":

@@ -111,9 +111,9 @@ def main():
         process.terminate()
         process.wait()
     rows = [{"": name, "seconds": median(s), "times offline": median(s) / median(times["offline"]),
-             "judgments/s": args.groups * 4 * N / median(s), "lost": lost[name]} for name, s in times.items()]
-    common.report(args, rows, [f"each turn: {', '.join(f'{x:.2f}' for x in s)} s ({name})"
-                               for name, s in times.items()])
+             "judgments/s": args.groups * 4 * N / median(s), "lost": lost[name],
+             "each turn": ", ".join(f"{x:.2f}" for x in s)} for name, s in times.items()]
+    common.report(rows)
 
 
 if __name__ == "__main__":

@@ -17,15 +17,16 @@ the reference. TRL's samples go through its model at once or in parts (--peer-pa
 **sft**: tokens a second; prompts of 100 to 300 tokens, traces of 30 to 150, loss on the traces only, no
 recomputation, about 8,192 tokens a step, of which ours computes 4,096 at once. TRL gets the best of several
 lengths of a packed row (--peer-length): what a row costs it on a CPU, trl_peer.py says.
+
+"ours/this" has ours over a row's seconds of a step, or of sft its tokens a second.
 """
+import json
 import statistics
 import tempfile
 from functools import partial
 
 import common
 from files import Flags
-
-PHASES = ("sample", "score", "learn", "sync")
 
 
 def grpo(args, model, data):
@@ -44,14 +45,6 @@ def sft(args, model, data):
                          lambda rng: rng.randint(30, 150))
     flags = dict(max_len=450, batch=rows, micro_tokens=4096, lr=1e-6)
     return flags, {f"rows of {n}": {"length": n, "tokens": 8192} for n in args.peer_length}
-
-
-def seconds(steps):
-    return statistics.median(s["seconds"] for s in steps)
-
-
-def rate(steps):
-    return sum(s["tokens"] for s in steps) / sum(s["seconds"] for s in steps)
 
 
 def main():
@@ -74,27 +67,28 @@ def main():
             runs[f"ours, ranks: {ranks}"] = partial(
                 common.run_ours, f"{args.kind}.py", ranks, args.threads, **flags)
             for words, tried in tries.items() if args.trl else ():
+                told = flags | {"kind": args.kind, "steps": args.steps} | tried
                 runs[f"trl, ranks: {ranks}, {words}"] = partial(
-                    common.run_peer, args.trl, ranks, args.threads,
-                    **flags | {"kind": args.kind, "steps": args.steps} | tried)
-        turns = common.alternate(runs, args.turns)
+                    common.run, args.trl, ranks, args.threads, "bench/trl_peer.py", json.dumps(told))
+        turns = {name: [rows[args.warmup:] or rows[-1:] for rows in results]
+                 for name, results in common.alternate(runs, args.turns).items()}
 
-    table = []
+    seconds = lambda steps: statistics.median(s["seconds"] for s in steps)
+    rate = lambda steps: sum(s["tokens"] for s in steps) / sum(s["seconds"] for s in steps)
+    measure, table = {"grpo": seconds, "sft": rate}[args.kind], []
     for name, results in turns.items():
-        for row in sum(results, []):
+        steps = sum(results, [])
+        for row in steps:
             # transformers has been seen to draw an end token now and then which is 30 nats below the others.
             assert row["grad_norm"] > 0 and row.get("length_mean", args.answer) > 0.98 * args.answer, row
-        results[:] = [rows[args.warmup:] or rows[-1:] for rows in results]
-        steps = sum(results, [])
-        phases = {p: statistics.median(s[p] for s in steps) for p in PHASES if p in steps[0]}
+        phases = {p: statistics.median(s[f"seconds_{p}"] for s in steps)
+                  for p in ("sample", "score", "learn", "sync") if f"seconds_{p}" in steps[0]}
         table.append({"": name, "s/step": seconds(steps)} | phases | {
             "tokens/s": statistics.median(map(rate, results)),
-            "tokens/step": statistics.mean(s["tokens"] for s in steps), "loss": steps[0]["loss"]})
-    measure = {"grpo": seconds, "sft": rate}[args.kind]
-    ratio = lambda a, b: common.spread([measure(x) / measure(y) for x, y in zip(turns[a], turns[b])])
-    notes = [f"{a} / {b}, {measure.__name__} of each turn: {ratio(a, b)}"
-             for a in turns if a.startswith("ours") for b in turns if b.startswith("trl")]
-    common.report(args, table, notes)
+            "tokens/step": statistics.mean(s["tokens"] for s in steps), "loss": steps[0]["loss"]} | {
+            f"{ours}/this": common.ratio(map(measure, turns[ours]), map(measure, results))
+            for ours in turns if ours.startswith("ours")})
+    common.report(table, args.trl)
 
 
 if __name__ == "__main__":

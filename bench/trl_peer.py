@@ -23,17 +23,17 @@ RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1
 
 class Clock(TrainerCallback):
     """A row for every optimizer step, from the log of the last one to its own. `phases` holds the seconds
-    that wrapped functions took within it; memory is counted from the end of the one that is `last`."""
+    that wrapped methods took within it; memory is counted from the end of the one that is `last`."""
 
     def __init__(self):
         self.rows, self.phases, self.tokens = [], {}, 0
 
-    def wrap(self, trainer, name, last=False):
+    def wrap(self, trainer, name, phase, last=False):
         method = getattr(trainer, name)
 
         def wrapped(*args, **kw):
             seconds, result = timed(method, *args, **kw)
-            self.phases[name] = self.phases.get(name, 0.0) + seconds
+            self.phases[phase] = self.phases.get(phase, 0.0) + seconds
             if last:
                 self.extra = extra_gb()
             return result
@@ -70,13 +70,13 @@ def grpo(s, told, rows, record):
     data = Dataset.from_list([{"prompt": row["context_messages"]} for row in rows])
     trainer = GRPOTrainer(model=s["model"], args=config, reward_funcs=coin, callbacks=[record],
                           train_dataset=data)
-    record.wrap(trainer, "_generate_single_turn")
-    record.wrap(trainer, "_generate_and_score_completions", last=True)
+    record.wrap(trainer, "_generate_single_turn", "seconds_sample")
+    record.wrap(trainer, "_generate_and_score_completions", "seconds_score", last=True)
     trainer.train()
     for row in record.rows:
-        sample, both = row.pop("_generate_single_turn"), row.pop("_generate_and_score_completions")
-        row |= {"sample": sample, "score": both - sample, "learn": row["seconds"] - both,
-                "length_mean": row["completions/mean_length"]}
+        row["seconds_learn"] = row["seconds"] - row["seconds_score"]
+        row["seconds_score"] -= row["seconds_sample"]
+        row["length_mean"] = row["completions/mean_length"]
 
 
 def sft(s, told, rows, record):
