@@ -6,10 +6,9 @@ What does a judgment buy: the best of N responses, the better of two; and what a
 
 **Best of N.** Questions of data/toy.py: every product that has 16 responses, as many on fruits and on last
 words. Each gets N different responses: openers by lot, answers as often as the toy world writes them, each
-right with chance .3, at least one and not all; a product has three right responses at most. Show says
-nothing about being right; the longest list of fruits is often one too long. gain: (quality of the pick -
-mean) / (best - mean), 1 for a right pick, 0 on average for a lot. judgments, seconds: a question, all of a
-row being ranked together.
+right with chance .3, at least one and not all; a product has three right responses at most. right: share of
+them; gain: (quality of the pick - mean) / (best - mean), 1 for a right pick, 0 on average for a lot;
+judgments, seconds: a question, all of a row being ranked together.
 
 **Votes.** Pairs of --data, each with --seeds seeds. accuracy counts a tie half; se is over pairs, their seeds
 averaged; judgments: votes a pair. "T=1": all are sampled; "greedy first": all but the first in each order, as
@@ -106,10 +105,9 @@ def votes(args, judge, pairs, how):
 
 def bought(found, drawn, disputed):
     """What labels of some pairs are worth. -> what is right then; by those drawn: accuracy, decided, kept"""
-    right = [f["right"] for f in found]
-    known = [(found[i]["share"], right[i] == 1) for i in drawn if found[i]["share"] is not None]
-    lowest, labelled = ranking.guarantee(known, TARGET), {*drawn, *disputed}
-    sure = [f["right"] for f in found if lowest and f["share"] is not None and f["share"] >= lowest]
+    right, share = [f["right"] for f in found], [f["share"] or 0 for f in found]
+    lowest = ranking.guarantee([(share[i], right[i] == 1) for i in drawn], TARGET)
+    sure, labelled = [r for r, s in zip(right, share) if lowest and s >= lowest], {*drawn, *disputed}
     return ([1 if i in labelled else r for i, r in enumerate(right)], mean(right[i] for i in drawn),
             len(sure) / len(found), mean(sure) >= TARGET if sure else None)
 

@@ -63,7 +63,7 @@ def table(rows):
     def text(v):
         if isinstance(v, (int, float)):
             return f"{v:,.0f}" if abs(v) >= 1000 else f"{v:.3g}"
-        return "-" if v is None else v
+        return "-" if v is None else str(v)
 
     lines = [names] + [[text(row.get(k)) for k in names] for row in rows]
     first, *others = (max(map(len, column)) for column in zip(*lines))

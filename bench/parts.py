@@ -11,30 +11,7 @@ What do the parts cost, each by itself?
     python bench/parts.py recompute       # all numbers of a made-up evaluation, with their intervals
 
 The model is a random one unless named, every case a fresh process. Extra memory is the peak beyond what was
-held before.
-
-**training**: score is a pass without gradient (the old log-probs, or the reference's); update is forward,
-backward and optimizer step, and has the extra memory. `shared` computes a prompt once for all of its
-answers, as grpo.py does; `separate` once for each answer, the same code told that every answer has a prompt
-of its own. "of rate" is the floor's share of a pass: the matrix products that it cannot do without (a
-backward pass has twice those of a forward pass), at the rate at which this machine multiplies large matrices
-of this type, all ranks at a time. With --trl also the learning phase of TRL's GRPOTrainer, all samples at
-once, score being its reference pass; both ours and TRL's take one update.
-
-**sampling**: one engine, the same token ids, seeds and lengths, alternately, with an empty prefix cache each
-time. vLLM is measured twice: with the log-probs that a trainer needs, as ours, and without. **evaluation** is
-the same for `askers.Local` with all that eval.py does to an answer: decode, parse, write a line.
-
-**sync**: fp32 weights in the trainer, as in training, and an engine in --dtype. Its share of a GRPO step is
-the column `sync` of step.py.
-
-**logprobs**: forward and backward through the head only: hidden states in, gradients of hidden states and
-head out, less these two gradients, which every way has to give. Chunked is policy.py's TokenLogProbs; the
-plain way makes one tensor of all logits, its fp32 log-softmax, and gathers.
-
-**loading**: a model on disk (bf16) is read into fp32 shards by every rank. What the ranks hold together when
-it is done, and the most they ever held, beyond what they held before, over the size of the fp32 weights.
-Pages of the file are counted apart: the kernel takes them back when it needs them.
+held before; "/this" is the first way over the row's.
 """
 import gc
 import inspect
@@ -47,10 +24,9 @@ import tempfile
 import threading
 from functools import partial
 
-import common
-
 import torch
 
+import common       # which finds the others
 import benchmarks
 import packing
 import policy as P
@@ -64,7 +40,13 @@ from rubrics import Pair, chat_messages, encode, prompt_form, read_pairs
 
 
 def training(args, ranks, answer, group):
-    """What every rank does. The rows have the slowest rank's time and the largest memory."""
+    """score is a pass without gradient (the old log-probs, or the reference's); update is forward, backward
+    and optimizer step, and has the extra memory: the slowest rank's seconds, the largest memory. `shared`
+    computes a prompt once for all of its answers, as grpo.py does, `separate` once for each.
+
+    "of rate" is the floor's share of a pass: the matrix products that it cannot do without (a backward pass
+    has twice those of a forward pass), at the rate at which this machine multiplies large matrices of this
+    type, all ranks at a time."""
     rank, _, device = R.start_ranks()
     policy = P.load(args.model, device, P.DTYPES[args.dtype], recompute=False)
     optim, rng = P.adamw(policy, 1e-6, (0.9, 0.999), 0.01), random.Random(0)
@@ -116,7 +98,7 @@ def one_pass(policy, optim, micros):
 
 
 def peer(args, ranks, answer, group):
-    """TRL's row: the score and learn phases of its whole steps, without its sampling."""
+    """TRL's row: the score (the reference's pass) and learn phases of whole steps, all samples at once."""
     steps, (tokenizer, _) = args.turns + 1, P.load_tokenizer(args.model)
     with tempfile.NamedTemporaryFile() as f:
         common.write_prompts(f.name, tokenizer, args.pairs * steps, args.prompt)
@@ -154,6 +136,8 @@ def raw(engine, prompts, seeds, answer, logprobs=None, stop=()):
 
 
 def sampling(args, answer, group):
+    """One engine, the same token ids, seeds and lengths, alternately, with an empty prefix cache each time;
+    vLLM with the log-probs that a trainer needs, as ours, and without."""
     R.start_ranks()
     engine, rng = Engine(args.model, args.prompt + answer, args.dtype, memory=0.5), random.Random(0)
     prompts = [[rng.randrange(260, 400) for _ in range(args.prompt)] for _ in range(args.pairs)]
@@ -166,6 +150,7 @@ def sampling(args, answer, group):
 
 
 def evaluation(args, answer):
+    """The same for `askers.Local` with all that eval.py does to an answer: decode, parse, write a line."""
     pairs, judge = read_pairs(args.data), Local(args.model, answer, None, args.dtype)
     form = prompt_form(judge.folder, args.model, default="instruct")
     chats = [chat_messages(p, *form) for p in pairs]
@@ -174,14 +159,14 @@ def evaluation(args, answer):
     def ours():
         with tempfile.TemporaryFile("w") as f:
             for at, a in judge.answers((c, s, 1.0) for c, s in zip(chats, seeds)):
-                f.write(json.dumps(line_of(a, pairs[at], chats[at])) + "\n")
-                f.flush()
+                print(json.dumps(line_of(a, pairs[at], chats[at])), file=f, flush=True)
 
     ways = {"ours": ours, "vLLM": lambda: raw(judge.engine, ids, seeds, answer, stop=judge.stop)}
     return race(judge.engine, ways, args.turns, "judgments", len(pairs))
 
 
 def sync(args):
+    """fp32 weights in the trainer, as in training, and an engine in --dtype."""
     *_, device = R.start_ranks()
     policy, dtype = P.load(args.model, device, torch.float32), P.DTYPES[args.dtype]
     engine = Engine(args.model, 512, args.dtype, weights="dummy", memory=0.5)
@@ -198,6 +183,9 @@ def sync(args):
 
 
 def logprobs(args, tokens, way):
+    """Forward and backward through the head only: hidden states in, gradients of hidden states and head out,
+    less these two gradients, which every way has to give. Chunked is policy.py's; the plain way makes one
+    tensor of all logits, its fp32 log-softmax, and gathers."""
     words, device = args.vocab or 152064, "cuda" if common.CUDA else "cpu"
     make = lambda *shape: torch.randn(*shape, device=device, dtype=P.DTYPES[args.dtype])
     torch.manual_seed(0)
@@ -215,6 +203,9 @@ def logprobs(args, tokens, way):
 
 
 def loading(args, ranks):
+    """Every rank reads a bf16 model from disk into fp32 shards. What the ranks hold together when it is done,
+    and the most they ever held, beyond what they held before, over the size of the fp32 weights. Pages of the
+    file are counted apart: the kernel takes them back when it needs them."""
     *_, device = R.start_ranks()
     P.load(args.model, device, torch.float32)         # what this imports and allocates once is not counted
     gc.collect()                                      # modules refer to themselves
@@ -274,16 +265,6 @@ def recompute(args):
     yield {"judgments": len(run["judgments"]), "read s": read, "numbers s": numbers}
 
 
-def beside(rows, axes):
-    """What share of a row's numbers does the first way need in the same case?"""
-    ours, same = rows[0]["way"], [k for k in axes if k != "way"]
-    for row in rows:
-        base = next(r for r in rows if r["way"] == ours and all(r[k] == row[k] for k in same))
-        assert abs(base.get("logp", 0) - row.get("logp", 0)) < 0.02, "the ways disagree"
-        row |= {f"{ours}/this: {k}": base[k] / row[k]
-                for k in ("score s", "update s", "extra GB", "s", "GB") if k in row}
-
-
 def main():
     parts = training, sampling, evaluation, sync, logprobs, loading, prepare, recompute
     parts = {part.__name__: part for part in parts}
@@ -318,8 +299,12 @@ def main():
                 "--model", args.model, "--case", json.dumps(case))]
             if args.part == "training" and args.trl and case["ranks"] == 1:
                 rows.append(case | peer(args, **case))
-    if args.part in ("training", "logprobs"):
-        beside(rows, axes)
+    for row in rows if args.part in ("training", "logprobs") else ():
+        if row["way"] == rows[0]["way"]:                        # the first of the ways to do the same
+            first = row
+        assert abs(first.get("logp", 0) - row.get("logp", 0)) < 0.02, "the ways disagree"
+        row |= {f"{first['way']}/this: {k}": first[k] / row[k]
+                for k in ("score s", "update s", "extra GB", "s", "GB") if k in row}
     common.report(rows, args.trl)
 
 

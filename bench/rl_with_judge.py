@@ -10,10 +10,10 @@ The demo's judge answers from vLLM's own server (the project's environment), the
     trl/bin/python bench/rl_with_judge.py --url http://127.0.0.1:8011/v1
 
 First the judge is asked about pairs whose better response is known. Then a random Qwen2 is fitted to sums
-and products, wrong more often than right, openers by lot, and learns on from each reward: the judge's (a
-group's win rates), and `longest`, the number of characters. Neither sees a right answer. A line each says the
-share of right answers to 500 questions, `held` being those that GRPO does not ask. The pull towards the
-fitted model (--beta) is needed: the judge falls for some far-off numbers (docs/judge.md).
+and products, wrong more often than right, and learns on from each reward: the judge's (a group's win rates),
+and `longest`, the number of characters. Neither sees a right answer. A line each says the share of right
+answers to 500 questions, `held` being those that GRPO does not ask. The pull towards the fitted model
+(--beta) is needed: the judge falls for some far-off numbers (docs/judge.md).
 """
 import itertools
 import json
@@ -27,8 +27,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, AutoModelForCausalLM, set_seed
 from trl import GRPOConfig, GRPOTrainer
 
-from trl_peer import plain         # which also finds the imports below
-
+from trl_peer import plain         # which also finds the others
 import toy
 from files import Flags, number
 from rmr1 import Judge
@@ -39,14 +38,10 @@ PROMPTS, GROUP = 16, 4      # questions of a step of GRPO, answers to each
 
 
 def pairs(seed, n, apart=()):
-    """n pairs of sums and products. apart: questions that are none of theirs."""
+    """n pairs of sums and products, without those whose keys ("3 + 4 = 7") are in `apart`."""
     some = (toy.make_pair(seed, "rl_with_judge", i) for i in itertools.count())
-    some = (p for p in some if p.meta["kind"] in ("add", "mul") and question(p) not in apart)
+    some = (p for p in some if p.meta["kind"] in ("add", "mul") and p.meta["key"] not in apart)
     return list(itertools.islice(some, n))
-
-
-def question(pair):
-    return pair.context[0]["content"]
 
 
 def fit(model, tokenizer, some, args):
@@ -76,14 +71,15 @@ def shares(model, tokenizer, some, held, **how):
                                          return_dict=True, return_tensors="pt")
     ids = model.generate(**rows, max_new_tokens=LONG, **how)
     texts = tokenizer.batch_decode(ids[:, rows["input_ids"].shape[1]:], skip_special_tokens=True)
-    right = [text in [f"{o} {p.meta['key'].split()[-1]}" for o in toy.OPENERS] for p, text in zip(some, texts)]
+    answers = [p.meta["key"].split()[-1] for p in some]
+    right = [text in [f"{o} {answer}" for o in toy.OPENERS] for text, answer in zip(texts, answers)]
     return split(some, right, held) | {"characters": round(sum(map(len, texts)) / len(texts), 1)}
 
 
 def split(some, right, held):
     """Share of right ones among the pairs whose questions GRPO asks, and among the held-out ones."""
     return {name: round(sum(x) / len(x), 3) for name, out in (("asked", False), ("held", True))
-            if (x := [ok for p, ok in zip(some, right) if (question(p) in held) == out])}
+            if (x := [ok for p, ok in zip(some, right) if (p.meta["key"] in held) == out])}
 
 
 def learn(folder, tokenizer, reward, some, args):
@@ -101,7 +97,7 @@ def learn(folder, tokenizer, reward, some, args):
 def main(args, folder):
     judge = Judge(args.judge, base_url=args.url, max_tokens=56)
     test = pairs("test", 500)
-    held = random.Random(0).sample(sorted({question(p) for p in test}), 24)
+    held = random.Random(0).sample(sorted({p.meta["key"] for p in test}), 24)
     agrees = [f.verdict == p.label for p, f in zip(test, judge.compare_all(test, budget=2))]
     print("judge", json.dumps(split(test, agrees, held)), flush=True)
     tokenizer = toy.write_model(folder, layers=2, hidden=96)

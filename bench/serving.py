@@ -10,7 +10,7 @@ Groups of 8 responses (bench/best_of_n.py's questions), other ones in every turn
               wait, and ask again
     offline   Judge(model), after each of these with its groups: all together, by vLLM in this process
 
-seconds and judgments a second of a turn; lost: samples without the reward that offline gives them.
+Medians of turns; lost: samples without the reward that offline gives them.
 """
 import asyncio
 import random
@@ -32,9 +32,8 @@ CLIENTS, N, LEAVE = 64, 8, 1 / 3            # at once; responses of a group; sha
 
 def groups(count, name):
     """-> [(question, its responses), ...]: the same questions whatever the name, with other openers"""
-    rng, asked = random.Random(name), questions()
-    some = [asked[k % len(asked)] for k in range(count)]
-    return [(question, list([*candidates(right, wrong, N, rng)][0])) for question, right, wrong in some]
+    rng, some = random.Random(name), (questions() * count)[:count]
+    return [(question, list(next(candidates(right, wrong, N, rng)))) for question, right, wrong in some]
 
 
 async def served(url, work, ask):

@@ -4,21 +4,18 @@ What does a step of grpo.py or sft.py cost, and what do TRL's trainers take for 
     python bench/step.py grpo --trl /path/to/trl/bin/python                          # see trl_peer.py
     python bench/step.py grpo --trl /path/to/trl/bin/python --prompt 100 --answer 128 --group 8
     python bench/step.py sft --trl /path/to/trl/bin/python
-    python bench/step.py grpo                                                        # ours alone
 
 Same random model, data, fp32, threads, in one process and spread over ranks (--ranks). Turns alternate, each
-fresh processes whose first steps are dropped.
+fresh processes whose first steps are dropped. "ours/this": of each turn, seconds a step, or tokens a second.
 
-**grpo**: prompts, group, lengths (every answer runs to the limit), a reward without meaning, one update. TRL
-samples with its own transformers generate: its colocated vLLM cannot take weights on a CPU ('Parameter'
-object has no attribute 'weight_loader'). Neither computes old log-probs apart for a single update; both score
-the reference. TRL's samples go through its model at once or in parts (--peer-parts).
+**grpo**: every answer runs to the limit, a reward without meaning, one update. TRL samples with transformers:
+its colocated vLLM cannot take weights on a CPU ('Parameter' object has no attribute 'weight_loader'). Neither
+computes old log-probs apart for a single update; both score the reference. TRL's samples go through its model
+at once or in parts (--peer-parts).
 
 **sft**: tokens a second; prompts of 100 to 300 tokens, traces of 30 to 150, loss on the traces only, no
 recomputation, about 8,192 tokens a step, of which ours computes 4,096 at once. TRL gets the best of several
 lengths of a packed row (--peer-length): what a row costs it on a CPU, trl_peer.py says.
-
-"ours/this" has ours over a row's seconds of a step, or of sft its tokens a second.
 """
 import json
 import statistics

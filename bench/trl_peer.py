@@ -62,8 +62,7 @@ def plain(out, steps, lr=1e-6, seed=1, dtype="float32"):
 def grpo(s, told, rows, record):
     """Phases: sample is transformers' generate; score the reference's log-probs and the rewards; learn the
     rest of the step, forward, backward and optimizer."""
-    rng = random.Random(0)
-    coin = lambda completions, **_: [rng.choice((1.0, -1.0)) for _ in completions]
+    coin = lambda completions, **_: random.choices((1.0, -1.0), k=len(completions))
     config = GRPOConfig(**told, gradient_accumulation_steps=s["parts"], num_generations=s["group"], beta=1e-3,
                         per_device_train_batch_size=s["pairs"] * s["group"] // s["parts"] // RANKS,
                         max_completion_length=s["max_response"], loss_type="grpo", temperature=1.0)
