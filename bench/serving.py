@@ -10,7 +10,7 @@ Groups of 8 responses (bench/best_of_n.py's questions), other ones in every turn
               wait, and ask again
     offline   Judge(model), after each of these with its groups: all together, by vLLM in this process
 
-seconds and judgments a second of a turn; lost: samples without the reward that offline gives them.
+Medians of turns; lost: samples without the reward that offline gives them.
 """
 import asyncio
 import random
@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from collections import Counter
 from statistics import median
 
 import aiohttp
@@ -31,20 +32,18 @@ CLIENTS, N, LEAVE = 64, 8, 1 / 3            # at once; responses of a group; sha
 
 def groups(count, name):
     """-> [(question, its responses), ...]: the same questions whatever the name, with other openers"""
-    rng, asked = random.Random(name), questions()
-    some = [asked[k % len(asked)] for k in range(count)]
-    return [(question, list([*candidates(right, wrong, N, rng)][0])) for question, right, wrong in some]
+    rng, some = random.Random(name), (questions() * count)[:count]
+    return [(question, list(next(candidates(right, wrong, N, rng)))) for question, right, wrong in some]
 
 
 async def served(url, work, ask):
     """All clients, each with a group after the other. ask: `whole` or `one_by_one`. -> [rewards, ...]"""
-    found, todo = [None] * len(work), iter(enumerate(work))
+    clients = asyncio.Semaphore(CLIENTS)
     async with aiohttp.ClientSession(url, connector=aiohttp.TCPConnector(limit=0)) as session:
-        async def client():
-            for k, group in todo:
-                found[k] = await ask(session, k, *group)
-        await all_of([client() for _ in range(CLIENTS)])
-    return found
+        async def client(k, group):
+            async with clients:
+                return await ask(session, k, *group)
+        return await all_of(client(*some) for some in enumerate(work))
 
 
 async def whole(session, _, question, responses):
@@ -72,11 +71,6 @@ async def one_by_one(session, k, question, responses):
     return [found[i] for i in range(N)]
 
 
-def timed(way):
-    start = time.perf_counter()
-    return way(), time.perf_counter() - start
-
-
 def until_ready(url, process):
     while process.poll() is None:
         try:
@@ -93,35 +87,32 @@ def main():
     arg("--groups", type=number(int, 1), default=128, help="groups a turn")
     arg("--turns", type=number(int, 1), default=3, help="turns of each")
     arg("--port", type=number(int, 1, 65535), default=8012, help="of the gateway")
-    arg("--json", help="file of the results; default: runs/bench/serving.json")
     args = ap.parse_args()
     url, where = f"http://127.0.0.1:{args.port}", f"runs/bench/serving-{time.time():.0f}.jsonl"
     process = subprocess.Popen([sys.executable, "serve.py", "--model", args.model, "--dtype", "float32",
                                 "--max-tokens", "56", "--max-len", "200", "--port", str(args.port),
                                 "--journal", where], cwd=common.ROOT)
-    turns = {"offline": [], "served": [], "cohorts": []}
+    times, lost = {"offline": [], "served": [], "cohorts": []}, Counter()
     try:
         judge = Judge(args.model, dtype="float32", max_tokens=56, max_len=200)
         until_ready(url, process)
         for turn in range(args.turns + 1):
             for name, ask in (("served", whole), ("cohorts", one_by_one)):
                 work = groups(args.groups, f"{name} {turn}")
-                rewards, seconds = timed(lambda: asyncio.run(served(url, work, ask)))
-                expected, base = timed(lambda: now(all_of([judge.agroup(*group) for group in work])))
-                lost = sum(a != b for got, (some, _) in zip(rewards, expected)
-                           for a, (b, _) in zip(got, some))
+                seconds, rewards = common.timed(now, served(url, work, ask))
+                base, expected = common.timed(now, all_of(judge.agroup(*group) for group in work))
                 if turn:                                         # the first warms up
-                    turns[name].append((seconds, lost))
-                    turns["offline"].append((base, 0))
+                    times[name].append(seconds)
+                    times["offline"].append(base)
+                    lost[name] += sum(a != b for got, (some, _) in zip(rewards, expected)
+                                      for a, (b, _) in zip(got, some))
     finally:
         process.terminate()
         process.wait()
-    seconds = {name: [s for s, _ in some] for name, some in turns.items()}
-    rows = [{"": name, "seconds": median(s), "times offline": median(s) / median(seconds["offline"]),
-             "judgments/s": args.groups * 4 * N / median(s), "lost": sum(lost for _, lost in turns[name])}
-            for name, s in seconds.items()]
-    common.report("serving", args, rows, [f"each turn: {', '.join(f'{x:.2f}' for x in s)} s ({name})"
-                                          for name, s in seconds.items()])
+    rows = [{"": name, "seconds": median(s), "times offline": median(s) / median(times["offline"]),
+             "judgments/s": args.groups * 4 * N / median(s), "lost": lost[name],
+             "each turn": ", ".join(f"{x:.2f}" for x in s)} for name, s in times.items()]
+    common.report(rows)
 
 
 if __name__ == "__main__":

@@ -2,56 +2,53 @@
 TRL's side of step.py and of `parts.py training`, which run it in TRL's own environment:
 
     python -m venv trl && trl/bin/pip install torch==2.13.0 trl datasets
-    trl/bin/python bench/trl_peer.py '{"kind": "grpo", ...}' OUT.json         # or by torchrun
+    trl/bin/python bench/trl_peer.py '{"kind": "grpo", ...}'                  # or by torchrun
 
-Every step's seconds by phase, tokens, loss and gradient norm go to OUT.json.
+Prints every step's seconds by phase, tokens, loss and gradient norm.
 """
 import json
 import os
 import random
 import sys
 import tempfile
-from pathlib import Path
 
 from datasets import Dataset
 from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
-from common import CUDA, Memory, clock
+from common import CUDA, clock, extra_gb, timed
 
-RANK, RANKS = (int(os.environ.get(name, alone)) for name, alone in (("RANK", 0), ("WORLD_SIZE", 1)))
+RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
 class Clock(TrainerCallback):
-    """A row for every optimizer step, from the end of the last one to its own. `phases` holds the seconds
-    that wrapped functions took within it; memory is counted from the end of the one that is `last`."""
+    """A row for every optimizer step, from the log of the last one to its own. `phases` holds the seconds
+    that wrapped methods took within it; memory is counted from the end of the one that is `last`."""
 
     def __init__(self):
-        self.rows, self.phases = [], {}
+        self.rows, self.phases, self.tokens = [], {}, 0
 
-    def wrap(self, trainer, name, last=False):
+    def wrap(self, trainer, name, phase, last=False):
         method = getattr(trainer, name)
 
-        def timed(*args, **kw):
-            start = clock()
-            result = method(*args, **kw)
-            self.phases[name] = self.phases.get(name, 0.0) + clock() - start
+        def wrapped(*args, **kw):
+            seconds, result = timed(method, *args, **kw)
+            self.phases[phase] = self.phases.get(phase, 0.0) + seconds
             if last:
-                self.memory = Memory()
+                self.extra = extra_gb()
             return result
-        setattr(trainer, name, timed)
+        setattr(trainer, name, wrapped)
 
     def on_train_begin(self, *args, **kw):
-        self.start, self.memory = clock(), Memory()
-
-    def on_step_end(self, *args, **kw):
-        now = clock()
-        self.rows.append({"seconds": now - self.start, "learn_gb": self.memory.extra()} | self.phases)
-        self.start, self.phases = now, {}
+        self.start, self.extra = clock(), extra_gb()
 
     def on_log(self, args, state, control, logs, **kw):
         if "loss" in logs:                              # and not the summary of the whole run
-            self.rows[-1] |= {k: v for k, v in logs.items() if isinstance(v, (int, float))}
+            now, numbers = clock(), {k: v for k, v in logs.items() if isinstance(v, (int, float))}
+            self.rows.append(numbers | self.phases | {
+                "seconds": now - self.start, "learn_gb": self.extra(),
+                "tokens": logs["num_tokens"] - self.tokens})         # TRL counts them since the start
+            self.start, self.phases, self.tokens = now, {}, logs["num_tokens"]
 
 
 def plain(out, steps, lr=1e-6, seed=1, dtype="float32"):
@@ -65,21 +62,20 @@ def plain(out, steps, lr=1e-6, seed=1, dtype="float32"):
 def grpo(s, told, rows, record):
     """Phases: sample is transformers' generate; score the reference's log-probs and the rewards; learn the
     rest of the step, forward, backward and optimizer."""
-    rng = random.Random(0)
-    coin = lambda completions, **_: [rng.choice((1.0, -1.0)) for _ in completions]
+    coin = lambda completions, **_: random.choices((1.0, -1.0), k=len(completions))
     config = GRPOConfig(**told, gradient_accumulation_steps=s["parts"], num_generations=s["group"], beta=1e-3,
                         per_device_train_batch_size=s["pairs"] * s["group"] // s["parts"] // RANKS,
-                        max_completion_length=s["answer"], loss_type="grpo", temperature=1.0)
+                        max_completion_length=s["max_response"], loss_type="grpo", temperature=1.0)
     data = Dataset.from_list([{"prompt": row["context_messages"]} for row in rows])
     trainer = GRPOTrainer(model=s["model"], args=config, reward_funcs=coin, callbacks=[record],
                           train_dataset=data)
-    record.wrap(trainer, "_generate_single_turn")
-    record.wrap(trainer, "_generate_and_score_completions", last=True)
+    record.wrap(trainer, "_generate_single_turn", "seconds_sample")
+    record.wrap(trainer, "_generate_and_score_completions", "seconds_score", last=True)
     trainer.train()
     for row in record.rows:
-        sample, both = row.pop("_generate_single_turn"), row.pop("_generate_and_score_completions")
-        row |= {"sample": sample, "score": both - sample, "learn": row["seconds"] - both,
-                "length_mean": row["completions/mean_length"]}
+        row["seconds_learn"] = row["seconds"] - row["seconds_score"]
+        row["seconds_score"] -= row["seconds_sample"]
+        row["length_mean"] = row["completions/mean_length"]
 
 
 def sft(s, told, rows, record):
@@ -100,11 +96,8 @@ def main():
     with tempfile.TemporaryDirectory() as out:
         told = plain(out, s["steps"], dtype=s["dtype"])
         {"grpo": grpo, "sft": sft}[s["kind"]](s, told, rows, record)
-    before = 0
-    for row in record.rows:                              # TRL counts the tokens since the start
-        row["tokens"], before = row["num_tokens"] - before, row["num_tokens"]
-    if RANK == 0:
-        Path(sys.argv[2]).write_text(json.dumps(record.rows))
+    for row in record.rows if RANK == 0 else ():
+        print(json.dumps(row), flush=True)
 
 
 if __name__ == "__main__":
