@@ -188,8 +188,8 @@ def rows_of(source, tokenizer, form, args, both=False):
     rows = [[(p, encode(tokenizer, chat_messages(p, *form))) for p in ([p, p.swapped()] if both else [p])]
             for p in tqdm(pairs, desc="tokenize", disable=R.quiet(), leave=False)]
     kept = [row for row in rows if all(len(ids) <= args.max_prompt for _, ids in row)]
-    left_out = f"{len(rows) - len(kept)} left out as longer than --max-prompt {args.max_prompt}"
-    R.print0(f"{source}: {len(kept)} pairs, {left_out}")
+    R.print0(f"{source}: {len(kept)} pairs, {len(rows) - len(kept)} left out as longer than "
+             f"--max-prompt {args.max_prompt}")
     return pairs, kept
 
 

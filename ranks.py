@@ -473,11 +473,11 @@ class Diary:
 
     def show(self, step, groups, tokenizer, count=4):
         """Some of what a step sampled, for a person to read: a judgment of each of the first groups."""
-        self.append("samples.jsonl", [
+        self.append("samples.jsonl", (                     # read by the one rank that writes
             {"step": step, "pair": r.pair.id, "label": r.pair.label, "verdict": r.verdict,
              "reward": r.reward if math.isfinite(r.reward) else None, "finished": r.finished,
              "text": tokenizer.decode(r.tokens)}
-            for r in (group[step % len(group)] for group in groups[:count])])
+            for r in (group[step % len(group)] for group in groups[:count])))
 
     def append(self, name, rows):
         if dist.get_rank() == 0:

@@ -51,8 +51,7 @@ class Pair:
         be told apart). It keeps its id; a trace, which would name the wrong sides, is left behind."""
         meta = {k[:-1] + {"a": "b", "b": "a"}[k[-1]] if k.endswith(("_a", "_b")) else k: v
                 for k, v in self.meta.items()}
-        messages = self.messages
-        if messages is not None:
+        if (messages := self.messages) is not None:
             if not self.a:
                 raise ValueError(f"{self.id}: the responses of a finished prompt cannot be told apart")
             question, last = self.context[0]["content"], messages[-1]
@@ -100,8 +99,7 @@ def read_pairs(source, skip_bad=False, both_orders=False):
     if not pairs:
         fail(f"{source}: no pairs in it" + (f", and {len(bad)} bad lines, the first: {bad[0]}" if bad else ""))
     if both_orders and (stuck := [p.id for p in pairs if p.messages is not None and not p.a]):
-        fail(f"--both-orders: {source} has finished prompts whose responses cannot be told apart, the first is "
-             f"{stuck[0]}")
+        fail(f"--both-orders: {source}: responses of finished prompts cannot be told apart, first in {stuck[0]}")
     if bad and int(os.environ.get("RANK", 0)) == 0:
         print("\n".join(bad), f"\n{len(bad)} bad lines of {len(bad) + len(pairs)} left out", file=sys.stderr)
     return pairs
@@ -146,9 +144,8 @@ def about(row, default_id):
 
 
 def published_pair(row, default_id):
-    """A released row: its prompt is kept word for word. Question and responses are read back from
-    between the single-turn markers; a prompt with other markers leaves them empty: such a pair can be
-    judged, but not swapped."""
+    """A released row: its prompt is kept word for word. Question and responses are read back from between the
+    single-turn markers; a prompt with other markers leaves them empty: it can be judged, but not swapped."""
     messages = messages_of(row["context_messages"])
     winner, truth = row.get("winner"), row.get("ground_truth")
     trace, better = (None, winner) if truth is None else (winner, truth)

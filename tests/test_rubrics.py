@@ -225,6 +225,20 @@ def test_published_prompts_that_cannot_be_taken_apart_are_still_judged_as_they_a
             read.swapped()
 
 
+def test_both_orders_refuse_what_cannot_be_swapped_and_name_it(tmp_path, capsys):
+    rows = [{"id": "whole", "context_messages": chat_messages(PAIR), "winner": "model_a"},
+            {"id": "stuck", "context_messages": USER, "winner": "model_a"}]
+    path = tmp_path / "pairs.jsonl"
+    path.write_text(json.dumps(rows[0]) + "\n")
+    assert [p.id for p in read_pairs(path, both_orders=True)] == ["whole"]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert len(read_pairs(path)) == 2
+    with pytest.raises(SystemExit):
+        read_pairs(path, both_orders=True)
+    said = capsys.readouterr().err
+    assert "--both-orders" in said and str(path) in said and said.strip().endswith("stuck")
+
+
 def test_chosen_and_rejected_are_dealt_evenly_and_never_by_order():
     sides = [pair_of({"prompt": f"q{i}", "chosen": "good", "rejected": "bad"}, str(i)).label
              for i in range(1000)]
