@@ -1,17 +1,19 @@
 """
-How good a judge is: asks it about benchmarks or any file of pairs, and keeps every judgment.
+How good a judge is: judge benchmarks or any file of pairs, keep every judgment, and report.
 
     torchrun --nproc_per_node 8 eval.py --model runs/grpo/model --bench all --out DIR
     python eval.py --model MODEL --protocol instruct --bench rm-bench,rmb --data-dir files --out DIR
     python eval.py --model MODEL --data pairs.jsonl --both-orders --temperature 1 --votes 5 --out DIR
     python eval.py --model NAME --base-url http://localhost:8000/v1 --protocol instruct --bench all --out DIR
     python eval.py --model Skywork/Skywork-Reward-Llama-3.1-8B-v0.2 --scalar --bench rewardbench --out DIR
-    python eval.py report DIR1 DIR2 ...                             # this and compare: see report.py
+    python eval.py report DIR1 DIR2 ...         # table, page and curve: judge/report.py
+    python eval.py compare DIR1 DIR2            # do two runs differ?
 
-Writes DIR/pairs.jsonl (what was asked), DIR/judgments.jsonl (one line a judgment, as it comes),
-DIR/left_out.jsonl and DIR/config.json; report.py computes every number from them. Killed and started again
-with the same command, it judges what is still missing or has changed since.
+Writes DIR/pairs.jsonl (the comparisons), DIR/judgments.jsonl (one line a judgment, as it comes),
+DIR/left_out.jsonl and DIR/config.json; the report computes every number from these files. A run that was
+killed goes on with the same command: it judges what is missing, and what has changed since.
 """
+
 import errno
 import hashlib
 import json
@@ -19,300 +21,565 @@ import os
 import random
 import sys
 from collections import defaultdict
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tqdm import tqdm
 
-import benchmarks as B
-from askers import Answer, Scalar, asker_of, flags, judged, without_user
-from engine import check_tp, seed_of
-from files import Flags, claim, digest, fail, fingerprint, number, read_lines, read_object, write_lines
-from report import COMMANDS, as_text, key_of, lines_of, measure, read_run
-from rubrics import chat_messages, prompt_form, read_pairs, verbatim
+from judge import benchmarks
+from judge.backends import (
+    Answer,
+    ScalarBackend,
+    backend_flags,
+    make_backend,
+    read_answer,
+    without_user,
+)
+from judge.report import (
+    EVALUATION_FORMAT,
+    check_format,
+    compare,
+    key_of,
+    measure,
+    read_judgments,
+    read_run,
+    report,
+    table_text,
+)
+from lib.files import (
+    Failure,
+    Flags,
+    digest,
+    lock_folder,
+    number,
+    read_lines,
+    read_object,
+    run_main,
+    seed_of,
+    write_lines,
+)
+from lib.model_files import config_of, find_model, fingerprint
+from lib.pairs import Pair, read_pairs
+from rubrics import PromptStyle, chat_messages, prompt_style, verbatim
+
+# torch is imported where models run: `eval.py report` and `eval.py compare` need none.
 
 
-# ---------------------------------------------------------------- what to ask
+def flags():
+    parser = Flags(
+        __doc__,
+        epilog="eval.py report DIR ... and eval.py compare DIR DIR read what was written; "
+        "each has --help",
+    )
+    arg = parser.add_argument
+    backend_flags(
+        parser, "model protocol system-prompt base-url at-once max-tokens max-len dtype seed"
+    )
+    arg(
+        "--bench",
+        default="",
+        help=f"NAME or NAME@REVISION, with commas: {', '.join(benchmarks.BENCHES)}; or all",
+    )
+    arg("--data-dir", help="folder with the benchmarks' files instead of the hub")
+    arg(
+        "--data",
+        nargs="+",
+        default=[],
+        help="files of pairs: JSONL, JSON, parquet, or a hub dataset",
+    )
+    arg("--out", required=True, help="folder of this run")
+    arg("--scalar", action="store_true", help="the model is a reward model that gives a number")
+    arg(
+        "--temperature",
+        type=number(float, 0),
+        nargs="+",
+        default=[0.0],
+        help="0 for greedy; one or several",
+    )
+    arg(
+        "--votes",
+        type=number(int, 1),
+        default=1,
+        help="judgments of a comparison above temperature 0; the majority decides, the first at a tie",
+    )
+    arg(
+        "--both-orders",
+        action="store_true",
+        help="judge every pair a second time with A and B swapped",
+    )
+    arg(
+        "--limit", type=number(int, 1), help="only so many items of every subset, drawn by the seed"
+    )
+    arg(
+        "--engine-memory",
+        type=number(float, 0, 1, above=True),
+        default=0.9,
+        help="share of a card for vLLM",
+    )
+    arg("--tp", type=number(int, 1), default=1, help="ranks that judge with one engine together")
+    arg(
+        "--skip-bad",
+        action="store_true",
+        help="report and leave out bad lines of --data, and go on",
+    )
+    return parser
 
-def collect(args):
-    """-> {pair id: pair}, [what was left out], [where it came from]. A pair's meta says which benchmark or
-    file it is of, and whether its better response is B (`swap`): of a benchmark's pair, a hash of (seed, id)
-    decides that; a file's pairs are shown as they are."""
-    asked, left_out, origin = {}, [], []
+
+def arguments(argv=None):
+    args = flags().parse_args(argv)
+    if args.bench == "all":
+        args.bench = list(benchmarks.BENCHES)
+    else:
+        args.bench = [name for name in args.bench.split(",") if name]
     for name in args.bench:
-        pairs, bad, where = B.load(name, args.data_dir, args.limit, args.seed)
-        origin += where
-        left_out += bad
-        for p in pairs:
-            swap = hashlib.sha256(f"{args.seed}/{p.id}".encode()).digest()[0] % 2 == 1
-            p = p.swapped() if swap else p
-            asked[p.id] = replace(p, meta=p.meta | {"swap": swap})
-    for path in args.data:
-        origin.append(path)
-        for p in pairs_of(path, args):
-            if p.id in asked:
-                fail(f"{path}: two pairs have the id {p.meta['item']}")
-            asked[p.id] = p
-    return asked, left_out, origin
+        if name.split("@")[0] not in benchmarks.BENCHES:
+            raise Failure(
+                f"--bench {name}: no such benchmark; there are {', '.join(benchmarks.BENCHES)}"
+            )
+    if not args.bench and not args.data:
+        raise Failure("name something to judge: --bench or --data")
+    if args.votes > 1 and max(args.temperature) == 0:
+        raise Failure(
+            f"--votes {args.votes}: votes at temperature 0 are all the same; give --temperature 1"
+        )
+    if len(set(args.temperature)) < len(args.temperature):
+        raise Failure("--temperature: each once")
+    if args.scalar and (args.votes > 1 or args.both_orders or args.base_url or args.tp > 1):
+        raise Failure("--scalar: a reward model has no votes, no order, no server and no --tp")
+    return args
 
 
-def pairs_of(path, args):
-    """A file's pairs as `collect` gives them."""
-    name = Path(path).stem
-    name += " pairs" if name in B.BENCHES else ""                # which would be scored as the benchmark
-    pairs = read_pairs(path, args.skip_bad, args.both_orders)
-    if args.limit:
-        drawn = random.Random(args.seed).sample(range(len(pairs)), min(args.limit, len(pairs)))
-        pairs = [pairs[i] for i in sorted(drawn)]
-    for p in pairs:
-        about = {"type": p.type, "source": p.source, "swap": p.label == "B"}
-        if "style_a" in p.meta and "style_b" in p.meta:
-            better, worse = "ab" if p.label == "A" else "ba"
-            about["styles"] = [p.meta[f"style_{better}"], p.meta[f"style_{worse}"]]
-        yield replace(p, id=f"{name}/{p.id}", meta={"bench": name, "item": p.id, "subset": "",
-                                                    "compare": [0, 1], **about})
+FILE_COMMANDS = {"report": report, "compare": compare}
 
 
-def tasks(asked, args):
-    """[(pair as shown, what its line begins with), ...]: order 0 is the one of `collect`, 1 the other.
-    JudgeBench asks for both, a scalar judge knows no order, and greedy votes would all be the same."""
-    out = []
-    for pair in asked.values():
-        both = args.both_orders or B.BENCHES.get(pair.meta["bench"], B.FILE).orders == "join"
-        for order in (0, 1) if both and not args.scalar else (0,):
-            shown = pair.swapped() if order else pair
-            about = {"id": pair.id, "order": order, "swap": pair.meta["swap"] ^ bool(order)}
-            for t in args.temperature:
-                out += [(shown, about | {"temperature": t, "vote": vote, "label": shown.label})
-                        for vote in range(args.votes if t > 0 else 1)]
-    return sorted(out, key=lambda task: task[1]["temperature"])
+def file_command():
+    """The function of the command that reads what evaluations have written, or None for an evaluation."""
+    return FILE_COMMANDS.get(sys.argv[1]) if len(sys.argv) > 1 else None
 
 
-# ---------------------------------------------------------------- ask
+def main():
+    command = file_command()
+    if command:
+        return command(sys.argv[2:])
+    args = arguments()
+    try:
+        evaluate(args)
+    except OSError as e:
+        if e.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise Failure(
+            f"--out {args.out}: {e.strerror}; the judgments so far are kept, and the same command goes on"
+        )
 
-def judge(args):
-    """Ask for every judgment that the folder does not have yet, and write each as it comes."""
-    import ranks
-    asked, left_out, origin = collect(args)
-    todo, out = tasks(asked, args), Path(args.out)
-    if not todo:
-        fail("nothing to judge" + (f": {left_out[0]['item']}: {left_out[0]['reason']}" if left_out else ""))
-    rank, world, _ = ranks.start_ranks()
-    config = settings(args, world) | {"data": origin}
 
-    def chat(shown):
-        return [shown.context, shown.a, shown.b] if args.scalar else \
-            chat_messages(shown, config["protocol"], config["system"])
+def evaluate(args):
+    """Ask for every judgment that the folder lacks, write each one as it comes, and print the table."""
+    from lib.dist import all_sum, barrier, phase, quiet, start_ranks
 
-    open_run(args, config, asked, left_out, chat, rank)
-    ranks.barrier()
-    done = {key_of(line) for line in read_lines(out / "judgments.jsonl")}
-    # A prompt's votes stay on one rank, whose cache then has it.
-    place = {prompt: n for n, prompt in enumerate(dict.fromkeys((x["id"], x["order"]) for _, x in todo))}
-    # The ranks of one tensor-parallel engine ask the same; the first of them writes.
-    engine, engines, writes = rank // args.tp, world // args.tp, rank % args.tp == 0
-    mine = [(shown, x) for shown, x in todo
-            if place[x["id"], x["order"]] % engines == engine and key_of(x) not in done]
-    bar = tqdm(total=len(mine), desc="judge", disable=ranks.quiet(), smoothing=0)
-    right, failed, why = 0, 0, "no answer on another rank, or the files were changed meanwhile"
-    ranks.phase("judge")
-    work, = ranks.all_sum([len(mine)])                # building an engine is a collective: all do, or none
-    # Kept to the end: when vLLM's engine is collected, it takes the ranks' process group with it.
-    asker = asker_of(
-        args.model, args.base_url, args.max_tokens, at_once=args.at_once, max_len=args.max_len,
-        dtype=args.dtype, memory=args.engine_memory, seed=args.seed, tp=args.tp
-    ) if work and not args.scalar else None
-    with open(out / f"judgments.part{rank}.jsonl" if writes else os.devnull, "a") as f:
-        for line in answers(args, asker, mine, chat) if work else ():
-            if isinstance(line, str):                  # why there is no answer: another run asks again
-                failed, why = failed + 1, line
+    out = Path(args.out)
+    pairs, left_out, origins = collect_pairs(args)
+    tasks = list_tasks(pairs, args)
+    if not tasks:
+        example = f": {left_out[0]['item']}: {left_out[0]['reason']}" if left_out else ""
+        raise Failure(f"nothing to judge{example}")
+    rank, world, _ = start_ranks()
+    config = settings(args, world) | {"data": origins}
+    style = None if args.scalar else PromptStyle(config["protocol"], config["system"])
+    open_folder(out, config)
+    barrier()  # all ranks have looked at the folder
+    if rank == 0:
+        update_folder(args, config, pairs, left_out, style)
+    barrier()
+
+    my_tasks = tasks_of_engine(tasks, out, rank // args.tp, world // args.tp)
+    phase("judge")
+    # All ranks must build an engine together, or none.
+    (work,) = all_sum([len(my_tasks)])
+    # Keep a reference until the end: garbage-collecting the engine destroys the process group.
+    backend = build_backend(args) if work and not args.scalar else None
+    lines = judgment_lines(args, backend, my_tasks, style) if work else ()
+    bar = tqdm(total=len(my_tasks), desc="judge", disable=quiet(), smoothing=0)
+    right = failed = 0
+    failure = "no answer on another rank, or the files were changed meanwhile"
+    # The ranks of one tensor-parallel engine get the same answers, so the first of them writes.
+    writes = rank % args.tp == 0
+    with open(out / f"judgments.part{rank}.jsonl" if writes else os.devnull, "a") as file:
+        for line, reason in lines:
+            if line is None:  # there is no answer: another run of this command asks again
+                failed += 1
+                failure = reason
             else:
-                f.write(json.dumps(line) + "\n")
-                f.flush()
+                file.write(json.dumps(line) + "\n")
+                file.flush()
                 right += line["verdict"] is not None and line["verdict"] == line["label"]
             bar.update()
             bar.set_postfix_str(f"accuracy {right / max(1, bar.n - failed):.3f}", refresh=False)
     bar.close()
-    ranks.barrier()                                   # everyone has written
+
+    barrier()  # all ranks have written
     if rank == 0:
-        keys = [key_of(x) for _, x in todo]
-        there = merge(out, keys)
-        if there:
-            print(as_text([measure(read_run(out))]))
-        if lost := sum(key not in there for key in keys):
-            fail(f"{lost} of {len(todo)} judgments: {why}; the same command asks for them again")
-    ranks.barrier()
+        gather(out, tasks, failure)
+    barrier()
+
+
+# ---------------------------------------------------------------- what to judge
+
+
+def collect_pairs(args):
+    """The comparisons of all benchmarks and files -> {pair id: pair}, [what was left out], [where it came from]
+
+    A pair's meta says which benchmark or file it is from. "swap" means: the better response is B. For a
+    benchmark's pair a hash of (seed, id) decides that. A file's pairs keep their order.
+    """
+    pairs, left_out, origins = {}, [], []
+    for name in args.bench:
+        bench_pairs, bad_rows, sources = benchmarks.load(name, args.data_dir, args.limit, args.seed)
+        origins += sources
+        left_out += bad_rows
+        for pair in bench_pairs:
+            mark = hashlib.sha256(f"{args.seed}/{pair.id}".encode()).digest()
+            swap = mark[0] % 2 == 1
+            pair = pair.swapped() if swap else pair
+            pairs[pair.id] = replace(pair, meta=pair.meta | {"swap": swap})
+    for path in args.data:
+        origins.append(path)
+        for pair in pairs_of_file(path, args):
+            if pair.id in pairs:
+                raise Failure(f"{path}: two pairs have the id {pair.meta['item']}")
+            pairs[pair.id] = pair
+    return pairs, left_out, origins
+
+
+def pairs_of_file(path, args):
+    """Yields a file's pairs, with the meta of `collect_pairs`."""
+    name = Path(path).stem
+    if name in benchmarks.BENCHES:  # it would be scored as the benchmark
+        name += " pairs"
+    pairs = read_pairs(path, args.skip_bad, args.both_orders)
+    if args.limit:
+        count = min(args.limit, len(pairs))
+        places = random.Random(args.seed).sample(range(len(pairs)), count)
+        pairs = [pairs[i] for i in sorted(places)]
+    for pair in pairs:
+        meta = {
+            "bench": name,
+            "item": pair.id,
+            "subset": "",
+            "compare": [0, 1],
+            "type": pair.type,
+            "source": pair.source,
+            "swap": pair.label == "B",  # "swap" means: the better response is B
+        }
+        if "style_a" in pair.meta and "style_b" in pair.meta:
+            styles = [pair.meta["style_a"], pair.meta["style_b"]]
+            meta["styles"] = styles if pair.label == "A" else styles[::-1]  # the better one's first
+        yield replace(pair, id=f"{name}/{pair.id}", meta=meta)
+
+
+@dataclass
+class Task:
+    """A judgment to ask for.
+
+    pair    in the order in which the judge sees it
+    fields  what its line in judgments.jsonl begins with
+    """
+
+    pair: Pair
+    fields: dict
+
+
+def list_tasks(pairs, args):
+    """[`Task`, ...] of pairs, {pair id: pair}. Order 0 is that of `collect_pairs`, order 1 the other one.
+
+    JudgeBench asks for both orders. A scalar judge knows no order, and greedy votes would all be the same.
+    """
+    tasks = []
+    for pair in pairs.values():
+        both = args.both_orders or benchmarks.bench_named(pair.meta["bench"]).orders == "join"
+        for order in (0, 1) if both and not args.scalar else (0,):
+            displayed = pair.swapped() if order else pair
+            swap = pair.meta["swap"] ^ bool(order)
+            for temperature in args.temperature:
+                for vote in range(args.votes if temperature > 0 else 1):
+                    fields = {
+                        "id": pair.id,
+                        "order": order,
+                        "swap": swap,
+                        "temperature": temperature,
+                        "vote": vote,
+                        "label": displayed.label,
+                    }
+                    tasks.append(Task(displayed, fields))
+    return sorted(tasks, key=lambda task: task.fields["temperature"])
+
+
+def tasks_of_engine(tasks, out, engine, engines):
+    """The tasks that fall to an engine, without those that the folder has.
+
+    All votes on a prompt go to one engine, whose prefix cache then has the prompt.
+    """
+    existing = {key_of(line) for line in read_lines(out / "judgments.jsonl")}
+    prompts = dict.fromkeys((task.fields["id"], task.fields["order"]) for task in tasks)
+    place = {prompt: n for n, prompt in enumerate(prompts)}
+    return [
+        task
+        for task in tasks
+        if place[task.fields["id"], task.fields["order"]] % engines == engine
+        and key_of(task.fields) not in existing
+    ]
+
+
+# ---------------------------------------------------------------- judge
 
 
 def settings(args, world):
-    """What judgments depend on beside their pairs, for config.json: a folder has those of one kind only."""
-    import policy
+    """What judgments depend on besides their pairs, for config.json: all judgments in a folder share these."""
+    from lib.engine import check_tp
+
     protocol = system = folder = None
     if not args.scalar:
-        folder = None if args.base_url else policy.resolve(args.model)
-        check_tp(args.tp, world, folder and policy.config_of(folder))
-        protocol, system = prompt_form(folder, args.model, args.protocol, args.system_prompt)
-    return {"model": args.model, "weights": fingerprint(args.model, folder),
-            "base_url": args.base_url and without_user(args.base_url), "scalar": args.scalar,
-            "protocol": protocol, "system": system, "max_tokens": args.max_tokens, "max_len": args.max_len,
-            "dtype": args.dtype, "seed": args.seed}
+        folder = None if args.base_url else find_model(args.model)
+        check_tp(args.tp, world, folder and config_of(folder))
+        style = prompt_style(folder, args.model, args.protocol, args.system_prompt)
+        protocol, system = style.protocol, style.system
+    return {
+        "format": EVALUATION_FORMAT,
+        "model": args.model,
+        "weights": fingerprint(args.model, folder),
+        "base_url": args.base_url and without_user(args.base_url),
+        "scalar": args.scalar,
+        "protocol": protocol,
+        "system": system,
+        "max_tokens": args.max_tokens,
+        "max_len": args.max_len,
+        "dtype": args.dtype,
+        "seed": args.seed,
+    }
 
 
-def answers(args, asker, mine, chat):
-    """Yields the lines of judgments.jsonl, as they come, or why no answer came (str)."""
+def prompt_of(pair, style):
+    """The chat messages for a pair; for a scalar judge (style None) the texts that it scores."""
+    if style is None:
+        return [pair.context, pair.a, pair.b]
+    return chat_messages(pair, style)
+
+
+def build_backend(args):
+    return make_backend(
+        args.model,
+        args.base_url,
+        args.max_tokens,
+        at_once=args.at_once,
+        max_len=args.max_len,
+        dtype=args.dtype,
+        memory=args.engine_memory,
+        seed=args.seed,
+        tp=args.tp,
+    )
+
+
+def judgment_lines(args, backend, tasks, style):
+    """Yields (line of judgments.jsonl, "") as answers come, or (None, why there is no answer)."""
     if args.scalar:
-        yield from scalar_answers(args, mine, chat)
+        yield from scalar_lines(args, tasks, style)
         return
-    requests = ((chat(shown), seed_of(args.seed, x["id"], x["order"], x["temperature"], x["vote"]),
-                 x["temperature"]) for shown, x in mine)
-    for at, a in asker.answers(requests):
-        shown, x = mine[at]
-        yield a.finish if a.failed else x | line_of(a, shown, chat(shown))
+
+    def requests():
+        for task in tasks:
+            fields = task.fields
+            seed = seed_of(
+                args.seed, fields["id"], fields["order"], fields["temperature"], fields["vote"]
+            )
+            yield prompt_of(task.pair, style), seed, fields["temperature"]
+
+    for place, answer in backend.answers(requests()):
+        if answer.failed:
+            yield None, answer.finish
+        else:
+            task = tasks[place]
+            prompt = prompt_of(task.pair, style)
+            yield task.fields | judgment_line(answer, task.pair, prompt), ""
 
 
-def line_of(a, shown, messages):
-    """What judgments.jsonl says about an answer, but for which comparison it belongs to."""
-    j = judged(a)
-    quotes = verbatim(j, shown)
-    return {"verdict": j.verdict, "reason": j.reason,
-            "official": B.process_judgement(a.text), "finish": a.finish, "tokens": a.tokens,
-            "prompt_tokens": a.prompt_tokens, "prompt": digest(messages), "type": j.type,
-            "rubric": [[name, weight] for name, weight, _ in j.rubric], "quotes": [sum(quotes), len(quotes)],
-            "text": a.text}
+def judgment_line(answer, pair, prompt):
+    """The fields of judgments.jsonl that an answer decides; a `Task` has the others.
+
+    pair    in the order in which the judge saw it
+    prompt  see `prompt_of`
+    """
+    judgment = read_answer(answer)
+    quotes = verbatim(judgment, pair)
+    return {
+        "verdict": judgment.verdict,
+        "reason": judgment.reason,
+        "official": benchmarks.process_judgement(answer.text),
+        "finish": answer.finish,
+        "tokens": answer.tokens,
+        "prompt_tokens": answer.prompt_tokens,
+        "prompt": digest(prompt),
+        "type": judgment.type,
+        "rubric": [[name, weight] for name, weight, _ in judgment.rubric],
+        "quotes": [sum(quotes), len(quotes)],
+        "text": answer.text,
+    }
 
 
-def scalar_answers(args, mine, chat):
-    """A reward model scores every conversation once; the higher score is the verdict. Yields as `answers`."""
-    uses, conversations, scores = defaultdict(list), {}, defaultdict(dict)
-    for at, (shown, _) in enumerate(mine):
-        for side, response in (("A", shown.a), ("B", shown.b)):
-            conversation = [*shown.context, {"role": "assistant", "content": response}]
-            conversations[digest(conversation)] = conversation
-            uses[digest(conversation)].append((at, side))
-    uses = list(uses.values())
-    for place, score in Scalar(args.model, args.dtype).scores(list(conversations.values())):
-        for at, side in uses[place]:
-            scores[at][side] = score
-            if len(scores[at]) == 2:
-                shown, x = mine[at]
-                a, b = scores[at]["A"], scores[at]["B"]
-                verdict, reason = None, ""
-                if None in (a, b):
-                    reason = "longer than the model's window"
-                elif a == b:
-                    reason = "equal scores"
-                else:
-                    verdict = "A" if a > b else "B"
-                yield x | line_of(Answer("", reason or "stop"), shown, chat(shown)) | {
-                    "verdict": verdict, "reason": reason, "official": verdict or "error", "scores": [a, b]}
+def scalar_lines(args, tasks, style):
+    """As `judgment_lines`, from a reward model. It scores every conversation once, even if several pairs have
+    it."""
+    conversations = {}  # {digest: messages}
+    uses = defaultdict(list)  # {digest: [(place of a task, side), ...]}
+    for place, task in enumerate(tasks):
+        for side, response in (("A", task.pair.a), ("B", task.pair.b)):
+            conversation = [*task.pair.context, {"role": "assistant", "content": response}]
+            mark = digest(conversation)
+            conversations[mark] = conversation
+            uses[mark].append((place, side))
+
+    marks = list(conversations)
+    backend = ScalarBackend(args.model, args.dtype)
+    scores = defaultdict(dict)  # {place of a task: {side: score}}
+    for n, score in backend.scores(list(conversations.values())):
+        for place, side in uses[marks[n]]:
+            scores[place][side] = score
+            if len(scores[place]) == 2:
+                line = scalar_line(tasks[place], scores[place]["A"], scores[place]["B"], style)
+                yield line, ""
+
+
+def scalar_line(task, a, b, style):
+    """The line of a task from the scores of its responses: the higher one is the verdict. A score is None where
+    the conversation is longer than the model's window."""
+    verdict, reason = None, ""
+    if a is None or b is None:
+        reason = "longer than the model's window"
+    elif a == b:
+        reason = "equal scores"
+    else:
+        verdict = "A" if a > b else "B"
+    answer = Answer("", reason or "stop")
+    line = task.fields | judgment_line(answer, task.pair, prompt_of(task.pair, style))
+    return line | {
+        "verdict": verdict,
+        "reason": reason,
+        "official": verdict or "error",
+        "scores": [a, b],
+    }
 
 
 # ---------------------------------------------------------------- a run's folder
 
-def open_run(args, config, asked, left_out, chat, rank):
-    """Make the run's folder or check, on every rank, that it is this run's. Judgments of texts or labels that
-    are others now leave it, and so do those of pairs that are no longer in their file."""
-    out, path = Path(args.out), Path(args.out) / "config.json"
-    claim(out)
-    if path.is_file() and any(p.stat().st_size for p in out.glob("judgments*.jsonl")):
-        old = read_object(path)
-        if differs := [k for k in config if k != "data" and old.get(k) != config[k]]:
-            was, now = (str(c.get(differs[0]))[:80] for c in (old, config))
-            fail(f"--out {out}: holds judgments with another {differs[0]} ({was}, now {now}); give another "
-                 "folder or remove it")
-    if rank != 0:
+
+def open_folder(out, config):
+    """Make and lock the run's folder, on every rank. Raises Failure where it is of another run or version."""
+    lock_folder(out)
+    path = out / "config.json"
+    if not path.is_file():
         return
-    # A file that is asked in full says which of its pairs there are.
-    whole = set() if args.limit else {p.meta["bench"] for p in asked.values()} - set(B.BENCHES)
+    old = read_object(path)
+    check_format(f"--out {out}", old)
+    if "script" in old:
+        raise Failure(f"--out {out}: holds a training run ({old['script']}); give another folder")
+    if not any(part.stat().st_size for part in out.glob("judgments*.jsonl")):
+        return
+    for key in config | old:
+        was, now = old.get(key, "absent"), config.get(key, "absent")
+        if was != now and key != "data":
+            was, now = str(was)[:80], str(now)[:80]
+            raise Failure(
+                f"--out {out}: holds judgments with another {key} ({was}, now {now}); give another "
+                "folder or remove it"
+            )
 
-    def current(line):
-        pair = asked.get(line["id"])
-        if pair is None:
-            return line["id"].split("/")[0] not in whole
-        try:
-            shown = pair.swapped() if line["order"] else pair
-        except ValueError:                              # cannot be swapped, as it is now
-            return False
-        return line["label"] == shown.label and line["prompt"] == digest(chat(shown))
 
-    write_lines(path, [json.dumps(config, indent=2)])
-    merge(out, keep=current)
-    known = {p["id"]: p for p in read_lines(out / "pairs.jsonl") if p["bench"] not in whole}
-    for p in asked.values():
-        known[p.id] = {"id": p.id, **p.meta, "context": p.context, "a": p.a, "b": p.b, "label": p.label}
-    write_lines(out / "pairs.jsonl", map(json.dumps, known.values()))
-    gone = {(x["bench"], x["item"]): x for x in read_lines(out / "left_out.jsonl") + left_out}
-    write_lines(out / "left_out.jsonl", map(json.dumps, gone.values()))
+def update_folder(args, config, pairs, left_out, style):
+    """Write config, pairs and left-out rows of this command to its folder, and drop judgments that have become
+    stale: of a text or label that has changed, or of a pair that is no longer in its file."""
+    out = Path(args.out)
+    write_lines(out / "config.json", [json.dumps(config, indent=2)])
+
+    # Without --limit we read the whole file, so a saved pair that is not in it was deleted.
+    files = {pair.meta["bench"] for pair in pairs.values()} - set(benchmarks.BENCHES)
+    whole_files = set() if args.limit else files
+    merge(out, keep=lambda line: is_current(line, pairs, whole_files, style))
+
+    rows = {row["id"]: row for row in read_lines(out / "pairs.jsonl")}
+    rows = {key: row for key, row in rows.items() if row["bench"] not in whole_files}
+    for pair in pairs.values():
+        rows[pair.id] = {
+            "id": pair.id,
+            **pair.meta,
+            "context": pair.context,
+            "a": pair.a,
+            "b": pair.b,
+            "label": pair.label,
+        }
+    write_lines(out / "pairs.jsonl", map(json.dumps, rows.values()))
+
+    reasons = read_lines(out / "left_out.jsonl") + left_out
+    unique = {(row["bench"], row["item"]): row for row in reasons}
+    write_lines(out / "left_out.jsonl", map(json.dumps, unique.values()))
+
+
+def is_current(line, pairs, whole_files, style):
+    """True if a judgment is of a pair as it is now.
+
+    Its pair may be missing from `pairs`. If its file was read only in part (--limit), or not at all, the
+    judgment is kept.
+    """
+    pair = pairs.get(line["id"])
+    if pair is None:
+        return line["id"].split("/")[0] not in whole_files
+    try:
+        displayed = pair.swapped() if line["order"] else pair
+    except ValueError:  # as it is now, it cannot be swapped
+        return False
+    return line["label"] == displayed.label and line["prompt"] == digest(
+        prompt_of(displayed, style)
+    )
 
 
 def merge(out, order=(), keep=lambda line: True):
-    """Gather what the ranks have written into judgments.jsonl: the lines to keep, in the order of the keys
-    given first. -> {key: line}"""
-    parts, found = sorted(out.glob("judgments.part*.jsonl")), lines_of(out)
-    lines = {k: x for k, x in found.items() if keep(x)}
-    if stale := len(found) - len(lines):
-        print(f"{out}: {stale} judgments are of texts or labels that have changed or gone, and are dropped")
+    """Gather the files of all ranks in judgments.jsonl -> {key: line}
+
+    order  keys whose lines come first
+    keep   says of a line whether it stays
+    """
+    parts = sorted(out.glob("judgments.part*.jsonl"))
+    all_lines = read_judgments(out)
+    lines = {key: line for key, line in all_lines.items() if keep(line)}
+    stale = len(all_lines) - len(lines)
+    if stale:
+        print(
+            f"{out}: {stale} judgments are of texts or labels that have changed or gone, and are dropped"
+        )
     if parts or stale:
-        lines = {k: lines[k] for k in [*order, *lines] if k in lines}
+        lines = {key: lines[key] for key in [*order, *lines] if key in lines}
         write_lines(out / "judgments.jsonl", map(json.dumps, lines.values()))
     for path in parts:
         path.unlink()
     return lines
 
 
-# ---------------------------------------------------------------- the command line
-
-def arguments():
-    ap = Flags(__doc__, epilog="eval.py report DIR ... and eval.py compare DIR DIR read what was written; "
-                               "each has --help")
-    arg = ap.add_argument
-    flags(ap, "model protocol system-prompt base-url at-once max-tokens max-len dtype seed")
-    arg("--bench", default="", help=f"NAME or NAME@REVISION, with commas: {', '.join(B.BENCHES)}; or all")
-    arg("--data-dir", help="folder with the benchmarks' files instead of the hub")
-    arg("--data", nargs="+", default=[], help="files of pairs: JSONL, JSON, parquet, or a hub dataset")
-    arg("--out", required=True, help="folder of this run")
-    arg("--scalar", action="store_true", help="the model is a reward model that gives a number")
-    arg("--temperature", type=number(float, 0), nargs="+", default=[0.0], help="0 for greedy; one or several")
-    arg("--votes", type=number(int, 1), default=1,
-        help="judgments of a comparison above temperature 0; the majority decides, the first at a tie")
-    arg("--both-orders", action="store_true", help="judge every pair a second time with A and B swapped")
-    arg("--limit", type=number(int, 1), help="only so many items of every subset, drawn by the seed")
-    arg("--engine-memory", type=number(float, 0, 1, above=True), default=0.9, help="share of a card for vLLM")
-    arg("--tp", type=number(int, 1), default=1, help="ranks that judge with one engine together")
-    arg("--skip-bad", action="store_true", help="report and leave out bad lines of --data, and go on")
-    args = ap.parse_args()
-    args.bench = list(B.BENCHES) if args.bench == "all" else [b for b in args.bench.split(",") if b]
-    if unknown := [b for b in args.bench if b.split("@")[0] not in B.BENCHES]:
-        fail(f"--bench {unknown[0]}: no such benchmark; there are {', '.join(B.BENCHES)}")
-    if not args.bench and not args.data:
-        fail("name something to judge: --bench or --data")
-    if args.votes > 1 and max(args.temperature) == 0:
-        fail(f"--votes {args.votes}: votes at temperature 0 are all the same; give --temperature 1")
-    if len(set(args.temperature)) < len(args.temperature):
-        fail("--temperature: each once")
-    if args.scalar and (args.votes > 1 or args.both_orders or args.base_url or args.tp > 1):
-        fail("--scalar: a reward model has no votes, no order, no server and no --tp")
-    return args
-
-
-FROM_FILES = [[name] for name in COMMANDS]             # no ranks, no torch
-
-
-def main():
-    if sys.argv[1:2] in FROM_FILES:
-        return COMMANDS[sys.argv[1]](sys.argv[2:])
-    args = arguments()
-    try:
-        judge(args)
-    except OSError as e:
-        if e.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        fail(f"--out {args.out}: {e.strerror}; the judgments so far are kept, and the same command goes on")
+def gather(out, tasks, failure):
+    """Merge what the ranks have written, in the order of the tasks, and print the table. Raises Failure with
+    the last reason if judgments are missing."""
+    keys = [key_of(task.fields) for task in tasks]
+    lines = merge(out, keys)
+    if lines:
+        run = read_run(out)
+        print(table_text([(run["name"], measure(run))]))
+    lost = sum(key not in lines for key in keys)
+    if lost:
+        raise Failure(
+            f"{lost} of {len(tasks)} judgments: {failure}; the same command asks for them again"
+        )
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] in FROM_FILES:
-        main()
+    if file_command():
+        run_main(main)
     else:
-        import ranks
-        ranks.run(main)
+        from lib.dist import explain
+
+        run_main(main, explain)

@@ -1,420 +1,738 @@
 """
-Stage 2: GRPO with verifiable rewards (paper section 3.3, eq. 7 to 10). The whole algorithm is on this page.
+Stage 2: GRPO with verifiable rewards (paper section 3.3, eq. 7 to 10). The whole algorithm is in this file.
 
     torchrun --nproc_per_node 8 grpo.py          # the published 7B run, from the SFT model in runs/sft/model
     python grpo.py --model runs/demo/sft/model --data runs/demo/data/rl.jsonl ...     # see Makefile
 
-Sample G judgments a pair with vLLM, reward right verdicts, take the group's mean and spread away, make a
-few clipped updates, give vLLM the new weights. Every rank does its share of the sampling and of the
-learning; loss, gradient and samples do not depend on how many ranks there are. Writes OUT/model,
-OUT/metrics.jsonl, OUT/samples.jsonl (some judgments of every step), OUT/state.
+Each step samples G judgments a pair with vLLM, rewards them, normalises rewards within each group, takes
+several clipped policy-gradient updates, and gives vLLM the new weights. Writes OUT/model, OUT/metrics.jsonl,
+OUT/samples.jsonl (some judgments of every step) and OUT/state (checkpoints).
 
-Letters: P pairs, G judgments a pair, B judgments, R response tokens of a micro-batch, one after the other.
+The reward is `reward_of`, the advantage `advantages`, the loss of a token `grpo_loss`; the loop in `main` calls
+them in the order sample, score, learn, sync. What a run writes, and when: lib/run.py.
+
+What differs from textbook GRPO:
+
+- Every rank samples and learns its part of a step. The weight of a token is fixed for the whole update, before
+  the update is split over ranks and micro-batches, and randomness is a function of (seed, step, index). So
+  loss, gradient and samples do not depend on how many ranks there are, or on how a step is cut.
+- A group of equal rewards has zero advantage, but its KL penalty still acts. With --beta 0 it is left out of
+  the forward passes, and still counts in the mean.
+- A reward that raises an error counts as unknown: advantage 0, and no part in the mean of its group.
+- Before the first update of every step, the trainer's log-probs are compared with the sampler's. They
+  disagree when the weight sync is broken, and then the run ends (--max-mismatch).
+- Other objectives (GSPO, CISPO, dynamic sampling, ...) are files in forks/, each of which replaces a function
+  of this file. For another reward that is `reward_of`, as in forks/format_reward.py.
+
+Shapes: P pairs of a step, G judgments a pair, B judgments of an update, T tokens of one judgment, R response
+tokens of a micro-batch, concatenated without padding.
 """
-import argparse
+
+import gc
 import hashlib
 import math
 import sys
+import traceback
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain, islice
 from statistics import fmean
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from tqdm import tqdm
 
-import dryrun
-import packing
-import policy as P
-import ranks as R
-from engine import Engine, check_gap, check_tp, seed_of, text_of
-from files import Flags, fail, number
-from rubrics import Pair, chat_messages, encode, form_of, lm_as_judge, parse, prompt_form, read_pairs, verdict_reward
+from lib import packing
+from lib.chat import decode_sample, encode, load_tokenizer
+from lib.checkpoint import Checkpoints
+from lib.dist import (
+    all_gather,
+    all_sum,
+    explain,
+    phase,
+    print0,
+    quiet,
+    shard_size,
+    signal_caught,
+    start_ranks,
+)
+from lib.engine import Engine, check_mismatch, check_tp
+from lib.files import Failure, Flags, number, run_main, seed_of
+from lib.model_files import config_of, find_model, window_of
+from lib.pairs import Pair, read_pairs
+from lib.policy import (
+    DTYPES,
+    adamw,
+    check_family,
+    load_policy,
+    lr_schedule,
+    move_to,
+    on_device,
+    optimizer_step,
+    save_model,
+)
+from lib.run import RunLog, begin_loop, draw_batch, open_run, progress_bar, training_flags
+from rubrics import (
+    PROTOCOLS,
+    chat_messages,
+    parse,
+    prompt_style,
+    published_reward,
+    style_to_save,
+    verdict_reward,
+)
 
 
-def arguments():
-    ap = Flags(__doc__)
-    R.flags(ap, model="runs/sft/model", data="gaotang/RM-R1-after-Distill-RLVR", out="runs/grpo", lr=1e-6,
-            save_every=10, seed=1)
-    arg, count, limit = ap.add_argument, number(int, 1), number(int, 0)
-    weight, cap, share = number(float, 0), number(float, 0, above=True), number(float, 0, 1, above=True)
+def flags():
+    parser = Flags(__doc__)
+    training_flags(
+        parser,
+        PROTOCOLS,
+        model="runs/sft/model",
+        data="gaotang/RM-R1-after-Distill-RLVR",
+        out="runs/grpo",
+        lr=1e-6,
+        save_every=10,
+        seed=1,
+    )
+    arg = parser.add_argument
+    count, weight = number(int, 1), number(float, 0)
+    positive, share = number(float, 0, above=True), number(float, 0, 1, above=True)
     arg("--val-data", help="held-out pairs, judged greedily every --val-every steps")
     arg("--val-every", type=count, default=5, help="steps between held-out evaluations")
-    arg("--max-prompt", type=count, default=4096, help="longest prompt in tokens; longer ones are left out")
+    arg(
+        "--max-prompt",
+        type=count,
+        default=4096,
+        help="longest prompt in tokens; longer ones are left out",
+    )
     arg("--max-response", type=count, default=8192, help="longest judgment in tokens")
-    arg("--pairs", type=count, default=1024, help="pairs sampled before each round of updates")
-    arg("--mini", type=count, default=128, help="pairs in one update")
-    arg("--group", type=count, default=7, help="judgments a pair (G)")
-    arg("--steps", type=count, help="rounds; default: one pass over the data")
-    arg("--schedule", choices=("constant", "linear", "cosine"), default="constant", help="of the rate")
-    arg("--clip", type=weight, nargs=2, default=(0.2, 0.2), help="how far a ratio may leave 1, down and up")
-    arg("--beta", type=weight, default=1e-3, help="weight of the pull towards the reference; 0 loads none")
-    arg("--reward", choices=("verdict", "published", "random"), default="verdict",
-        help="right verdict (paper eq. 8) by the parser, or by the released rule; random: a control")
-    # Variants of the objective; each has its formula and source where it is computed below.
-    arg("--advantage", choices=("grpo", "drgrpo"), default="grpo", help="with its scale, or without")
-    arg("--average", choices=("judgment", "token", "constant"), default="judgment", help="of token losses")
-    arg("--ratio", choices=("token", "sequence"), default="token", help="sequence: GSPO")
-    arg("--surrogate", choices=("clip", "cispo"), default="clip", help="what is done to the ratio")
-    arg("--engine-cap", type=cap, help="weigh tokens by trainer / engine probability, at most this, e.g. 2")
-    arg("--overlong", type=limit, default=0, help="tokens before the limit over which the reward falls by 1")
-    arg("--both-orders", type=number(float, -math.inf), metavar="W",
-        help="judge each pair in both orders (--pairs and --mini count both), W more where both are right")
-    arg("--refill", type=limit, default=0, help="rounds of sampling again for groups that agree")
-    arg("--engine-memory", type=share, default=0.5, help="share of each card for vLLM while it samples")
-    arg("--tp", type=count, default=1, help="ranks that sample with one engine together (tensor parallel)")
-    arg("--max-gap", type=weight, default=0.1, help="largest mean difference of engine and trainer log-probs")
-    arg("--offload", action="store_true", help="reference and optimizer wait in host memory while not used")
-    args = ap.parse_args()
-    if args.group < 2:
-        fail(f"--group {args.group}: a group of one has no spread, so no advantage; take at least 2")
-    if args.overlong > args.max_response:
-        fail(f"--overlong {args.overlong}: more than --max-response {args.max_response}")
-    if args.pairs % args.mini:
-        fail(f"--pairs {args.pairs} does not divide into updates of --mini {args.mini}")
-    if args.both_orders is not None and args.mini % 2:
-        fail(f"--mini {args.mini}: with --both-orders an update has both orders of its pairs: an even number")
+    arg("--batch", type=count, default=1024, help="pairs sampled before each round of updates")
+    arg("--mini-batch", type=count, default=128, help="pairs in one update")
+    arg("--group-size", type=count, default=7, help="judgments a pair (G)")
+    arg("--steps", type=count, help="rounds of sampling; default: one pass over the data")
+    arg(
+        "--schedule",
+        choices=("constant", "linear", "cosine"),
+        default="constant",
+        help="learning-rate schedule",
+    )
+    arg(
+        "--clip",
+        type=weight,
+        nargs=2,
+        default=(0.2, 0.2),
+        help="clip range of the ratio: 1 - LOW, 1 + HIGH",
+    )
+    arg("--beta", type=weight, default=1e-3, help="KL coefficient; 0 loads no reference")
+    arg(
+        "--reward",
+        choices=("verdict", "published", "random"),
+        default="verdict",
+        help="right verdict (paper eq. 8) by the parser, or by the released rule; random: a control",
+    )
+    arg(
+        "--advantage",
+        choices=("grpo", "drgrpo"),
+        default="grpo",
+        help="divide by the group's standard deviation (grpo) or not (drgrpo)",
+    )
+    arg(
+        "--loss-mean",
+        choices=("sequence", "token", "constant"),
+        default="sequence",
+        help="how token losses are averaged, see token_weights",
+    )
+    arg(
+        "--engine-cap",
+        type=positive,
+        help="multiply by the ratio of trainer to sampler, at most this (truncated importance sampling)",
+    )
+    arg(
+        "--engine-memory",
+        type=share,
+        default=0.5,
+        help="share of each card for vLLM while it samples",
+    )
+    arg(
+        "--tp",
+        type=count,
+        default=1,
+        help="ranks that sample with one engine together (tensor parallel)",
+    )
+    arg(
+        "--max-mismatch",
+        type=weight,
+        default=0.1,
+        help="largest mean difference of the trainer's and the sampler's log-probs",
+    )
+    arg(
+        "--offload",
+        action="store_true",
+        help="keep reference and optimizer in host memory while they are not used",
+    )
+    return parser
+
+
+def arguments(argv=None):
+    args = flags().parse_args(argv)
+    if args.group_size < 2:
+        raise Failure(
+            f"--group-size {args.group_size}: one judgment has nothing to be compared with; take 2 or more"
+        )
+    if args.batch % args.mini_batch:
+        raise Failure(
+            f"--batch {args.batch} does not divide into updates of --mini-batch {args.mini_batch}"
+        )
     return args
 
 
-# ---------------------------------------------------------------- the algorithm, without a model
+def main():
+    args = arguments()
+    folder = find_model(args.model)
+    tokenizer, stop = load_tokenizer(folder)
+    rank, world, device = start_ranks(args.timeout)
+    config = config_of(folder)
+    style = prompt_style(folder, args.model, args.protocol, args.system_prompt, default="instruct")
+    data = read_data(args, tokenizer, style, config, world)
+    check_family(config, device)
+    shard = shard_size(args.shard)
+    judge_json = style_to_save(data.rows[0].pair, style)
+    run_config = open_run(args, folder, data.pairs, judge_json)
 
-def advantages(rewards, kind="grpo"):
-    """(r - mean) / (std + 1e-6) within each group (paper eq. 10; sample std and 1e-6 as published).
+    phase("load the weights")
+    dtype = DTYPES[args.dtype]
+    load = partial(load_policy, args.model, device, dtype, args.seed, shard=shard)
+    policy = load(recompute=args.recompute)
+    reference = load(trainable=False) if args.beta else None
+    optim = adamw(policy, args.lr, betas=(0.9, 0.999), weight_decay=0.01)
+    checkpoints = Checkpoints(policy, optim, f"{args.out}/state")
+    first_step = checkpoints.load(data.steps)
 
-    rewards  (P, G) -> (P, G). A group that agrees gets zeros: it teaches nothing, but its KL term still acts.
-    NaN, a judgment whose reward could not be computed: advantage 0, and no part in its group's mean.
-    drgrpo   r - mean, without the scale (Dr. GRPO, arXiv 2503.20783)
-    """
-    known = ~rewards.isnan()
-    n = known.sum(1, keepdim=True).clamp(min=2)
-    centred = (rewards - rewards.nanmean(1, keepdim=True)).where(known, 0)
-    if kind == "drgrpo":
-        return centred
-    return centred / ((centred.square().sum(1, keepdim=True) / (n - 1)).sqrt() + 1e-6)
+    phase("start the engine")
+    # What is not in use waits here; within `use` it is on the device.
+    waiting = torch.device("cpu") if args.offload else device
+    use = partial(on_device, device, waiting)
+    for thing in (reference, optim):
+        move_to(waiting, thing)
+    window = args.max_prompt + args.max_response
+    engine = Engine(folder, window, args.dtype, "dummy", args.engine_memory, args.tp)
+    engine.sync(policy, dtype)
+    sample = partial(sample_groups, engine, tokenizer, stop, args, rank, world)
+
+    log = RunLog(args.out, first_step, run_config)
+    print0(
+        f"{world} ranks on {device.type}, {data.steps} steps of {args.batch} pairs x {args.group_size} "
+        f"judgments, {args.batch // args.mini_batch} updates each"
+    )
+    begin_loop()
+    bar = progress_bar(first_step, data.steps)
+    for step in bar:
+        validation = {}  # of the weights before this step's updates
+        if data.val_rows and step % args.val_every == 0:
+            validation = accuracy(sample(data.val_rows, step), "val_")
+
+        log.phase("sample")
+        groups, statistics = collect_groups(sample, data.rows, step, args)
+        engine.sleep()
+
+        log.phase("score")
+        rewards = torch.tensor([[r.reward for r in group] for group in groups])  # (P, G)
+        advantage = advantages(rewards, args.advantage)  # (P, G)
+        updates = split_into_updates(
+            groups, advantage, args, device, rank, world, config.hidden_size
+        )
+        with use(reference):
+            ref_logp = [token_logprobs(reference, update) for update in updates]
+        # The first update learns with the policy that sampled, so its own forward pass gives old_logp.
+        old_logp = [None, *(token_logprobs(policy, update) for update in updates[1:])]
+
+        log.phase("learn")
+        lr = args.lr * lr_schedule(step, data.steps, args.schedule)
+        losses, norms = [], []
+        with use(optim):
+            for n, update in enumerate(updates):
+                logp, loss = accumulate_gradients(
+                    policy, update, old_logp[n], ref_logp[n], args, world
+                )
+                if n == 0:  # now all old log-probs are known, and no step has been taken
+                    mismatch = check_mismatch([logp, *old_logp[1:]], updates, args.max_mismatch)
+                losses.append(loss)
+                norms.append(optimizer_step(policy, optim, lr, clip=1.0))
+
+        log.phase("sync")  # before anyone samples again
+        engine.sync(policy, dtype)
+
+        log.phase("")
+        log.append("samples.jsonl", examples(groups, tokenizer, step))
+        row = {"step": step, "lr": lr, **validation, **statistics, **summary(groups), **mismatch}
+        row |= mean_losses(losses)
+        row |= {"grad_norm": fmean(norms), "skipped_pairs": skipped_pairs(groups, norms, args)}
+        log.write(row, norms)
+        bar.set_postfix(log.headline("loss", "accuracy", "no_verdict", "kl"))
+        gc.collect()  # between steps, on all ranks at once
+
+        done = step + 1
+        signal = signal_caught()  # on any rank
+        diverged = log.diverged(args.max_bad, last=done == data.steps)
+        if signal or diverged or (args.save_every and done % args.save_every == 0):
+            # Written in the background. Updates without a finite gradient were skipped, so it is sound.
+            checkpoints.save(done)
+        saved = checkpoints.settle(wait=bool(signal or diverged))
+        if diverged:
+            raise Failure(log.divergence(step, saved))
+        if signal:
+            return log.stopped(done, saved)
+
+    checkpoints.settle()
+    if data.val_rows:
+        log.write({"step": data.steps, **accuracy(sample(data.val_rows, data.steps), "val_")})
+    save_model(policy, folder, f"{args.out}/model", dtype, judge_json)
+    print0(f"wrote {args.out}/model")
 
 
-def grpo_loss(logp, old, ref, adv, weight, rows=None, engine=None, clip=(0.2, 0.2), beta=1e-3, ratio="token",
-              surrogate="clip", engine_cap=None):
-    """Clipped policy gradient plus a pull towards the reference (paper eq. 9), on response tokens only.
-
-    logp, old, ref  (R,)  log-prob of each sampled token under the model we train, the model that sampled it,
-                          the frozen reference (the last two without gradient)
-    adv             (R,)  its judgment's advantage
-    weight          (R,)  its share of the mean, see `shares`. It counts the whole update, over every rank and
-                          micro-batch, so that cutting it up differently changes nothing.
-    rows            (R,)  which judgment it belongs to; engine (R,) its log-prob where it was sampled
-    -> loss, {"kl", "clipped"}: this micro-batch's share of the update's means
-    """
-    low, high = clip
-    log_ratio = logp - old
-    if ratio == "sequence":
-        # GSPO (arXiv 2507.18071, eq. 7 and 14): a judgment's geometric mean, gradient through its tokens.
-        at, none = rows - rows.min(), torch.zeros_like(logp)
-        mean = none.index_add(0, at, log_ratio.detach()) / none.index_add(0, at, none + 1).clamp(min=1)
-        log_ratio = mean[at] + logp - logp.detach()
-    r = log_ratio.exp()                              # 1 everywhere in the first update
-    if surrogate == "clip":
-        gain = torch.min(r * adv, r.clamp(1 - low, 1 + high) * adv)
-    else:                                            # CISPO (arXiv 2506.13585, eq. 4): no token is lost
-        gain = r.clamp(1 - low, 1 + high).detach() * adv * logp
-    if engine_cap:                                   # truncated importance: tokens come from the engine
-        gain = gain * (old - engine).exp().clamp(max=engine_cap)
-    d = (ref - logp).clamp(max=20)                   # e^20 is finite; where it bites, the next line does too
-    kl = (d.exp() - d - 1).clamp(max=10)             # the estimator k3, clamped as published
-    loss = ((beta * kl - gain) * weight).sum()
-    clipped = ((r < 1 - low) | (r > 1 + high)).float()
-    return loss, {"kl": (kl * weight).sum().item(), "clipped": (clipped * weight).sum().item()}
+# ---------------------------------------------------------------- data
 
 
-def shares(tokens, total, judgments, kind, limit):
-    """The share of one token of each judgment in an update's mean.
+@dataclass
+class Row:
+    """A pair in one A/B order, and the token ids of its prompt."""
 
-    tokens     (B,) tokens of each judgment; total, judgments: how many of both in the whole update, all ranks
-    judgment   1 / (its tokens x judgments): the mean over judgments of the mean over tokens (paper eq. 9)
-    token      1 / total: the mean over tokens, long judgments count more (DAPO, arXiv 2503.14476, eq. 8)
-    constant   1 / (limit x judgments): a length does not change a token's weight (Dr. GRPO)
-    """
-    one = torch.ones_like(tokens, dtype=torch.float32)
-    return one / {"judgment": tokens * judgments, "token": total, "constant": limit * judgments}[kind]
+    pair: Pair
+    prompt: np.ndarray
 
 
-def reward_of(text, judgment, pair, length, key, args):
-    """1 for the right verdict and -1 for any other, or for the control a coin that `key` throws; --overlong N
-    adds 0 up to N tokens before the limit, falling evenly to -1 at the limit (DAPO, eq. 13)."""
-    if args.reward == "random":
-        return 1.0 if hashlib.sha256(repr(key).encode()).digest()[0] % 2 else -1.0
-    reward = (lm_as_judge(text, pair.label) if args.reward == "published" else
-              verdict_reward(judgment, pair.label))
-    if args.overlong:
-        reward += min(0.0, (args.max_response - args.overlong - length) / args.overlong)
-    return reward
+@dataclass
+class Data:
+    """What a run learns from: pairs as they were read, rows to draw from, held-out rows, number of steps."""
+
+    pairs: list
+    rows: list
+    val_rows: list
+    steps: int
 
 
-# ---------------------------------------------------------------- the parts of a step
+def read_data(args, tokenizer, style, config, world):
+    """Read the data, and refuse flags that do not fit it, the model or the ranks. -> `Data`"""
+    if args.max_prompt + args.max_response > window_of(config):
+        raise Failure(
+            f"--max-prompt {args.max_prompt} and --max-response {args.max_response} exceed the model's "
+            f"window of {window_of(config)} tokens"
+        )
+    check_tp(args.tp, world, config)
+    pairs, rows = tokenize_prompts(args.data, tokenizer, style, args)
+    if len(rows) < args.batch:
+        raise Failure(
+            f"--batch {args.batch}: more than the {len(rows)} usable pairs in {args.data}"
+        )
+    val_rows = tokenize_prompts(args.val_data, tokenizer, style, args)[1] if args.val_data else []
+    return Data(pairs, rows, val_rows, args.steps or len(rows) // args.batch)
+
+
+def tokenize_prompts(source, tokenizer, style, args):
+    """-> the pairs of a source, and [Row, ...] without those longer than --max-prompt, which are counted"""
+    pairs = read_pairs(source, args.skip_bad)
+    rows = []
+    for pair in tqdm(pairs, desc="tokenize", disable=quiet(), leave=False):
+        prompt = encode(tokenizer, chat_messages(pair, style))
+        if len(prompt) <= args.max_prompt:
+            rows.append(Row(pair, prompt))
+    print0(
+        f"{source}: {len(rows)} pairs, {len(pairs) - len(rows)} left out as longer than "
+        f"--max-prompt {args.max_prompt}"
+    )
+    return pairs, rows
+
+
+# ---------------------------------------------------------------- sampling and rewards
+
 
 @dataclass
 class Rollout:
-    """One sampled judgment: the pair and the prompt's ids, its own token ids and their log-probs under the
-    engine, (R,) each, whether it ended by itself, the verdict that the parser reads in it, what it earned."""
-    pair: Pair
-    prompt: list
+    """One sampled judgment.
+
+    tokens        (T,)  token ids, int32; the prompt is row.prompt
+    sampler_logp  (T,)  log-prob of each token under the engine, float32
+    finished            ended by itself, rather than at --max-response
+    verdict             what the parser reads in it: "A", "B" or None
+    reward              NaN where it could not be computed
+    """
+
+    row: Row
     tokens: np.ndarray
-    logprobs: np.ndarray
+    sampler_logp: np.ndarray
     finished: bool
     verdict: str | None
     reward: float
 
 
-@dataclass
-class Micro:
-    """A micro-batch of an update, and of each of its tokens (R,): its judgment's advantage, its share of the
-    update's mean, its log-prob under the engine, under the reference (None where there is none), and under
-    the policy that sampled it."""
-    batch: packing.Batch
-    adv: torch.Tensor
-    weight: torch.Tensor
-    engine: torch.Tensor
-    ref: torch.Tensor | None = None
-    old: torch.Tensor | None = None
+def collect_groups(sample, rows, step, args):
+    """The groups that a step learns from. -> [[Rollout, ...], ...] (P, G), and numbers for the log"""
+    drawn = draw_batch(len(rows), args.batch, step, args.seed)
+    groups = sample([rows[i] for i in drawn], step, args.group_size, temperature=1.0)
+    return groups, {"zero_variance_groups": fmean(is_zero_variance(group) for group in groups)}
 
 
-def rows_of(source, tokenizer, form, args, both=False):
-    """A source's pairs, and [[(pair, prompt ids), and with `both` the same in the other order], ...] without
-    those that are longer than --max-prompt, which are counted."""
-    pairs = read_pairs(source, args.skip_bad, both)
-    rows = [[(p, encode(tokenizer, chat_messages(p, *form))) for p in ([p, p.swapped()] if both else [p])]
-            for p in tqdm(pairs, desc="tokenize", disable=R.quiet(), leave=False)]
-    kept = [row for row in rows if all(len(ids) <= args.max_prompt for _, ids in row)]
-    R.print0(f"{source}: {len(kept)} pairs, {len(rows) - len(kept)} left out as longer than "
-             f"--max-prompt {args.max_prompt}")
-    return pairs, kept
+def is_zero_variance(group):
+    """True if all known rewards of a group are equal, so that comparing them teaches nothing."""
+    return len({r.reward for r in group if math.isfinite(r.reward)}) < 2
 
 
-def sample(engine, tokenizer, stop, args, rank, world, batch, step, first=0, group=1, temperature=0.0):
-    """A group of [Rollout, ...] for each (pair, prompt ids) of a batch that every rank knows: each samples
-    and reads those of every world-th pair, then all tell each other. A text is a function of (seed, step,
-    place, number), places counted from `first`: a resumed run, or one on more ranks, meets the same texts."""
-    asked = [(*batch[place], (args.seed, step, first + place, g))
-             for place in range(rank, len(batch), world) for g in range(group)]
-    samples = engine.generate([prompt for _, prompt, _ in asked], [seed_of(*key) for *_, key in asked],
-                              args.max_response, temperature, stop)
-    mine = []
-    for (pair, prompt, key), s in zip(asked, samples):
-        text = text_of(tokenizer, prompt, s)
+def sample_groups(
+    engine,
+    tokenizer,
+    stop,
+    args,
+    rank,
+    world,
+    rows,
+    step,
+    group_size=1,
+    temperature=0.0,
+    first_index=0,
+):
+    """A group of `group_size` rollouts for each row of a batch that every rank knows. A collective.
+
+    Each rank samples and rewards every world-th row, then all gather the results. A text is a function of
+    (seed, step, index, number), so a resumed run, or one on more ranks, samples the same texts.
+
+    first_index  of the rows' indices; forks/dynamic_sampling.py samples a second batch in the same step, with
+                 other seeds
+    """
+    requests = []  # (row, key of the sample)
+    for index in range(rank, len(rows), world):
+        for n in range(group_size):
+            requests.append((rows[index], (args.seed, step, first_index + index, n)))
+    prompts = [row.prompt for row, _ in requests]
+    seeds = [seed_of(*key) for _, key in requests]
+    samples = engine.generate(prompts, seeds, args.max_response, temperature, stop)
+
+    results, errors = [], []  # of this rank
+    for (row, key), s in zip(requests, samples):
+        text = decode_sample(tokenizer, row.prompt, s.tokens)
         judgment = parse(text, s.finished)
         try:
-            reward = reward_of(text, judgment, pair, len(s.tokens), key, args)
-        except Exception as e:           # one judgment must not cost the run: it is counted and ignored
-            print(f"reward of {pair.id}, judgment {key[-1]}: {type(e).__name__}: {e}", file=sys.stderr)
+            reward = reward_of(text, judgment, row.pair, len(s.tokens), key, args)
+        except Exception as e:  # one judgment must not cost the run: it is counted and ignored
+            show_first_error(e)
+            errors.append(f"{type(e).__name__}: {e}")
             reward = math.nan
-        mine.append(Rollout(pair, prompt, np.array(s.tokens, np.int32), np.array(s.logprobs, np.float32),
-                            s.finished, judgment.verdict, reward))
-    everyone = [iter(theirs) for theirs in R.all_gather(mine)]
-    return [list(islice(everyone[place % world], group)) for place in range(len(batch))]
+        # The fields of Rollout after `row`.
+        results.append((s.tokens, s.logprobs, s.finished, judgment.verdict, reward))
+
+    gathered = all_gather((results, errors))  # pairs and prompts are on every rank already
+    report_errors(
+        step, [error for _, theirs in gathered for error in theirs], len(rows) * group_size
+    )
+    groups = []
+    for index, row in enumerate(rows):
+        results, _ = gathered[index % world]
+        start = index // world * group_size
+        groups.append([Rollout(row, *result) for result in results[start : start + group_size]])
+    return groups
 
 
-def agree(group):
-    """Do all rewards say the same? Then there is nothing to learn from comparing them."""
-    return len({r.reward for r in group if not math.isnan(r.reward)}) < 2
+def reward_of(text, judgment, pair, length, key, args):
+    """The reward of a judgment, by --reward.
+
+    verdict    +1 if the parsed verdict is right, else -1 (paper eq. 8)
+    published  the same by the released rule, which looks for a string at the end of the text
+    random     a coin that `key` throws: a control
+
+    text      what the judge wrote, special tokens included
+    judgment  the same, parsed
+    length    its tokens; used by forks/overlong.py
+    key       (seed, step, index, number), which names the sample
+    """
+    if args.reward == "random":
+        return 1.0 if hashlib.sha256(repr(key).encode()).digest()[0] % 2 else -1.0
+    if args.reward == "published":
+        return published_reward(text, pair.label)
+    return verdict_reward(judgment, pair.label)
 
 
-def consistency(groups, bonus):
-    """--both-orders W: judgments g of a pair in one order and in the other, side by side in `groups`, earn W
-    more each where both verdicts are right (the position-consistency reward of J1, arXiv 2505.10320)."""
-    for one, two in zip(groups[::2], groups[1::2]):
-        for x, y in zip(one, two):
-            if x.verdict == x.pair.label and y.verdict == y.pair.label:
-                x.reward, y.reward = x.reward + bonus, y.reward + bonus
+SHOWN_ERRORS = []  # the first error of a reward in this process: its traceback is shown once
 
 
-def collect(ask, rows, step, args):
-    """The groups that a step learns from. --refill N (dynamic sampling, DAPO, eq. 11): while groups agree, up
-    to N times another batch is drawn and sampled; the first --pairs groups that do not agree are taken, and
-    where they run out some that do. ask: `sample`, given what runs it. -> groups, [agreeing ones by round]"""
-    groups, agreeing = [], []
-    for again in range(1 + args.refill):
-        # Another shuffle of the data for every round, so that the first one remains a pass over it.
-        seed = seed_of(args.seed, again) if again else args.seed
-        batch = [x for i in R.draw(len(rows), args.pairs // len(rows[0]), step, seed) for x in rows[i]]
-        sampled = ask(batch, step, again * args.pairs, args.group, 1.0)
-        if args.both_orders:
-            consistency(sampled, args.both_orders)
-        groups += sampled
-        agreeing.append(sum(map(agree, sampled)))
-        if len(groups) - sum(agreeing) >= args.pairs:
-            break
-    return (sorted(groups, key=agree)[:args.pairs] if args.refill else groups), agreeing
+def show_first_error(error):
+    if not SHOWN_ERRORS:
+        SHOWN_ERRORS.append(error)
+        traceback.print_exception(error)
 
 
-def updates_of(groups, adv, args, device, rank, world, width):
-    """Cut a step into its updates of --mini groups, and this rank's share of each into micro-batches, as many
-    on every rank: [[Micro, ...], ...]. adv (P, G); width: the model's hidden size, for attention's cost"""
+def report_errors(step, errors, count):
+    """One line for the rewards of a step that raised an error, [text, ...] of all ranks. The run ends if all did."""
+    if not errors:
+        return
+    if len(errors) == count:
+        raise Failure(
+            f"step {step}: every reward raised an error, the first {errors[0]}; its traceback stands above"
+        )
+    print0(
+        f"step {step}: {len(errors)} of {count} rewards raised an error, the first {errors[0]}",
+        file=sys.stderr,
+    )
+
+
+# ---------------------------------------------------------------- advantages and loss
+
+
+def advantages(rewards, kind="grpo"):
+    """(r - mean) / (std + 1e-6) within each group (paper eq. 10; sample std and 1e-6 as published).
+
+    rewards  (P, G) -> (P, G). NaN, a reward that is not known: advantage 0, and no part in its group's mean
+    drgrpo   r - mean, without the scale (Dr. GRPO, arXiv 2503.20783)
+
+    Equal rewards have the advantage 0 to the last bit: the mean of 1.3, seven times, is not 1.3, and the
+    division by 1e-6 would make a tenth of the difference.
+    """
+    known = rewards.isfinite()  # (P, G)
+    highest = rewards.where(known, -math.inf).amax(1, keepdim=True)  # (P, 1)
+    lowest = rewards.where(known, math.inf).amin(1, keepdim=True)  # (P, 1)
+    mean = rewards.where(known, math.nan).nanmean(1, keepdim=True)  # (P, 1)
+    centred = (rewards - mean).where(known & (highest > lowest), 0)  # (P, G)
+    if kind == "drgrpo":
+        return centred
+    count = known.sum(1, keepdim=True).clamp(min=2)  # (P, 1)
+    std = (centred.square().sum(1, keepdim=True) / (count - 1)).sqrt()  # (P, 1)
+    return centred / (std + 1e-6)
+
+
+def grpo_loss(
+    logp,
+    old_logp,
+    ref_logp,
+    advantage,
+    token_weight,
+    rows=None,
+    sampler_logp=None,
+    clip=(0.2, 0.2),
+    kl_coef=1e-3,
+    engine_cap=None,
+):
+    """Clipped policy gradient with a KL penalty (paper eq. 9), over response tokens.
+
+    logp          (R,)  log-probability of each sampled token under the policy
+    old_logp      (R,)  the same under the policy that sampled it, no gradient
+    ref_logp      (R,)  the same under the frozen reference, no gradient; None without a KL penalty
+    advantage     (R,)  the advantage of the token's judgment
+    token_weight  (R,)  its weight in the mean over the whole update, see `token_weights`
+    rows          (R,)  index of the judgment that the token belongs to; used by forks/gspo.py
+    sampler_logp  (R,)  the log-probability that the engine gave it
+
+    The weights are global, so cutting an update into other micro-batches does not change the loss.
+    -> loss, {"kl", "clipped"}: this micro-batch's part of the update's weighted means
+    """
+    low, high = 1 - clip[0], 1 + clip[1]
+    ratio = importance_ratio(logp, old_logp, rows)  # (R,), 1 everywhere in the first update
+    gain = policy_gain(ratio, logp, advantage, low, high)  # (R,)
+    if engine_cap:
+        # The tokens come from the engine, whose probabilities differ from the trainer's a little.
+        gain = gain * (old_logp - sampler_logp).exp().clamp(max=engine_cap)  # (R,)
+    # Without a reference kl_coef is 0. Then kl is the divergence from the policy that sampled, for the log.
+    kl = kl_estimate(logp, old_logp if ref_logp is None else ref_logp)  # (R,)
+
+    loss = ((kl_coef * kl - gain) * token_weight).sum()
+    clipped = ((ratio < low) | (ratio > high)).float()  # (R,)
+    return loss, {
+        "kl": (kl * token_weight).sum().item(),
+        "clipped": (clipped * token_weight).sum().item(),
+    }
+
+
+def importance_ratio(logp, old_logp, rows):
+    """Probability of each token under the policy over that under the policy that sampled it. (R,)
+
+    rows is for forks/gspo.py, whose ratio is one for a whole judgment.
+    """
+    return (logp - old_logp).exp()  # (R,)
+
+
+def policy_gain(ratio, logp, advantage, low, high):
+    """The clipped surrogate of PPO (arXiv 1707.06347, eq. 7): the smaller of two estimates. (R,)
+
+    logp is for forks/cispo.py, whose gradient goes through it.
+    """
+    return torch.min(ratio * advantage, ratio.clamp(low, high) * advantage)  # (R,)
+
+
+def kl_estimate(logp, ref_logp):
+    """The estimator k3 of the KL divergence from the reference (Schulman, joschu.net/blog/kl-approx.html). (R,)
+
+    The inner clamp prevents an overflow of exp. The outer clamp at 10 is the published one.
+    """
+    log_ratio = (ref_logp - logp).clamp(max=20)  # (R,)
+    return (log_ratio.exp() - log_ratio - 1).clamp(max=10)  # (R,)
+
+
+# ---------------------------------------------------------------- updates
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """A packed batch, with a value for each of its R response tokens.
+
+    advantage     (R,)  of its judgment
+    token_weight  (R,)  its weight in the mean of the update
+    sampler_logp  (R,)  its log-prob under the engine
+    """
+
+    batch: packing.Batch
+    advantage: torch.Tensor
+    token_weight: torch.Tensor
+    sampler_logp: torch.Tensor
+
+
+def split_into_updates(groups, advantage, args, device, rank, world, width):
+    """This rank's micro-batches of every update, as many as on every other rank. A collective.
+
+    groups     [[Rollout, ...], ...] of the whole step (P, G)
+    advantage  (P, G)
+    width      hidden size of the model, from which the cost of attention follows
+    -> [[MicroBatch, ...], ...], one list an update of --mini-batch groups
+    """
+    empty = torch.zeros(0, device=device)  # (0,)
+    dummy = MicroBatch(packing.dummy_batch(device), empty, empty, empty)
     updates = []
-    for start in range(0, args.pairs, args.mini):
-        places = range(start, start + args.mini)
-        total = sum(len(r.tokens) for i in places for r in groups[i])
-        # Without a reference a group that agrees pulls at nothing: it need not be computed.
-        at = [i for i in places if args.beta or adv[i].any()] or [start]
-        here = [(groups[i][0].prompt, [r.tokens.tolist() for r in groups[i]]) for i in at]
-        mine = packing.deal(here, world, width)[rank]
-        micros = packing.level(packing.pack([here[i] for i in mine], args.micro_tokens, device), device)
-        rollouts = [r for i in mine for r in groups[at[i]]]
-        spare = sum(not b.real for b in micros)              # stand-ins: one token each, which weighs nothing
-        adv_of = F.pad(adv[[at[i] for i in mine]].flatten(), (0, spare)).to(device)
-        tokens = torch.tensor([len(r.tokens) for r in rollouts] + [1] * spare, device=device)
-        share = shares(tokens, total, args.mini * args.group, args.average, args.max_response)
-        engine = torch.cat([torch.from_numpy(r.logprobs) for r in rollouts] + [torch.zeros(spare)]).to(device)
-        updates.append([Micro(b, adv_of[b.rows], b.real * share[b.rows], logprobs)
-                        for b, logprobs in zip(micros, engine.split([len(b.rows) for b in micros]))])
+    for start in range(0, len(groups), args.mini_batch):
+        indices = range(start, start + args.mini_batch)
+        total = sum(len(r.tokens) for i in indices for r in groups[i])  # of all ranks
+        # Without a KL penalty, zero advantage means zero gradient: such groups are left out.
+        # One is kept where all are such, since an update needs a forward pass.
+        useful = [i for i in indices if args.beta or advantage[i].any()] or [start]
+        to_pack = [(groups[i][0].row.prompt, [r.tokens for r in groups[i]]) for i in useful]
+        mine = packing.balance(to_pack, world, width)[rank]
+        batches = packing.pack([to_pack[k] for k in mine], args.micro_tokens, device)
+
+        mine = [useful[k] for k in mine]  # indices of this rank's groups in the step
+        rollouts = [r for i in mine for r in groups[i]]  # B of them
+        lengths = torch.tensor([len(r.tokens) for r in rollouts], device=device)  # (B,)
+        weights = token_weights(lengths, total, args)  # (B,)
+        values = advantage[mine].flatten().to(device)  # (B,)
+        sampler_logp = torch.cat(
+            [torch.zeros(0), *(torch.from_numpy(r.sampler_logp) for r in rollouts)]
+        ).to(device)  # of all tokens of this rank, in the order of the batches
+        pieces = sampler_logp.split([len(batch.targets) for batch in batches])  # (R,) each
+
+        # batch.rows (R,) says whose token each is.
+        micro_batches = [
+            MicroBatch(batch, values[batch.rows], weights[batch.rows], piece)
+            for batch, piece in zip(batches, pieces)
+        ]
+        updates.append(packing.equalise(micro_batches, dummy))
     return updates
 
 
+def token_weights(lengths, total, args):
+    """The weight of one token of each judgment in the mean of an update. (B,)
+
+    lengths    (B,) tokens of each judgment
+    total      tokens in the whole update, of all ranks
+    sequence   1 / (length x judgments): the mean over judgments of the mean over tokens (paper eq. 9)
+    token      1 / total: the mean over tokens; long judgments count more (DAPO, arXiv 2503.14476, eq. 8)
+    constant   1 / (longest x judgments): a token's weight does not depend on the length (Dr. GRPO)
+    """
+    judgments = args.mini_batch * args.group_size
+    denominator = {
+        "sequence": lengths * judgments,  # (B,)
+        "token": torch.full_like(lengths, total),  # (B,)
+        "constant": torch.full_like(lengths, args.max_response * judgments),  # (B,)
+    }[args.loss_mean]
+    return 1 / denominator.float()  # (B,)
+
+
 @torch.no_grad()
-def score(policy, reference, updates):
-    """Log-probs under the reference, and under the policy that sampled. The first update learns with that
-    very policy, whose own pass gives them."""
-    for m in chain(*updates) if reference else ():
-        m.ref = reference(m.batch)
-    for m in chain(*updates[1:]):
-        m.old = policy(m.batch)
+def token_logprobs(network, micro_batches):
+    """Log-probs of the micro-batches' tokens under a network, [(R,), ...]; None each without a network."""
+    return [network(m.batch) if network else None for m in micro_batches]
 
 
-def learn(policy, optim, updates, lr, args, world):
-    """One clipped step an update (paper eq. 9); engine and trainer are compared before the first one.
-    -> what the diary says about it, [gradient norms]"""
-    variant = {k: getattr(args, k) for k in ("clip", "beta", "ratio", "surrogate", "engine_cap")}
-    sums, norms = np.zeros(3), []
-    for micros in updates:
-        for m in micros:
-            logp = policy(m.batch)
-            m.old = logp.detach() if m.old is None else m.old
-            ref = m.old if m.ref is None else m.ref
-            loss, stats = grpo_loss(logp, m.old, ref, m.adv, m.weight, m.batch.rows, m.engine, **variant)
-            (loss * world).backward()              # FSDP averages over ranks; the weights are already global
-            sums += loss.item(), stats["kl"], stats["clipped"]
-        if not norms:
-            gap = check_gap([(m.old, m.engine) for m in chain(*updates) if m.batch.real], args.max_gap)
-        norms.append(P.optimizer_step(policy, optim, lr, clip=1.0))
-    loss, kl, clipped = (x / len(updates) for x in R.all_sum(sums))
-    return gap | {"loss": loss, "kl": kl, "clipped": clipped, "grad_norm": sum(norms) / len(norms)}, norms
+def accumulate_gradients(policy, micro_batches, old_logp, ref_logp, args, world):
+    """Forward and backward passes of one update (paper eq. 9); optimizer_step takes the step.
+
+    old_logp  [(R,), ...] of each micro-batch, or None: the policy that sampled is the one that learns
+    ref_logp  [(R,) or None, ...]
+    -> [(R,), ...] log-probs of the policy before the update, this rank's part of {"loss", "kl", "clipped"}
+    """
+    before, totals = [], {"loss": 0.0, "kl": 0.0, "clipped": 0.0}
+    for n, m in enumerate(micro_batches):
+        logp = policy(m.batch)  # (R,)
+        before.append(logp.detach())
+        loss, statistics = grpo_loss(
+            logp,
+            before[n] if old_logp is None else old_logp[n],
+            ref_logp[n],
+            m.advantage,
+            m.token_weight,
+            m.batch.rows,
+            m.sampler_logp,
+            clip=args.clip,
+            kl_coef=args.beta,
+            engine_cap=args.engine_cap,
+        )
+        # FSDP takes the mean over ranks; the weights are global already.
+        (loss * world).backward()
+        for name, value in {"loss": loss.item(), **statistics}.items():
+            totals[name] += value
+    return before, totals
 
 
-def verdicts(groups, name=""):
-    """Shares of judgments that are right, and that have no verdict one could read."""
-    rollouts = [*chain(*groups)]
-    return {f"{name}accuracy": fmean(r.verdict == r.pair.label for r in rollouts),
-            f"{name}unread": fmean(r.verdict is None for r in rollouts)}
+# ---------------------------------------------------------------- the log; docs/log.md explains each number
 
 
-def summary(groups, agreeing, norms, args):
-    """What a step's rollouts and updates look like; docs/training.md explains each number."""
-    rollouts = [*chain(*groups)]
-    scored = [r.reward for r in rollouts if not math.isnan(r.reward)]
+def mean_losses(losses):
+    """Means over the updates of a step and sums over ranks. losses: [{"loss", "kl", "clipped"}, ...]"""
+    names = list(losses[0])
+    sums = all_sum([sum(loss[name] for loss in losses) for name in names])
+    return {name: total / len(losses) for name, total in zip(names, sums)}
+
+
+def accuracy(groups, prefix=""):
+    """Shares of judgments whose verdict is right, and that have no verdict."""
+    rollouts = [r for group in groups for r in group]
+    return {
+        f"{prefix}accuracy": fmean(r.verdict == r.row.pair.label for r in rollouts),
+        f"{prefix}no_verdict": fmean(r.verdict is None for r in rollouts),
+    }
+
+
+def summary(groups):
+    """What the rollouts of a step look like."""
+    rollouts = [r for group in groups for r in group]
+    known = [r.reward for r in rollouts if math.isfinite(r.reward)]
     lengths = [len(r.tokens) for r in rollouts]
-    sampled = hashlib.sha256(b"".join(r.tokens.tobytes() for r in rollouts)).hexdigest()
-    return {"reward": fmean(scored or [0]), "unscored": len(rollouts) - len(scored), **verdicts(groups),
-            "cut_off": fmean(not r.finished for r in rollouts),
-            "agreeing_groups": sum(agreeing) / len(agreeing) / args.pairs, "rounds": len(agreeing),
-            "length_mean": fmean(lengths), "length_max": max(lengths),
-            "tokens": sum(lengths) + sum(len(r.prompt) for r in rollouts), "sampled": sampled[:12],
-            "skipped_rows": [group[0].pair.id for i, group in enumerate(groups)
-                             if not math.isfinite(norms[i // args.mini])]}
+    content = b"".join(r.tokens.tobytes() for r in rollouts)
+    return {
+        "reward": fmean(known or [0]),
+        "reward_errors": len(rollouts) - len(known),
+        **accuracy(groups),
+        "truncated": fmean(not r.finished for r in rollouts),
+        "length_mean": fmean(lengths),
+        "length_max": max(lengths),
+        "tokens": sum(lengths) + sum(len(r.row.prompt) for r in rollouts),
+        "samples_digest": hashlib.sha256(content).hexdigest()[:12],
+    }
 
 
-def rehearse(policy, reference, optim, shown, args, world):
-    """One update on made-up judgments, for dryrun.py. shown: [(prompt ids, [response ids, ...]), ...]"""
-    args = argparse.Namespace(**vars(args) | {"pairs": len(shown), "mini": len(shown), "max_gap": math.inf})
-    groups = [[Rollout(None, prompt, np.array(r), np.zeros(len(r), np.float32), True, None, 0.0)
-               for r in responses] for prompt, responses in shown]
-    updates = updates_of(groups, torch.ones(len(shown), len(groups[0])), args, torch.device("cpu"), 0, world,
-                         policy.lm.config.hidden_size)
-    dryrun.phase("scoring")
-    score(policy, reference, updates)
-    dryrun.phase("learning")
-    learn(policy, optim, updates, args.lr, args, world)
+def skipped_pairs(groups, norms, args):
+    """Ids of the pairs whose update had no finite gradient, and was skipped."""
+    bad = [i for i in range(len(groups)) if not math.isfinite(norms[i // args.mini_batch])]
+    return [groups[i][0].row.pair.id for i in bad]
 
 
-# ---------------------------------------------------------------- the run
-
-def read(args, tokenizer, form, config, world):
-    """What the run learns from, and flags that do not fit it, the model or the ranks.
-    -> pairs, their rows as `rows_of` has them, [(held-out pair, prompt ids), ...], steps"""
-    pairs, rows = rows_of(args.data, tokenizer, form, args, both=args.both_orders is not None)
-    val_rows = [*chain(*rows_of(args.val_data, tokenizer, form, args)[1])] if args.val_data else []
-    prompts = sum(map(len, rows))
-    if prompts < args.pairs:
-        fail(f"--pairs {args.pairs}: more than the {len(rows)} usable pairs in {args.data}")
-    if args.max_prompt + args.max_response > P.window_of(config):
-        fail(f"--max-prompt {args.max_prompt} and --max-response {args.max_response} exceed the model's "
-             f"window of {P.window_of(config)} tokens")
-    check_tp(args.tp, world, config)
-    return pairs, rows, val_rows, args.steps or prompts // args.pairs
-
-
-def main():
-    args = arguments()
-    folder = P.resolve(args.model, weights=args.dry_run is None)
-    tokenizer, stop = P.load_tokenizer(folder)
-    rank, world, device = R.start_ranks(args.timeout, args.dry_run)
-    form = prompt_form(folder, args.model, args.protocol, args.system_prompt, default="instruct")
-    config, dtype, shard = P.config_of(folder), P.DTYPES[args.dtype], R.shards(args.shard)
-    pairs, rows, val_rows, steps = read(args, tokenizer, form, config, world)
-    P.check_family(config, device)
-    if args.dry_run is not None:
-        prompts = [ids for row in rows for _, ids in row]
-        return dryrun.show(args, config, shard, steps, prompts, args.group, args.max_response, rehearse)
-    about = R.open_run(args, folder, pairs, form)
-    R.phase("load the weights")
-    load = partial(P.load, args.model, device, dtype, args.seed, shard=shard)
-    policy, reference = load(recompute=args.recompute), load(trainable=False) if args.beta else None
-    optim = P.adamw(policy, args.lr, (0.9, 0.999), 0.01)
-    state = R.Checkpoints(policy, optim, f"{args.out}/state")
-    first = state.load(steps)
-    home = torch.device("cpu") if args.offload else device     # of what waits for its turn
-    P.move(home, reference, optim)
-    R.phase("start the engine")
-    window = args.max_prompt + args.max_response
-    engine = Engine(folder, window, args.dtype, weights="dummy", memory=args.engine_memory, tp=args.tp)
-    engine.sync(policy, dtype)
-    ask = partial(sample, engine, tokenizer, stop, args, rank, world)
-    diary = R.Diary(args.out, first, about)
-    R.print0(f"{world} ranks on {device.type}, {steps} steps of {args.pairs} pairs x {args.group} judgments, "
-             f"{args.pairs // args.mini} updates each")
-
-    for step in R.steps_of(diary, state, first, steps, args):
-        val = verdicts(ask(val_rows, step), "val_") if val_rows and step % args.val_every == 0 else {}
-        diary.phase("sample")
-        groups, agreeing = collect(ask, rows, step, args)
-        engine.sleep()
-
-        diary.phase("score")
-        rewards = torch.tensor([[r.reward for r in group] for group in groups])            # (P, G)
-        adv = advantages(rewards, args.advantage)
-        updates = updates_of(groups, adv, args, device, rank, world, config.hidden_size)
-        P.move(device, reference)
-        score(policy, reference, updates)
-        P.move(home, reference)
-
-        diary.phase("learn")
-        lr = args.lr * P.schedule(step, steps, args.schedule)
-        P.move(device, optim)
-        learned, norms = learn(policy, optim, updates, lr, args, world)
-        P.move(home, optim)
-
-        diary.phase("sync")                                    # before anyone samples again
-        engine.sync(policy, dtype)
-        diary.phase("")
-        diary.show(step, groups, tokenizer)
-        diary.write(norms, step=step, lr=lr, **val, **summary(groups, agreeing, norms, args), **learned)
-
-    if val_rows:
-        diary.write(step=steps, **verdicts(ask(val_rows, steps), "val_"))
-    P.save_model(policy, folder, f"{args.out}/model", dtype, form_of(pairs[0], *form))
-    R.print0(f"wrote {args.out}/model")
+def examples(groups, tokenizer, step, count=4):
+    """Some of what a step sampled, for a person to read: a judgment of each of the first groups."""
+    for group in groups[:count]:
+        r = group[step % len(group)]
+        yield {
+            "step": step,
+            "pair": r.row.pair.id,
+            "label": r.row.pair.label,
+            "verdict": r.verdict,
+            "reward": r.reward if math.isfinite(r.reward) else None,
+            "finished": r.finished,
+            "text": tokenizer.decode(r.tokens),
+        }
 
 
 if __name__ == "__main__":
-    R.run(main)
+    run_main(main, explain)

@@ -4,17 +4,20 @@ The judge you use: compare two responses, rank several, reward a group; and the 
     from rmr1 import Judge
     judge = Judge("runs/demo/grpo/model", dtype="float32")             # or a hub id, or a server's URL
     judge.compare("What is 6 * 7 ?", "Here: 42", "Here: 45").verdict   # "A"
-    judge.rank(prompt, responses, goal="best").order[0]                # the best one's place
+    judge.rank(prompt, responses, goal="best").order[0]                # index of the best one
     GRPOTrainer(..., reward_funcs=judge.reward)                        # TRL; judge.areward is its async twin
 
     python rmr1.py judge --model MODEL --question "What is 6 * 7 ?" --a "Here: 42" --b "Here: 45"
-    python rmr1.py rank | reward | select --model MODEL --data lines.jsonl --journal journal.jsonl
+    python rmr1.py judge --model MODEL --data pairs.jsonl --json
+    python rmr1.py rank --model MODEL --data responses.jsonl --journal journal.jsonl
+    python rmr1.py reward --model MODEL --data completions.jsonl --journal journal.jsonl
+    python rmr1.py select --model MODEL --data pairs.jsonl --count 100 --journal journal.jsonl
 
 The demo's judge knows the kinds of question that data/toy.py asks, in its few words, and no others.
 """
+
 import asyncio
 import functools
-import itertools
 import json
 import os
 import re
@@ -30,19 +33,26 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-import ranking
-from askers import Answer, Journal, Refused, asker_of, flags, judged
-from engine import seed_of
-from files import Flags, digest, fail, lines_of, number
-from rubrics import (Judgment, Pair, chat_messages, messages_of, other, prompt_form, read_pairs, response_of,
-                     text_in, verbatim)
+from judge import ranking
+from judge.backends import Answer, backend_flags, make_backend, read_answer
+from judge.journal import Journal
+from lib.files import Failure, Flags, digest, number, parse_lines, run_main, seed_of
+from lib.pairs import Pair, messages_of, other_label, read_pairs, response_text, text_or_none
+from rubrics import Judgment, chat_messages, prompt_style, verbatim
 
 
 @dataclass
 class Vote:
-    """One judgment of two responses. first: the place of the one that was shown as A; verdict: "A" or "B" of
-    what was shown, None where there is none (judgment.reason says why); prefers: the same in the words of a
-    pair, whose places are 0 and 1; answer: what it cost."""
+    """One judgment of two responses.
+
+    first     index of the response shown as A (0 or 1 for a pair)
+    second    index of the one shown as B
+    judgment  what the judge wrote, taken apart
+    answer    the text and its tokens
+    verdict   "A" or "B" of what was shown; None where there is none, and judgment.reason says why
+    prefers   for a pair only: the verdict mapped back to the original order. It has no meaning in a ranking
+    """
+
     first: int
     second: int
     judgment: Judgment
@@ -54,16 +64,22 @@ class Vote:
 
     @property
     def prefers(self):
-        return other(self.verdict) if self.first else self.verdict
+        return other_label(self.verdict) if self.first else self.verdict
 
 
 @dataclass
 class Comparison:
     """What the votes on two responses say; `ranking.verdict` has the definitions.
 
-    verdict   "A", "B", "tie" or None, and then the reason; win: share of A in votes to come, low to high its
-              90 % interval; consistent: do both orders say the same? share: of votes, those for the verdict
-    vote      the first that spoke for the verdict; votes: all of them"""
+    verdict     "A", "B", "tie" or None
+    reason      why there is no winner, else ""
+    win         expected share of future votes for A
+    low, high   its 90 % interval
+    consistent  do both orders say the same?
+    share       fraction of the votes that support the verdict
+    vote        the first vote for the verdict; votes: all of them
+    """
+
     verdict: str | None
     reason: str
     win: float
@@ -77,9 +93,16 @@ class Comparison:
 
 @dataclass
 class Ranking:
-    """What comparisons of n responses say; `ranking.rewards` has the definitions. order: places, the best
-    first. reward (the expected win rate), stderr, low, high, best (the chance to be the best): a number for
-    each, None where nothing about one could be read. votes: of responses in the places first and second."""
+    """What the votes on n responses say; `ranking.rewards` has the definitions.
+
+    order      indices of the responses, the best first
+    reward     expected win rate of each; stderr, low, high: its standard error and 90 % interval
+    best       probability of each to be the best
+    votes      their first and second are indices of responses
+
+    A number is None where nothing about its response could be read.
+    """
+
     order: list
     reward: list
     stderr: list
@@ -93,189 +116,333 @@ class Ranking:
 
 
 class Judge:
-    """A judge to compare, rank and reward with, from anywhere; acompare, arank and areward are the same to
-    await. Everything that can run together does, whoever asks for it.
+    """A judge to compare, rank and reward with; acompare, arank and areward are the same to await.
 
-    model        a folder or hub id; or a server's URL, which is asked for its first model
-    base_url     an OpenAI-compatible server that has the model. It is asked in token ids where model is a
-                 folder, else in chats, model being the server's name for it
-    protocol     how it wants to be asked, where the model does not say so itself; system_prompt: a file
-    journal      a file that keeps every judgment: what is in it is not asked again
-    temperature  of the second and further votes in an order; the first is greedy, unless greedy=False
-    seed         numbers are functions of it and of the texts: other responses' places change nothing
-    more         max_len, dtype, memory of a local model (see `askers.Local`); at_once, patience of a server
+    model          one of these:
+                   a folder or a hub id: the model runs in this process, unless base_url is given
+                   a server's URL: we use the first model that the server lists
+                   the server's name for a model, with base_url: the server gets chats
+                   a backend, see judge/backends.py
+    protocol       the prompt style, where the model does not say so itself; system_prompt: a file
+    base_url       an OpenAI-compatible server that has the model. It gets token ids if model is a folder
+    journal        a file that keeps every judgment: what is in it is not asked for again
+    temperature    of the second and further votes in an order; the first is greedy, unless greedy=False
+    seed           results depend on the seed and the texts only, not on the order in which you list the
+                   responses
+    max_tokens     of a judgment
+    more           settings of the backend, see `backends.make_backend`
+
+    Calls from several tasks or threads share one batch.
     """
 
-    def __init__(self, model, protocol=None, system_prompt=None, base_url=None, journal=None, temperature=1.0,
-                 seed=0, max_tokens=8192, greedy=True, **more):
+    def __init__(
+        self,
+        model,
+        protocol=None,
+        system_prompt=None,
+        base_url=None,
+        journal=None,
+        temperature=1.0,
+        seed=0,
+        max_tokens=8192,
+        greedy=True,
+        **more,
+    ):
         if "://" in str(model):
             model, base_url = None, model
-        self.asker, folder, about = model, None, None       # anything that answers as those of askers.py do
-        if not hasattr(model, "submit"):
-            at_hand = model if base_url and model and Path(model).is_dir() else None
-            self.asker = asker_of(None if at_hand else model, base_url, max_tokens, folder=at_hand, **more)
-            folder, model, about = self.asker.folder, self.asker.model, self.asker.about()
-        self.form = prompt_form(folder, model, protocol, system_prompt)
-        self.about, self.temperature, self.seed, self.greedy = [about, max_tokens], temperature, seed, greedy
-        self.journal = Journal(Path(journal) if journal else None)
-        self.under_way, self.lock = {}, threading.Lock()
-        self.bar, self.used = tqdm(disable=True), Counter()
+        folder = fingerprint = None
+        if hasattr(model, "submit"):
+            self.backend = model
+        else:
+            # If `model` is a local folder and a server is given, we tokenize here with that folder, and use
+            # the first model that the server lists.
+            has_local_folder = base_url and model and Path(model).is_dir()
+            served_name = None if has_local_folder else model
+            tokenizer_folder = model if has_local_folder else None
+            self.backend = make_backend(served_name, base_url, max_tokens, tokenizer_folder, **more)
+            model, folder = self.backend.model, self.backend.folder
+            fingerprint = self.backend.about()
+        self.style = prompt_style(folder, model, protocol, system_prompt)
+        self.about = [fingerprint, max_tokens]
+        self.temperature = temperature
+        self.seed = seed
+        self.greedy = greedy
 
-    async def answers(self, asked, heard=None):
-        """Answers to [(messages, seed, temperature), ...], from the journal or else from the model, which is
-        asked once for what several want. Who leaves cancels nothing: the answer goes into the journal."""
-        keys, new, waiting = [digest([*self.about, *request]) for request in asked], {}, []
+        self.journal = Journal(Path(journal) if journal else None)
+        self.under_way = {}  # {request's key: Future of its Answer}
+        self.lock = threading.Lock()  # of under_way and used
+        self.used = Counter()
+        self.bar = tqdm(disable=True)
+
+    # ------------------------------------------------------------ requests
+
+    def request(self, pair, count):
+        """The request for vote number `count`, from 0, on a pair in its order. -> its key, request
+
+        The messages are digested once, for the seed and for the key of the journal.
+        """
+        messages = chat_messages(pair, self.style)
+        prompt = digest(messages)
+        seed = seed_of(self.seed, prompt, count)
+        temperature = 0.0 if self.greedy and count == 0 else self.temperature
+        key = digest([*self.about, prompt, seed, temperature])
+        return key, (messages, seed, temperature)
+
+    def submit(self, keyed_requests):
+        """Hand in what is neither in the journal nor under way. -> [(Answer or Future of one, origin), ...]
+
+        A caller that leaves cancels nothing: the answer comes all the same, and goes into the journal.
+        """
+        sources = []
+        new = {}  # {key: request}
         with self.lock:
-            for n, key in enumerate(keys):
-                known = self.journal.found(key)
-                self.used["cached"] += known is not None
-                if not known and key not in self.under_way:
-                    new[key], self.under_way[key] = n, Future()
-                waiting.append(known or self.under_way[key])
+            for key, request in keyed_requests:
+                cached = self.journal.find(key)
+                if cached:
+                    self.used["cached"] += 1
+                    sources.append((cached, "cached"))
+                elif key in self.under_way:
+                    sources.append((self.under_way[key], "shared"))
+                else:
+                    new[key] = request
+                    self.under_way[key] = Future()
+                    sources.append((self.under_way[key], "new"))
         try:
-            told = {"heard": lambda n, text: heard([*new.values()][n], text)} if heard else {}
-            futures = self.asker.submit([asked[n] for n in new.values()], **told)
-        except BaseException as e:                              # nobody may wait for ever
+            futures = self.backend.submit(list(new.values()))
+        except BaseException as e:  # nobody may wait for ever
             futures = [Future() for _ in new]
             for future in futures:
                 future.set_exception(e)
         for key, future in zip(new, futures, strict=True):
-            future.add_done_callback(functools.partial(self.keep, key))
-        got = [await asyncio.shield(asyncio.wrap_future(a)) if isinstance(a, Future) else a for a in waiting]
-        return [replace(a, origin="shared") if a.origin == "new" and new.get(key) != n else a
-                for n, (key, a) in enumerate(zip(keys, got))]
+            future.add_done_callback(functools.partial(self.receive, key))
+        return sources
 
-    def keep(self, key, future):
-        """An answer has come: into the journal, then to all who wait for it."""
+    def receive(self, key, future):
+        """An answer has come, in the backend's thread: into the journal, then to all who wait for it."""
+        answer = error = None
         try:
-            answer, error = future.result(), None
+            answer = future.result()
             if not answer.failed:
                 self.journal.add(key, answer)
-        except BaseException as e:
-            answer, error = None, e
+        except BaseException as e:  # is raised where the answer is awaited
+            error = e
         with self.lock:
-            kept = self.under_way.pop(key)
+            waiting = self.under_way.pop(key)
             self.bar.update()
-            if answer:
-                self.used.update(judgments=1, prompt_tokens=answer.prompt_tokens,
-                                 completion_tokens=answer.tokens)
-        (kept.set_exception if error else kept.set_result)(error or answer)
+            if error is None:
+                self.used["judgments"] += 1
+                self.used["prompt_tokens"] += answer.prompt_tokens
+                self.used["completion_tokens"] += answer.tokens
+        if error is None:
+            waiting.set_result(answer)
+        else:
+            waiting.set_exception(error)
 
-    async def play(self, shown, game, heard=None):
-        """A schedule of ranking.py, played, all of a round together. shown: (i, j) -> the `Pair` that shows
-        response i as A and j as B. heard(k, i, what) is told of vote k, which shows i first: "" as it begins,
-        what there is of its text, at last the `Vote`. -> what was played [(i, j, result), ...], [Vote]"""
-        before, votes = Counter(), []
+    async def collect_votes(self, pair_in_order, schedule, on_vote=None):
+        """Run a schedule of ranking.py, all requests of a round at once. -> its results, [Vote, ...]
 
-        async def ask(places):
-            asked = []
-            for place in places:
-                messages, n = chat_messages(shown(*place), *self.form), before[place]
-                heat = 0.0 if self.greedy and not n else self.temperature
-                asked.append((messages, seed_of(self.seed, digest(messages), n), heat))
-                before[place] += 1
-            told, first = heard and (lambda n, text: heard(first + n, places[n][0], text)), len(votes)
-            for n in range(len(places)) if heard else ():
-                told(n, "")
-            for n, a in enumerate(await self.answers(asked, told)):
-                votes.append(Vote(*places[n], judged(a), a))
-                if heard:
-                    told(n, votes[-1])
-            return [None if v.verdict is None else float(v.verdict == "A") for v in votes[-len(places):]]
+        pair_in_order  (i, j) -> the `Pair` that shows response i as A and j as B
+        on_vote        called with (number, Vote) as each vote is whole. Votes are numbered from 0 as they are
+                       asked for; those of a round may come in any order
+        """
+        votes = []
+        counts = Counter()  # {(i, j): votes so far}
 
-        return await ranking.play(game, ask), votes
+        async def vote_on(number_of_vote, indices, source, origin):
+            answer = source
+            if isinstance(source, Future):
+                # Shielded: cancelling this caller must not cancel the future that others wait for.
+                answer = await asyncio.shield(asyncio.wrap_future(source))
+                answer = replace(answer, origin=origin)
+            vote = Vote(*indices, read_answer(answer), answer)
+            if on_vote:
+                on_vote(number_of_vote, vote)
+            return vote
 
-    async def acompare(self, prompt, a, b, budget=8, heard=None):
-        """Which of two responses is better? prompt: a text or messages; a, b: texts, or messages that end in
-        one. One vote in each order, more only while neither is two ahead and the budget lasts. heard: see
-        `play`. -> `Comparison`"""
-        pair = Pair("", messages_of(prompt), response_of(a), response_of(b), None)
-        if pair.a == pair.b:
+        async def ask(round_of_pairs):
+            keyed_requests = []
+            for indices in round_of_pairs:
+                keyed_requests.append(self.request(pair_in_order(*indices), counts[indices]))
+                counts[indices] += 1
+            sources = self.submit(keyed_requests)
+
+            coroutines = []
+            for n, (indices, source) in enumerate(zip(round_of_pairs, sources)):
+                number_of_vote = len(votes) + n
+                coroutines.append(vote_on(number_of_vote, indices, *source))
+            new = await asyncio.gather(*coroutines)
+            votes.extend(new)
+            return [None if v.verdict is None else float(v.verdict == "A") for v in new]
+
+        return await ranking.run_schedule(schedule, ask), votes
+
+    # ------------------------------------------------------------ what it is asked
+
+    async def acompare(self, prompt, a=None, b=None, budget=8, on_vote=None):
+        """Which of two responses is better? -> `Comparison`
+
+        prompt  a text or messages; or a `Pair`, which is shown in its published prompt if it has one
+        a, b            the responses: texts, or messages that end in one
+        budget          votes at most
+        on_vote         see `collect_votes`
+
+        It asks once in each order, then continues until one side leads by two or the budget is spent. A
+        published prompt from which the two responses cannot be extracted cannot be swapped, so it gets one
+        vote.
+        """
+        pair = prompt
+        if not isinstance(pair, Pair):
+            pair = Pair("", messages_of(prompt), response_text(a), response_text(b), None)
+        if not pair.a:
+            budget = 1
+        elif pair.a == pair.b:
             return Comparison("tie", "the responses are equal", 0.5, 0.5, 0.5, None, None, None, [])
-        return await self.apair(pair, budget, heard)
 
-    async def apair(self, pair, budget=8, heard=None):
-        """`acompare` for a `Pair`, in its published prompt if it has one; where its responses cannot be told
-        apart in that, there is one vote, in the order that it has."""
-        played, votes = await self.play(lambda i, _: pair.swapped() if i else pair,
-                                        ranking.votes(budget if pair.a else 1), heard)
-        says = ranking.verdict(played)
-        speaks = next((v for v in votes if v.verdict and v.prefers == says["verdict"]), None)
-        reason = {"tie": "as many votes for each", None: votes[0].judgment.reason}.get(says["verdict"], "")
-        return Comparison(**says | {"reason": reason, "vote": speaks, "votes": votes})
+        def pair_in_order(first, _):
+            return pair.swapped() if first else pair
+
+        schedule = ranking.pair_schedule(budget)
+        results, votes = await self.collect_votes(pair_in_order, schedule, on_vote)
+        outcome = ranking.verdict(results)
+        verdict = outcome["verdict"]
+        supporting = [vote for vote in votes if vote.verdict and vote.prefers == verdict]
+        reason = ""
+        if verdict == "tie":
+            reason = "as many votes for each"
+        elif verdict is None:
+            reason = votes[0].judgment.reason
+        vote = supporting[0] if supporting else None
+        return Comparison(**outcome | {"reason": reason, "vote": vote, "votes": votes})
 
     async def arank(self, prompt, responses, goal="all", budget=None):
-        """How good are several responses beside each other? goal: "all" wants a reward for each, "best" the
-        best one. budget: judgments, four a response unless given. Equal ones are judged once. -> `Ranking`"""
-        texts, n = [response_of(r) for r in responses], len(responses)
-        keys = sorted(set(texts), key=lambda t: digest([self.seed, t]))     # no place in the list has a say
+        """How good are several responses beside each other? -> `Ranking`
+
+        goal    "all": a reward for each; "best": the best one
+        budget  votes at most; four for each response unless given
+
+        Equal responses are judged once. Raises ValueError for less than two.
+        """
+        n = len(responses)
+        texts = [response_text(response) for response in responses]
         if n < 2:
             raise ValueError(f"{n} responses: a ranking needs two or more")
-        if len(keys) == 1:                                                  # all are equal
-            return Ranking([*range(n)], [0.5] * n, [0.0] * n, [0.5] * n, [0.5] * n, [1.0] * n, [])
-        context, names = messages_of(prompt), [f"{self.seed}/{t}" for t in keys]
-        played, votes = await self.play(lambda i, j: Pair("", context, keys[i], keys[j], None),
-                                        ranking.schedule(names, budget, goal))
-        for v in votes:
-            v.first, v.second = texts.index(keys[v.first]), texts.index(keys[v.second])
-        read = {i for *pair, won in played if won is not None for i in pair}
-        places = [keys.index(t) for t in texts]
-        numbers = {name: [float(some[i]) if i in read else None for i in places]
-                   for name, some in ranking.rewards(names, played).items()}
-        order = sorted(range(n), key=lambda i: -(numbers["reward"][i] or 0))            # a rate is above 0
+        # In the order of their digests, so the order of the list changes nothing.
+        different = sorted(set(texts), key=lambda text: digest([self.seed, text]))
+        if len(different) == 1:
+            return Ranking(
+                order=list(range(n)),
+                reward=[0.5] * n,
+                stderr=[0.0] * n,
+                low=[0.5] * n,
+                high=[0.5] * n,
+                best=[1.0] * n,
+                votes=[],
+            )
+
+        context = messages_of(prompt)
+
+        def pair_in_order(i, j):
+            return Pair("", context, different[i], different[j], None)
+
+        keys = [f"{self.seed}/{text}" for text in different]
+        schedule = ranking.schedule(keys, budget, goal)
+        results, votes = await self.collect_votes(pair_in_order, schedule)
+        for vote in votes:  # from indices of the different texts to indices of the list
+            vote.first = texts.index(different[vote.first])
+            vote.second = texts.index(different[vote.second])
+
+        # results: [(i, j, outcome), ...], the outcome None where no verdict could be read.
+        with_a_vote = set()
+        for i, j, outcome in results:
+            if outcome is not None:
+                with_a_vote.update((i, j))
+
+        indices = [different.index(text) for text in texts]
+        numbers = {}
+        for name, values in ranking.rewards(keys, results).items():
+            numbers[name] = [float(values[i]) if i in with_a_vote else None for i in indices]
+        reward = numbers["reward"]
+        # A reward is above 0, so a response without one comes last.
+        order = sorted(range(n), key=lambda index: -(reward[index] or 0))
         return Ranking(order=order, votes=votes, **numbers)
 
     async def areward(self, prompts, completions, **_):
-        """A reward for every completion: its expected win rate against the others to the same prompt, which
-        stand in a row, as trainers have them. None where nothing could be read, or where a completion is
-        empty or alone: TRL then gives it no advantage. Goes into TRL's `reward_funcs`."""
+        """A reward for every completion: its expected win rate against the others to the same prompt.
+
+        Completions to one prompt stand in a row, as trainers have them. It goes into TRL's `reward_funcs`.
+        None where nothing could be read, or where a completion is empty or alone: TRL then gives it no
+        advantage.
+        """
         groups = groups_of(prompts, completions)
-        if any(len(some) == 1 for _, some in groups):
-            warnings.warn("a completion is alone: nothing to compare it with; let per_device_train_batch_size"
-                          " x steps_per_generation be a multiple of num_generations", stacklevel=2)
-        return [r for some, _ in await all_of(self.agroup(*group) for group in groups) for r, _ in some]
+        if any(len(group) == 1 for _, group in groups):
+            warnings.warn(
+                "a completion is alone: nothing to compare it with; let per_device_train_batch_size"
+                " x steps_per_generation be a multiple of num_generations",
+                stacklevel=2,
+            )
+        judged = await all_of(self.agroup(*group) for group in groups)
+        return [reward for numbers, _ in judged for reward, _ in numbers]
 
     async def agroup(self, prompt, completions):
-        """-> [(reward, stderr), ...] of the completions to one prompt, and the votes"""
-        known = [i for i, c in enumerate(completions) if text_in(c)]
-        ranked = await self.arank(prompt, [completions[i] for i in known]) if len(known) > 1 else None
-        found = dict(zip(known, zip(ranked.reward, ranked.stderr))) if ranked else {}
-        return [found.get(i, (None, None)) for i in range(len(completions))], ranked.votes if ranked else []
+        """The completions to one prompt. -> [(reward, stderr), ...], [Vote, ...]"""
+        numbers = [(None, None)] * len(completions)
+        indices = [index for index, text in enumerate(completions) if text_or_none(text)]
+        if len(indices) < 2:
+            return numbers, []
+        ranked = await self.arank(prompt, [completions[index] for index in indices])
+        for index, reward, stderr in zip(indices, ranked.reward, ranked.stderr):
+            numbers[index] = (reward, stderr)
+        return numbers, ranked.votes
 
     def verl(self):
-        """A `compute_score` for verl, which shows a reward function one sample at a time: the share of votes
-        that it wins against `ground_truth`, for the prompt in `extra_info["question"]`."""
+        """A `compute_score` for verl, which shows a reward function one sample at a time.
+
+        The score is the share of votes that the sample wins against `ground_truth`, for the prompt in
+        `extra_info["question"]`. read: could a vote be read?
+        """
+
         async def compute_score(data_source, solution_str, ground_truth, extra_info, **_):
-            if not text_in(solution_str):
+            if not text_or_none(solution_str):
                 return {"score": 0.0, "read": 0.0}
             found = await self.acompare(extra_info["question"], solution_str, ground_truth)
-            return {"score": found.win if found.verdict else 0.5, "read": float(found.verdict is not None)}
+            if found.verdict is None:
+                return {"score": 0.5, "read": 0.0}
+            return {"score": found.win, "read": 1.0}
+
         return compute_score
 
-    def compare(self, prompt, a, b, budget=8):
-        return now(self.acompare(prompt, a, b, budget))
+    def compare(self, prompt, a=None, b=None, budget=8):
+        return run_sync(self.acompare(prompt, a, b, budget))
 
     def compare_all(self, pairs, budget=8):
         """`compare` for many (prompt, a, b), or `Pair`s, together. -> [Comparison, ...]"""
-        return now(all_of(self.apair(p, budget) if isinstance(p, Pair) else self.acompare(*p, budget)
-                          for p in pairs))
+        arguments = [(pair,) if isinstance(pair, Pair) else pair for pair in pairs]
+        return run_sync(all_of(self.acompare(*texts, budget=budget) for texts in arguments))
 
     def rank(self, prompt, responses, goal="all", budget=None):
-        return now(self.arank(prompt, responses, goal, budget))
+        return run_sync(self.arank(prompt, responses, goal, budget))
 
     def reward(self, prompts, completions, **more):
-        return now(self.areward(prompts, completions, **more))
+        return run_sync(self.areward(prompts, completions, **more))
 
 
 def groups_of(prompts, completions):
-    """-> [(prompt, [completion, ...]), ...]: runs of equal prompts"""
-    runs = itertools.groupby(zip(prompts, completions, strict=True), key=lambda both: both[0])
-    return [(prompt, [completion for _, completion in run]) for prompt, run in runs]
+    """Runs of equal prompts. -> [(prompt, [completion, ...]), ...]"""
+    groups = []
+    for prompt, completion in zip(prompts, completions, strict=True):
+        if groups and groups[-1][0] == prompt:
+            groups[-1][1].append(completion)
+        else:
+            groups.append((prompt, [completion]))
+    return groups
 
 
 async def all_of(coroutines):
-    """Their results, in order. Each begins in a turn of its own, for the loop may serve others: 512 groups
-    that begin in one turn would hold it for seconds."""
+    """Results of coroutines that run together, in order.
+
+    It yields to the event loop between task starts, for the loop may serve others: 512 groups that begin in
+    one turn would hold it for seconds.
+    """
     tasks = []
     try:
         for coroutine in coroutines:
@@ -287,8 +454,8 @@ async def all_of(coroutines):
             task.cancel()
 
 
-def now(coroutine):
-    """The result of a coroutine, from wherever it is wanted: also within a running loop, as in a notebook."""
+def run_sync(coroutine):
+    """The result of a coroutine, from anywhere: also within a running loop, as in a notebook."""
     try:
         asyncio.get_running_loop()
     except RuntimeError:
@@ -297,204 +464,372 @@ def now(coroutine):
         return pool.submit(asyncio.run, coroutine).result()
 
 
-# ---------------------------------------------------------------- the command line
+# ---------------------------------------------------------------- a comparison for people to read
 
-def show(pair, found):
-    """A comparison for a person to read: what was asked, the judgment, its quotes held against the responses,
-    the verdict and how sure it is. In colour on a terminal, unless NO_COLOR is set."""
-    colour, width = sys.stdout.isatty() and not os.environ.get("NO_COLOR"), shutil.get_terminal_size().columns
-    paint = lambda text, code: f"\033[{code}m{text}\033[0m" if colour and text else text
-    wide = lambda text: "\n".join(
-        textwrap.fill(line, min(100, width), initial_indent="  ", subsequent_indent="  ")
-        for line in text.strip("\n").splitlines())
-    vote = found.vote or found.votes[0]
-    j, shown = vote.judgment, pair.swapped() if vote.first else pair
+BOLD, RED, GREEN, CYAN = 1, 31, 32, 36
 
-    criteria = []
-    for name, weight, text in j.rubric:
+
+def painted(text, colour):
+    """A text in colour on a terminal, unless NO_COLOR is set."""
+    if not text or not sys.stdout.isatty() or os.environ.get("NO_COLOR"):
+        return text
+    return f"\033[{colour}m{text}\033[0m"
+
+
+def indented(text):
+    """A text whose lines fit the terminal, behind two spaces each."""
+    width = min(100, shutil.get_terminal_size().columns)
+    lines = text.strip("\n").splitlines()
+    fill = functools.partial(textwrap.fill, initial_indent="  ", subsequent_indent="  ")
+    return "\n".join(fill(line, width) for line in lines)
+
+
+def rubric_lines(rubric):
+    """Criteria with a bar for each weight."""
+    lines = []
+    for name, weight, text in rubric:
+        percent = "" if weight is None else f"{weight:g} %"
         bar = "█" * round((weight or 0) / 5)
-        criteria.append(f"  {'' if weight is None else f'{weight:g} %':>6} {paint(f'{bar:<20}', 36)} {name}"
-                        + (f": {text}" if text else ""))
+        description = f": {text}" if text else ""
+        lines.append(f"  {percent:>6} {painted(f'{bar:<20}', CYAN)} {name}{description}")
+    return "\n".join(lines)
+
+
+def print_comparison(pair, found):
+    """Print what was asked, the judgment, its quotes held against the responses, and the verdict."""
+    vote = found.vote or found.votes[0]
+    judgment = vote.judgment
+    displayed = pair.swapped() if vote.first else pair
+
     question = "\n".join(f"{m['role']}: {m['content']}" for m in pair.context)
-    parts = {"question": wide(question), "response A": wide(shown.a), "response B": wide(shown.b),
-             "task": wide(j.type), "solution": wide(j.solution), "rubric": "\n".join(criteria),
-             "why these": wide(j.justify), "comparison": wide(j.eval),
-             "what it wrote": wide("" if j.solution or j.rubric or j.eval else j.text)}
+    structured = judgment.solution or judgment.rubric or judgment.eval
+    parts = {
+        "question": indented(question),
+        "response A": indented(displayed.a),
+        "response B": indented(displayed.b),
+        "task": indented(judgment.type),
+        "solution": indented(judgment.solution),
+        "rubric": rubric_lines(judgment.rubric),
+        "why these": indented(judgment.justify),
+        "comparison": indented(judgment.eval),
+        "what it wrote": "" if structured else indented(judgment.text),
+    }
     for title, text in parts.items():
         if text.strip():
-            print(f"{paint(title, 1)}\n{text}\n")
-    quotes = [(side, q.strip()) for side in "AB" for q in j.quotes[side]]
-    for (side, quote), there in zip(quotes, verbatim(j, shown)):
-        print(paint(f"  {side}: {quote}" + "  (not in the response)" * (not there), 32 if there else 31))
-    print(f"verdict: {found.verdict or f'none ({found.reason})'}, {found.win:.2f} of votes to come for A "
-          f"({found.low:.2f} to {found.high:.2f}), judgments: {len(found.votes)}"
-          + {True: ", the orders agree", False: ", the orders do not agree", None: ""}[found.consistent]
-          + (", shown here with A and B the other way round" if vote.first else "")
-          + (f", people preferred {pair.label}" if pair.label else ""))
+            print(f"{painted(title, BOLD)}\n{text}\n")
+
+    quotes = [(side, quote.strip()) for side in "AB" for quote in judgment.quotes[side]]
+    for (side, quote), is_there in zip(quotes, verbatim(judgment, displayed)):
+        if is_there:
+            print(painted(f"  {side}: {quote}", GREEN))
+        else:
+            print(painted(f"  {side}: {quote}  (not in the response)", RED))
+    print(verdict_line(found, pair, swapped=bool(vote.first)))
 
 
-def judgment_as_json(j, pair, first):
-    """A judgment for a program. Quotes are of `pair`'s a or b, of which `first` was shown as A."""
-    shown = pair.swapped() if first else pair
-    quotes = [("ab"[(side == "B") != first], quote.strip()) for side in "AB" for quote in j.quotes[side]]
-    return {"type": j.type, "rubric": [dict(zip(("name", "weight", "text"), item)) for item in j.rubric],
-            "justify": j.justify, "solution": j.solution, "eval": j.eval,
-            "quotes": [{"of": of, "text": quote, "found": found}
-                       for (of, quote), found in zip(quotes, verbatim(j, shown))]}
+def verdict_line(found, pair, swapped):
+    """The verdict, and how sure it is."""
+    verdict = found.verdict or f"none ({found.reason})"
+    parts = [
+        f"verdict: {verdict}",
+        f"expected win rate of A: {found.win:.2f} ({found.low:.2f} to {found.high:.2f})",
+        f"judgments: {len(found.votes)}",
+    ]
+    if found.consistent is not None:
+        parts.append("the orders agree" if found.consistent else "the orders do not agree")
+    if swapped:
+        parts.append("shown here with A and B the other way round")
+    if pair.label:
+        parts.append(f"people preferred {pair.label}")
+    return ", ".join(parts)
 
 
-def vote_as_json(v, pair):
-    """A `Vote`; its verdict is in the words of what was shown, prefers in those of `pair`."""
-    return {"order": "BA" if v.first else "AB", "verdict": v.verdict,
-            "prefers": v.prefers and v.prefers.lower(), "reason": v.judgment.reason,
-            "tokens": v.answer.tokens, "text": v.judgment.text,
-            "judgment": judgment_as_json(v.judgment, pair, v.first)}
+# ---------------------------------------------------------------- a comparison for programs
+
+
+def judgment_as_json(judgment, pair, first):
+    """A judgment for a program. Quotes are of `pair`'s a or b, of which `first` (0 or 1) was shown as A."""
+    displayed = pair.swapped() if first else pair
+    is_there = verbatim(judgment, displayed)
+    quotes = []
+    for side in "AB":
+        original = other_label(side) if first else side
+        quotes += [(original.lower(), quote.strip()) for quote in judgment.quotes[side]]
+    return {
+        "type": judgment.type,
+        "rubric": [dict(zip(("name", "weight", "text"), item)) for item in judgment.rubric],
+        "justify": judgment.justify,
+        "solution": judgment.solution,
+        "eval": judgment.eval,
+        "quotes": [
+            {"of": of, "text": quote, "found": found}
+            for (of, quote), found in zip(quotes, is_there)
+        ],
+    }
+
+
+def vote_as_json(vote, pair):
+    """A `Vote`. Its verdict is about the order that was shown, prefers about that of `pair`."""
+    return {
+        "order": "BA" if vote.first else "AB",
+        "verdict": vote.verdict,
+        "prefers": vote.prefers and vote.prefers.lower(),
+        "reason": vote.judgment.reason,
+        "tokens": vote.answer.tokens,
+        "text": vote.judgment.text,
+        "judgment": judgment_as_json(vote.judgment, pair, vote.first),
+    }
 
 
 def as_json(found, pair):
-    """A `Comparison`."""
-    numbers = {k: v for k, v in vars(found).items() if k != "vote"}
-    return numbers | {"votes": [vote_as_json(v, pair) for v in found.votes]}
+    """A `Comparison` as a dict for JSON."""
+    fields = {name: value for name, value in vars(found).items() if name != "vote"}
+    return fields | {"votes": [vote_as_json(vote, pair) for vote in found.votes]}
 
 
-def judge_of(args, what, least=None):
-    """The judge that is named. Says first what it will do; a bar shows how long, after the first answers."""
-    known = f", less what is in {args.journal}" if args.journal and os.path.exists(args.journal) else ""
-    print(f"{what}, by {args.base_url or args.model}{known}", file=sys.stderr)
-    judge = Judge(args.model, args.protocol, args.system_prompt, args.base_url, args.journal,
-                  args.temperature, args.seed, args.max_tokens, max_len=args.max_len, dtype=args.dtype)
-    judge.bar = tqdm(total=least, unit=" judgments", leave=False, disable=None)      # on a terminal only
+# ---------------------------------------------------------------- the commands
+
+
+def judge_of(args, task, least=None):
+    """Build the judge from the flags, announce the work on stderr, and show a progress bar.
+
+    task   the work in words
+    least  the least number of judgments, for the bar; None if it is not known
+    """
+    cached = ""
+    if args.journal and os.path.exists(args.journal):
+        cached = f", less what is in {args.journal}"
+    print(f"{task}, by {args.base_url or args.model}{cached}", file=sys.stderr)
+    judge = Judge(
+        args.model,
+        args.protocol,
+        args.system_prompt,
+        args.base_url,
+        args.journal,
+        args.temperature,
+        args.seed,
+        args.max_tokens,
+        max_len=args.max_len,
+        dtype=args.dtype,
+    )
+    # disable=None: on a terminal only.
+    judge.bar = tqdm(total=least, unit=" judgments", leave=False, disable=None)
     return judge
 
 
-def judge(args):
+def judge_flags(arg):
+    form = "pairs (or --question, --a, --b)"
+    arg("--data", help=f"a file of lines, or - for standard input: {form}")
+    arg("--question", help="the client's question")
+    arg("--a", help="response A")
+    arg("--b", help="response B")
+    arg("--line", type=number(int, 1), help="which of the file's pairs, from 1; default: all")
+    arg("--json", action="store_true", help="a line of JSON for each, for programs")
+    arg("--budget", type=number(int, 1), default=8, help="judgments of a pair at most")
+
+
+def judge_command(args):
     """Judge a pair, or all of a file, in both orders: for a person to read, or a line of JSON each."""
-    if args.data:
-        pairs = read_pairs(args.data)
-        if args.line and args.line > len(pairs):
-            fail(f"--line {args.line}: {args.data} has {len(pairs)} pairs")
-        pairs = pairs[args.line - 1:args.line] if args.line else pairs
-    elif args.question and args.a and args.b:
-        pairs = [Pair("command line", [{"role": "user", "content": args.question}], args.a, args.b, None)]
-        if args.a == args.b:
-            fail("--a and --b are equal")
-    else:
-        fail("name a pair: --question, --a and --b, or --data")
+    pairs = pairs_to_judge(args)
     judge = judge_of(args, f"{len(pairs)} pairs, up to {args.budget} judgments each", len(pairs))
     for pair, found in zip(pairs, judge.compare_all(pairs, args.budget)):
-        if all(v.verdict is None and not v.judgment.text for v in found.votes):
-            fail(found.reason)
-        print(json.dumps({"id": pair.id} | as_json(found, pair))) if args.json else show(pair, found)
+        if all(vote.verdict is None and not vote.judgment.text for vote in found.votes):
+            raise Failure(found.reason)
+        if args.json:
+            print(json.dumps({"id": pair.id} | as_json(found, pair)))
+        else:
+            print_comparison(pair, found)
 
 
-def rank(args):
+def pairs_to_judge(args):
+    """The pairs of --data, one --line of them, or the pair on the command line."""
+    if args.data:
+        pairs = read_pairs(args.data)
+        if args.line is None:
+            return pairs
+        if args.line > len(pairs):
+            raise Failure(f"--line {args.line}: {args.data} has {len(pairs)} pairs")
+        return [pairs[args.line - 1]]
+    if not (args.question and args.a and args.b):
+        raise Failure("name a pair: --question, --a and --b, or --data")
+    if args.a == args.b:
+        raise Failure("--a and --b are equal")
+    context = [{"role": "user", "content": args.question}]
+    return [Pair("command line", context, args.a, args.b, None)]
+
+
+def rank_flags(arg):
+    form = '{"prompt": ..., "responses": [...]}'
+    arg("--data", required=True, help=f"a file of lines, or - for standard input: {form}")
+    arg("--goal", choices=("all", "best"), default="all", help="a reward for each, or the best one")
+    arg("--most", type=number(int, 2), default=32, help="responses of a line at most")
+    arg(
+        "--budget",
+        type=number(int, 1),
+        help="judgments of a line at most; default: four for each of its responses",
+    )
+
+
+def rank_command(args):
     """Rank the responses of every line beside each other: a line of numbers for each."""
+
+    def judgments(responses):
+        return args.budget or 4 * len(responses)
+
     def read(row):
-        responses = [response_of(r) for r in row.get("responses") or ()]
+        responses = row.get("responses") or []
+        if not isinstance(responses, list):
+            raise ValueError("responses is not a list")
+        responses = [response_text(response) for response in responses]
         if not 2 <= len(responses) <= args.most:
-            raise ValueError(f"{len(responses)} responses; 2 to {args.most} are ranked (--most), each line "
-                             f"asks for up to {args.budget or 4 * len(responses)} judgments")
+            raise ValueError(
+                f"{len(responses)} responses; 2 to {args.most} are ranked (--most), each line "
+                f"asks for up to {judgments(responses)} judgments"
+            )
         return row.get("id"), messages_of(row.get("prompt")), responses
 
-    rows = list(lines_of(args.data, read)) or fail(f"{args.data}: no lines in it")
-    most = sum(args.budget or 4 * len(some) for _, (*_, some) in rows)
+    rows = list(parse_lines(args.data, read))
+    if not rows:
+        raise Failure(f"{args.data}: no lines in it")
+    most = sum(judgments(responses) for _, (_, _, responses) in rows)
     judge = judge_of(args, f"{len(rows)} lines of responses, up to {most:,} judgments")
-    ranked = now(all_of(judge.arank(prompt, some, args.goal, args.budget) for _, (_, prompt, some) in rows))
-    for (line, (id, *_)), r in zip(rows, ranked):
-        print(json.dumps({"id": line if id is None else id, "order": r.order, **r.numbers(),
-                          "judgments": len(r.votes)}))
+    rankings = run_sync(
+        all_of(
+            judge.arank(prompt, responses, args.goal, args.budget)
+            for _, (_, prompt, responses) in rows
+        )
+    )
+    for (line, (id, _, _)), ranked in zip(rows, rankings):
+        row = {"id": line if id is None else id, "order": ranked.order}
+        row |= ranked.numbers() | {"judgments": len(ranked.votes)}
+        print(json.dumps(row))
 
 
-def reward(args):
-    """Reward every line's completion beside the others to its prompt, which stand in a row: a line each."""
-    judge, batch = judge_of(args, "up to four judgments a completion"), []
+def reward_flags(arg):
+    form = '{"prompt": ..., "completion": ...}'
+    arg("--data", required=True, help=f"a file of lines, or - for standard input: {form}")
+    arg("--rejects", help="file for lines that cannot be read, and why; default: they end the run")
+    arg("--at-once", type=number(int, 1), default=1024, help="completions judged together")
 
-    def flush():
-        rewards = judge.reward([p for _, (p, _) in batch], [c for _, (_, c) in batch])
-        for (line, _), r in zip(batch, rewards):
-            print(json.dumps({"line": line, "reward": r}), flush=True)
 
+def reward_command(args):
+    """Reward each completion by comparing it with the others of its prompt (consecutive lines):
+    prints one line each."""
+    judge = judge_of(args, "up to four judgments a completion")
+
+    def read(row):
+        return messages_of(row.get("prompt")), response_text(row.get("completion"))
+
+    def print_rewards(batch):
+        prompts = [prompt for _, (prompt, _) in batch]
+        completions = [completion for _, (_, completion) in batch]
+        rewards = judge.reward(prompts, completions)
+        for (line, _), reward in zip(batch, rewards):
+            print(json.dumps({"line": line, "reward": reward}), flush=True)
+
+    batch = []  # of (line, (prompt, completion))
     with open(args.rejects or os.devnull, "w") as rejects:
-        read = lambda row: (messages_of(row.get("prompt")), response_of(row.get("completion")))
-        for item in lines_of(args.data, read, rejects if args.rejects else None):
-            # Between two groups, and as many of them together as keep an engine busy.
-            if len(batch) >= args.at_once and batch[-1][1][0] != item[1][0]:
-                flush()
-                batch.clear()
-            batch.append(item)
+        for line, (prompt, completion) in parse_lines(
+            args.data, read, rejects if args.rejects else None
+        ):
+            # Cut between two groups, after as many of them as keep an engine busy.
+            if len(batch) >= args.at_once and batch[-1][1][0] != prompt:
+                print_rewards(batch)
+                batch = []
+            batch.append((line, (prompt, completion)))
     if batch:
-        flush()
+        print_rewards(batch)
 
 
-def select(args):
-    """Select the pairs whose labels are worth most: those that the judge disputes, and a tenth by lot."""
+def select_flags(arg):
+    form = '{"prompt": ..., "a": ..., "b": ...}, "label" or not'
+    arg("--data", required=True, help=f"a file of lines, or - for standard input: {form}")
+    arg("--count", type=number(int, 1), default=100, help="how many pairs to select")
+    arg("--target", type=number(float, 0.5, 1), default=0.9, help="agreement to be guaranteed")
+    arg("--budget", type=number(int, 1), default=8, help="judgments of a pair at most")
+
+
+def select_command(args):
+    """Select the pairs whose labels are worth most: those that the judge disputes, and a tenth at random."""
+    rows, pairs, keys = different_pairs(args.data)
+    judge = judge_of(args, f"{len(pairs)} pairs, up to {args.budget} judgments each", len(pairs))
+    found = judge.compare_all(pairs, args.budget)
+
+    wins = [comparison.win for comparison in found]
+    drawn, disputed = ranking.select_pairs(keys, wins, min(args.count, len(rows)))
+    for why, indices in (("drawn", drawn), ("disputed", disputed)):
+        for i in indices:
+            print(json.dumps(rows[i] | {"why": why, "win": wins[i], "verdict": found[i].verdict}))
+
+    labelled = []  # of (share of votes for the verdict, do people agree?)
+    for comparison, pair in zip(found, pairs):
+        if pair.label in ("A", "B") and comparison.share is not None:
+            labelled.append((comparison.share, comparison.verdict == pair.label))
+    if labelled:
+        print(guarantee_line(labelled, args.target), file=sys.stderr)
+
+
+def different_pairs(data):
+    """The pairs of a file, once each if they differ in case and punctuation only. -> rows, pairs, keys"""
+
     def read(row):
         context = messages_of(row.get("context", row.get("prompt")))
-        return row, Pair("", context, response_of(row.get("a")), response_of(row.get("b")), row.get("label"))
+        a, b = response_text(row.get("a")), response_text(row.get("b"))
+        return row, Pair("", context, a, b, row.get("label"))
 
-    once = {}                                   # of pairs that differ in case and punctuation only, one
-    for _, (row, pair) in lines_of(args.data, read):
-        words = re.findall(r"\w+", json.dumps([pair.context, *sorted((pair.a, pair.b))]).lower())
+    different = {}  # {key: (row, pair)}
+    for _, (row, pair) in parse_lines(data, read):
+        text = json.dumps([pair.context, *sorted((pair.a, pair.b))])
+        key = " ".join(re.findall(r"\w+", text.lower()))
         if pair.a != pair.b:
-            once.setdefault(" ".join(words), (row, pair))
-    once or fail(f"{args.data}: no pairs in it")
-    judge = judge_of(args, f"{len(once)} pairs, up to {args.budget} judgments each", len(once))
-    found = judge.compare_all([pair for _, pair in once.values()], args.budget)
-    rows, wins = [row for row, _ in once.values()], [f.win for f in found]
-    drawn, disputed = ranking.select(list(once), wins, min(args.count, len(rows)))
-    for why, places in (("drawn", drawn), ("disputed", disputed)):
-        for i in places:
-            print(json.dumps(rows[i] | {"why": why, "win": wins[i], "verdict": found[i].verdict}))
-    known = [(f.share, f.verdict == pair.label) for f, (_, pair) in zip(found, once.values())
-             if pair.label in ("A", "B") and f.share is not None]
-    if known:
-        share = ranking.guarantee(known, args.target)
-        where = "at no share of the votes" if share is None else (
-            f"for which at least {share:.2f} of the votes speak, "
-            f"{sum(s >= share for s, _ in known) / len(known):.0%} of these pairs")
-        print(f"{len(known)} pairs have a label; with confidence .9, people agree with {args.target:g} "
-              f"of the verdicts {where}", file=sys.stderr)
+            different.setdefault(key, (row, pair))
+    if not different:
+        raise Failure(f"{data}: no pairs in it")
+    rows, pairs = zip(*different.values())
+    return rows, pairs, list(different)
+
+
+def guarantee_line(labelled, target):
+    """A sentence: the lowest share of votes at which people agree with the verdicts often enough."""
+    labels = f"{len(labelled)} pairs have a label"
+    agreement = f"people agree with at least {100 * target:g}% of verdicts"
+    lowest = ranking.guarantee(labelled, target)
+    if lowest is None:
+        return (
+            f"{labels}; at no share of the votes is it sure, with 90% confidence, that {agreement}"
+        )
+    covered = sum(share >= lowest for share, _ in labelled) / len(labelled)
+    return (
+        f"{labels}; with 90% confidence, {agreement} that got at least {lowest:.0%} of the votes; "
+        f"{covered:.0%} of these pairs have such a verdict"
+    )
+
+
+# ---------------------------------------------------------------- the command line
+
+WHO_JUDGES = (
+    "model protocol system-prompt base-url journal temperature seed max-tokens max-len dtype"
+)
+
+
+def add_command(commands, name, run, add_flags):
+    """A sub-parser: its own flags, then those that say who judges."""
+    parser = commands.add_parser(name, help=run.__doc__.split(":")[0], description=run.__doc__)
+    add_flags(parser.add_argument)
+    backend_flags(parser, WHO_JUDGES)
+    parser.set_defaults(run=run)
 
 
 def main():
-    ap = Flags(__doc__)
-    commands = ap.add_subparsers(required=True, metavar="judge | rank | reward | select")
-    forms = {judge: 'pairs (or --question, --a, --b)', rank: '{"prompt": ..., "responses": [...]}',
-             reward: '{"prompt": ..., "completion": ...}',
-             select: '{"prompt": ..., "a": ..., "b": ...}, "label" or not'}
-    for run, form in forms.items():
-        one = commands.add_parser(run.__name__, help=run.__doc__.split(":")[0], description=run.__doc__)
-        arg = one.add_argument
-        arg("--data", required=run is not judge, help=f"a file of lines, or - for standard input: {form}")
-        if run is judge:
-            arg("--question", help="the client's question")
-            arg("--a", help="response A")
-            arg("--b", help="response B")
-            arg("--line", type=number(int, 1), help="which of the file's pairs, from 1; default: all")
-            arg("--json", action="store_true", help="a line of JSON for each, for programs")
-        elif run is rank:
-            arg("--goal", choices=("all", "best"), default="all", help="a reward for each, or the best one")
-            arg("--most", type=number(int, 2), default=32, help="responses of a line at most")
-        elif run is reward:
-            arg("--rejects", help="file for lines that cannot be read, and why; default: they end the run")
-            arg("--at-once", type=number(int, 1), default=1024, help="completions judged together")
-        else:
-            arg("--count", type=number(int, 1), default=100, help="how many pairs to select")
-            arg("--target", type=number(float, 0.5, 1), default=0.9, help="agreement to be guaranteed")
-        if run is not reward:
-            arg("--budget", type=number(int, 1), default=None if run is rank else 8,
-                help="judgments of a pair (rank: of a line, four a response unless given) at most")
-        flags(one, "model protocol system-prompt base-url journal temperature seed max-tokens max-len dtype")
-        one.set_defaults(run=run)
-    args = ap.parse_args()
-    try:
-        args.run(args)
-    except Refused as e:
-        fail(str(e))
+    parser = Flags(__doc__)
+    commands = parser.add_subparsers(required=True, metavar="judge | rank | reward | select")
+    add_command(commands, "judge", judge_command, judge_flags)
+    add_command(commands, "rank", rank_command, rank_flags)
+    add_command(commands, "reward", reward_command, reward_flags)
+    add_command(commands, "select", select_command, select_flags)
+    args = parser.parse_args()
+    args.run(args)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        os._exit(130)               # threads that wait for a server are not waited for
+    run_main(main)

@@ -1,132 +1,245 @@
 """
-Stage 1: fit oracle judgments (paper section 3.2, eq. 6).
+Stage 1: distil oracle judgments (paper section 3.2, eq. 6).
 
     torchrun --nproc_per_node 8 sft.py                       # the published 7B run
     torchrun --nproc_per_node 8 sft.py --model Qwen/Qwen2.5-14B-Instruct --lr 3e-6
     python sft.py --model runs/demo/data/model/config.json --data runs/demo/data/sft.jsonl ...  # see Makefile
 
-Reads pairs with a trace, writes OUT/model (Hugging Face safetensors), OUT/metrics.jsonl and, for resuming,
-OUT/state. Killed and started again with the same command, it continues from its last checkpoint.
-"""
-import math
-from dataclasses import replace
+Reads pairs with a trace, an oracle's judgment, and fits it token by token. Writes OUT/model (Hugging Face
+safetensors), OUT/metrics.jsonl and OUT/state (checkpoints). Killed and started again with the same command,
+it continues from its last checkpoint.
 
-import torch
+Shapes: R trace tokens of a micro-batch, concatenated without padding.
+"""
+
+import gc
+import math
+from dataclasses import dataclass, replace
+
+import numpy as np
 from tqdm import tqdm
 
-import dryrun
-import packing
-import policy as P
-import ranks as R
-from files import Flags, fail, number
-from rubrics import chat_messages, encode, form_of, prompt_form, read_pairs
+from lib import packing
+from lib.chat import encode, load_tokenizer
+from lib.checkpoint import Checkpoints
+from lib.dist import all_sum, explain, phase, print0, quiet, shard_size, signal_caught, start_ranks
+from lib.files import Failure, Flags, number, run_main
+from lib.model_files import config_of, find_model, window_of
+from lib.pairs import read_pairs
+from lib.policy import (
+    DTYPES,
+    adamw,
+    check_family,
+    load_policy,
+    lr_schedule,
+    optimizer_step,
+    save_model,
+)
+from lib.run import RunLog, begin_loop, draw_batch, open_run, progress_bar, training_flags
+from rubrics import PROTOCOLS, chat_messages, prompt_style, style_to_save
 
 
-def arguments():
-    ap = Flags(__doc__)
-    R.flags(ap, model="Qwen/Qwen2.5-7B-Instruct", data="gaotang/RM-R1-Distill-SFT", out="runs/sft", lr=5e-6,
-            save_every=50, seed=42)
-    arg = ap.add_argument
-    arg("--max-len", type=number(int, 1), default=12288,
-        help="longest prompt + trace in tokens; longer rows are left out")
-    arg("--batch", type=number(int, 1), default=128, help="rows in an optimizer step, over all ranks")
+def flags():
+    parser = Flags(__doc__)
+    training_flags(
+        parser,
+        PROTOCOLS,
+        model="Qwen/Qwen2.5-7B-Instruct",
+        data="gaotang/RM-R1-Distill-SFT",
+        out="runs/sft",
+        lr=5e-6,
+        save_every=50,
+        seed=42,
+    )
+    arg = parser.add_argument
+    arg(
+        "--max-len",
+        type=number(int, 1),
+        default=12288,
+        help="longest prompt + trace in tokens; longer rows are left out",
+    )
+    arg(
+        "--batch",
+        type=number(int, 1),
+        default=128,
+        help="rows in an optimizer step, over all ranks",
+    )
     arg("--epochs", type=number(float, 0, above=True), default=1, help="passes over the data")
-    arg("--warmup", type=number(float, 0, 1), default=0.03,
-        help="share of the steps with rising learning rate")
+    arg(
+        "--warmup",
+        type=number(float, 0, 1),
+        default=0.03,
+        help="share of the steps with a rising rate",
+    )
     arg("--betas", type=number(float, 0, 0.99999), nargs=2, default=(0.9, 0.95), help="AdamW betas")
     arg("--weight-decay", type=number(float, 0), default=0.0, help="AdamW weight decay")
     arg("--grad-clip", type=number(float, 0, above=True), default=1.0, help="largest gradient norm")
-    return ap.parse_args()
+    return parser
 
 
-def tokenize(pairs, tokenizer, form, args):
-    """[(prompt ids, trace ids + end of turn), ...]. The trace is encoded on its own and the role header
-    belongs to the prompt, exactly as the model will meet them when it writes. Rows longer than
-    --max-len are left out and counted: cutting them and closing with an end of turn would teach it to
-    stop in mid-sentence. --protocol verdict: the trace is the label, whatever an oracle wrote."""
-    if form[0] == "verdict":
-        pairs = [replace(p, trace=f"<answer>[[{p.label}]]</answer>") for p in pairs]
-    if without := [p.id for p in pairs if p.trace is None]:
-        fail(f"{args.data}: {len(without)} pairs have no trace to learn from, the first is {without[0]}")
-    whole = [(encode(tokenizer, chat_messages(pair, *form)),
-              tokenizer.encode(pair.trace, add_special_tokens=False) + [tokenizer.eos_token_id])
-             for pair in tqdm(pairs, desc="tokenize", disable=R.quiet(), leave=False)]
-    rows = [(prompt, trace) for prompt, trace in whole if len(prompt) + len(trace) <= args.max_len]
-    R.print0(f"{len(rows)} traces, {len(whole) - len(rows)} left out as longer than --max-len {args.max_len}")
-    if len(rows) < args.batch:
-        fail(f"--batch {args.batch}: more than the {len(rows)} rows in {args.data}")
-    return rows
-
-
-def sft_loss(logp, denom):
-    """Negative log-likelihood of trace tokens, (R,) -> scalar. denom counts the trace tokens of the whole
-    step, every rank and micro-batch, so that the loss does not depend on how the step was cut."""
-    return -logp.sum() / denom
-
-
-def learn(policy, optim, micros, tokens, lr, args, world):
-    """One step on this rank's micro-batches, of a step with so many trace tokens on all ranks (eq. 6).
-    -> this rank's share of the loss, the gradient's norm before clipping"""
-    total = 0.0
-    for micro in micros:
-        loss = sft_loss(policy(micro), tokens) * micro.real
-        (loss * world).backward()              # FSDP averages over ranks; the denominator is already global
-        total += loss.item()
-    return total, P.optimizer_step(policy, optim, lr, args.grad_clip)
-
-
-def rehearse(policy, _, optim, shown, args, world):
-    """One step on made-up traces, for dryrun.py. shown: [(prompt ids, [trace ids]), ...]"""
-    dryrun.phase("learning")
-    micros = packing.pack(shown[:len(shown) // world], args.micro_tokens, torch.device("cpu"))
-    learn(policy, optim, micros, 1, args.lr, args, world)
+def arguments(argv=None):
+    return flags().parse_args(argv)
 
 
 def main():
     args = arguments()
-    folder = P.resolve(args.model, weights=args.dry_run is None)
-    tokenizer, _ = P.load_tokenizer(folder)
-    rank, world, device = R.start_ranks(args.timeout, args.dry_run)
-    form = prompt_form(folder, args.model, args.protocol, args.system_prompt, default="instruct")
-    config, dtype, shard = P.config_of(folder), P.DTYPES[args.dtype], R.shards(args.shard)
-    if args.max_len > P.window_of(config):
-        fail(f"--max-len {args.max_len}: more than the model's window of {P.window_of(config)} tokens")
+    folder = find_model(args.model)
+    tokenizer, _ = load_tokenizer(folder)
+    rank, world, device = start_ranks(args.timeout)
+    config = config_of(folder)
+    style = prompt_style(folder, args.model, args.protocol, args.system_prompt, default="instruct")
+    data = read_data(args, tokenizer, style, config, world)
+    check_family(config, device)
+    shard = shard_size(args.shard)
+    judge_json = style_to_save(data.pairs[0], style)
+    run_config = open_run(args, folder, data.pairs, judge_json)
+
+    phase("load the weights")
+    dtype = DTYPES[args.dtype]
+    policy = load_policy(
+        args.model, device, dtype, args.seed, recompute=args.recompute, shard=shard
+    )
+    optim = adamw(policy, args.lr, args.betas, args.weight_decay)
+    checkpoints = Checkpoints(policy, optim, f"{args.out}/state")
+    first_step = checkpoints.load(data.steps)
+
+    # Less a thousandth, for what rounding adds to a whole number.
+    warmup_steps = math.ceil(args.warmup * data.steps - 1e-3)
+    log = RunLog(args.out, first_step, run_config)
+    print0(f"{world} ranks on {device.type}, {data.steps} steps of {args.batch} rows")
+    begin_loop()
+    bar = progress_bar(first_step, data.steps)
+    for step in bar:
+        log.phase("step")
+        drawn = draw_batch(len(data.rows), args.batch, step, args.seed)
+        rows = [data.rows[i] for i in drawn]
+        batches = split_into_batches(rows, args, device, rank, world, config.hidden_size)
+        trace_tokens = sum(len(row.trace) for row in rows)  # of all ranks
+        lr = args.lr * lr_schedule(step, data.steps, "cosine", warmup_steps)
+        my_loss = accumulate_gradients(policy, batches, trace_tokens, world)
+        norm = optimizer_step(policy, optim, lr, args.grad_clip)
+        (loss,) = all_sum([my_loss])
+
+        log.write(
+            {
+                "step": step,
+                "loss": loss,
+                "grad_norm": norm,
+                "lr": lr,
+                "trace_tokens": trace_tokens,
+                "tokens": trace_tokens + sum(len(row.prompt) for row in rows),
+                "skipped_rows": [] if math.isfinite(norm) else drawn,
+            },
+            [norm],
+        )
+        bar.set_postfix(log.headline("loss"))
+        gc.collect()  # between steps, on all ranks at once
+
+        done = step + 1
+        signal = signal_caught()  # on any rank
+        diverged = log.diverged(args.max_bad, last=done == data.steps)
+        if signal or diverged or (args.save_every and done % args.save_every == 0):
+            # Written in the background. Updates without a finite gradient were skipped, so it is sound.
+            checkpoints.save(done)
+        saved = checkpoints.settle(wait=bool(signal or diverged))
+        if diverged:
+            raise Failure(log.divergence(step, saved))
+        if signal:
+            return log.stopped(done, saved)
+
+    checkpoints.settle()
+    save_model(policy, folder, f"{args.out}/model", dtype, judge_json)
+    print0(f"wrote {args.out}/model")
+
+
+@dataclass
+class Row:
+    """Token ids of a prompt, and of the trace to learn after it; int32."""
+
+    prompt: np.ndarray
+    trace: np.ndarray
+
+
+@dataclass
+class Data:
+    """What a run learns from: pairs as they were read, rows to draw from, number of steps."""
+
+    pairs: list
+    rows: list
+    steps: int
+
+
+def read_data(args, tokenizer, style, config, world):
+    """Read the data, and refuse flags that do not fit it or the model. -> `Data`"""
+    if args.max_len > window_of(config):
+        raise Failure(
+            f"--max-len {args.max_len}: more than the model's window of {window_of(config)} tokens"
+        )
     pairs = read_pairs(args.data, args.skip_bad)
-    rows = tokenize(pairs, tokenizer, form, args)
+    rows = tokenize(pairs, tokenizer, style, args)
     steps = int(args.epochs * len(rows)) // args.batch
     if not steps:
-        fail(f"--epochs {args.epochs:g}: less than one step of --batch {args.batch}")
-    P.check_family(config, device)
-    if args.dry_run is not None:
-        longest = max(len(trace) for _, trace in rows)
-        return dryrun.show(args, config, shard, steps, [p for p, _ in rows], 1, longest, rehearse)
-    about = R.open_run(args, folder, pairs, form)
+        raise Failure(f"--epochs {args.epochs:g}: less than one step of --batch {args.batch}")
+    return Data(pairs, rows, steps)
 
-    policy = P.load(args.model, device, dtype, args.seed, recompute=args.recompute, shard=shard)
-    optim = P.adamw(policy, args.lr, args.betas, args.weight_decay)
-    state = R.Checkpoints(policy, optim, f"{args.out}/state")
-    first = state.load(steps)
-    diary = R.Diary(args.out, first, about)
-    R.print0(f"{world} ranks on {device.type}, {steps} steps of {args.batch} rows")
 
-    for step in R.steps_of(diary, state, first, steps, args):
-        # Every rank takes its share of the step's rows, and as many micro-batches as the busiest one.
-        diary.phase("step")
-        drawn = R.draw(len(rows), args.batch, step, args.seed)
-        batch = [(prompt, [trace]) for prompt, trace in (rows[i] for i in drawn)]
-        mine = packing.deal(batch, world, policy.lm.config.hidden_size)[rank]
-        micros = packing.level(packing.pack([batch[i] for i in mine], args.micro_tokens, device), device)
-        tokens = sum(len(trace) for _, (trace,) in batch)
-        lr = args.lr * P.schedule(step, steps, "cosine", int(args.warmup * steps + 0.999))
-        total, norm = learn(policy, optim, micros, tokens, lr, args, world)
-        loss, = R.all_sum([total])
-        diary.write([norm], step=step, loss=loss, grad_norm=norm, lr=lr, trace_tokens=tokens,
-                    tokens=tokens + sum(len(prompt) for prompt, _ in batch),
-                    skipped_rows=[] if math.isfinite(norm) else drawn)
+def tokenize(pairs, tokenizer, style, args):
+    """Rows of at most --max-len tokens; longer ones are left out and counted. -> [Row, ...]
 
-    P.save_model(policy, folder, f"{args.out}/model", dtype, form_of(pairs[0], *form))
-    R.print0(f"wrote {args.out}/model")
+    The prompt includes the assistant's header, and the trace is encoded on its own, as in generation. Long rows
+    are left out, not cut: a cut trace with an end of turn would teach the model to stop in mid-sentence. With the protocol "verdict" the trace is the label, whatever the oracle wrote.
+    """
+    if style.protocol == "verdict":
+        pairs = [replace(pair, trace=f"<answer>[[{pair.label}]]</answer>") for pair in pairs]
+    without = [pair.id for pair in pairs if pair.trace is None]
+    if without:
+        raise Failure(
+            f"{args.data}: {len(without)} pairs have no trace to learn from, the first is {without[0]}"
+        )
+    rows = []
+    for pair in tqdm(pairs, desc="tokenize", disable=quiet(), leave=False):
+        prompt = encode(tokenizer, chat_messages(pair, style))
+        trace = tokenizer.encode(pair.trace, add_special_tokens=False) + [tokenizer.eos_token_id]
+        if len(prompt) + len(trace) <= args.max_len:
+            rows.append(Row(prompt, np.array(trace, np.int32)))
+    left_out = len(pairs) - len(rows)
+    print0(f"{len(rows)} traces, {left_out} left out as longer than --max-len {args.max_len}")
+    if len(rows) < args.batch:
+        raise Failure(f"--batch {args.batch}: more than the {len(rows)} rows in {args.data}")
+    return rows
+
+
+def split_into_batches(rows, args, device, rank, world, width):
+    """This rank's micro-batches of a step, as many as on every other rank. A collective.
+
+    width  hidden size of the model, from which the cost of attention follows
+    -> [packing.Batch, ...]
+    """
+    to_pack = [(row.prompt, [row.trace]) for row in rows]
+    mine = packing.balance(to_pack, world, width)[rank]
+    batches = packing.pack([to_pack[i] for i in mine], args.micro_tokens, device)
+    return packing.equalise(batches, packing.dummy_batch(device))
+
+
+def accumulate_gradients(policy, batches, trace_tokens, world):
+    """Forward and backward passes of one step (eq. 6). -> this rank's part of the loss"""
+    total = 0.0
+    for batch in batches:
+        loss = sft_loss(policy(batch), trace_tokens)
+        # FSDP takes the mean over ranks; the denominator is global already.
+        (loss * world).backward()
+        total += loss.item()
+    return total
+
+
+def sft_loss(logp, trace_tokens):
+    """Mean negative log-likelihood of trace tokens (eq. 6), (R,) -> scalar.
+
+    trace_tokens counts those of the whole step, every rank and micro-batch. So the loss does not depend on
+    how the step was cut.
+    """
+    return -logp.sum() / trace_tokens
 
 
 if __name__ == "__main__":
-    R.run(main)
+    run_main(main, explain)

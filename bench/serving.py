@@ -5,13 +5,14 @@ What does the gateway cost? 64 clients at once, beside the same work in one proc
 
 Groups of 8 responses (bench/best_of_n.py's questions), other ones in every turn, so that no journal helps:
 
-    served    serve.py, started for this; 64 clients post a group each to /reward, and then the next
-    cohorts   the same one sample at a time, as OpenRLHF sends them; a third of the callers leave while they
-              wait, and ask again
-    offline   Judge(model), after each of these with its groups: all together, by vLLM in this process
+    served      the gateway, started for this; 64 clients post a group each to /reward, and then the next
+    one by one  the same one sample at a time, as OpenRLHF sends them; a third of the callers leave while they
+                wait, and ask again
+    offline     Judge(model), after each of these with its groups: all together, by vLLM in this process
 
 Medians of turns; lost: samples without the reward that offline gives them.
 """
+
 import asyncio
 import random
 import subprocess
@@ -22,53 +23,79 @@ from collections import Counter
 from statistics import median
 
 import aiohttp
-import common
 from best_of_n import candidates, questions
-from files import Flags, number
-from rmr1 import Judge, all_of, now
 
-CLIENTS, N, LEAVE = 64, 8, 1 / 3            # at once; responses of a group; share of callers who leave
+import common
+from lib.files import Flags, number, run_main
+from rmr1 import Judge, all_of, run_sync
 
-
-def groups(count, name):
-    """-> [(question, its responses), ...]: the same questions whatever the name, with other openers"""
-    rng, some = random.Random(name), (questions() * count)[:count]
-    return [(question, list(next(candidates(right, wrong, N, rng)))) for question, right, wrong in some]
+CLIENTS = 64  # at once
+GROUP_SIZE = 8
+LEAVING_SHARE = 1 / 3  # of the callers
 
 
-async def served(url, work, ask):
-    """All clients, each with a group after the other. ask: `whole` or `one_by_one`. -> [rewards, ...]"""
+def make_groups(count, name):
+    """[(question, its responses), ...]: the same questions whatever the name, with other openers."""
+    rng = random.Random(name)
+    triples = (questions() * count)[:count]
+    return [
+        (question, list(next(candidates(right, wrong, GROUP_SIZE, rng))))
+        for question, right, wrong in triples
+    ]
+
+
+async def ask_gateway(url, work, ask):
+    """Rewards of all groups, asked for by clients that take one group after the other.
+
+    ask  `whole_group` or `one_by_one`
+    """
     clients = asyncio.Semaphore(CLIENTS)
     async with aiohttp.ClientSession(url, connector=aiohttp.TCPConnector(limit=0)) as session:
-        async def client(k, group):
+
+        async def client(index, question, responses):
             async with clients:
-                return await ask(session, k, *group)
-        return await all_of(client(*some) for some in enumerate(work))
+                return await ask(session, index, question, responses)
+
+        return await all_of(client(index, *group) for index, group in enumerate(work))
 
 
-async def whole(session, _, question, responses):
-    """Group k in one request."""
+async def whole_group(session, _, question, responses):
+    """Rewards of a group in one request."""
     body = {"prompts": [question] * len(responses), "completions": responses}
-    async with session.post("/reward", json=body) as r:
-        return (await r.json())["rewards"]
+    async with session.post("/reward", json=body) as response:
+        return (await response.json())["rewards"]
 
 
-async def one_by_one(session, k, question, responses):
-    """Group k in a request for each sample, in any order; a caller who leaves does so after a moment."""
+async def one_by_one(session, index, question, responses):
+    """Rewards of a group in a request for each sample, in any order. Some callers leave after a moment and
+    ask again."""
+
     async def sample(text, leaves):
         body = {"query": [f"{question}{text}"], "prompts": [question], "labels": [""]}
-        for timeout in [0.02, 600] if leaves else [600]:
+        path = f"/get_reward?group={GROUP_SIZE}&group_id={index}"
+        for seconds in [0.02, 600] if leaves else [600]:
+            timeout = aiohttp.ClientTimeout(seconds)
             try:
-                async with session.post(f"/get_reward?group={N}&cohort={k}", json=body,
-                                        timeout=aiohttp.ClientTimeout(timeout)) as r:
-                    return ((await r.json())["rewards"] or [None])[0]
+                async with session.post(path, json=body, timeout=timeout) as response:
+                    rewards = (await response.json())["rewards"]
+                    return rewards[0] if rewards else None
             except TimeoutError:
                 pass
 
-    rng = random.Random(k)
-    places = rng.sample(range(N), N)
-    found = dict(zip(places, await all_of([sample(responses[i], rng.random() < LEAVE) for i in places])))
-    return [found[i] for i in range(N)]
+    rng = random.Random(index)
+    places = rng.sample(range(GROUP_SIZE), GROUP_SIZE)
+    samples = [sample(responses[i], rng.random() < LEAVING_SHARE) for i in places]
+    reward_at = dict(zip(places, await all_of(samples)))
+    return [reward_at[i] for i in range(GROUP_SIZE)]
+
+
+def count_lost(rewards, expected):
+    """Samples that did not get the reward that the judge gives offline."""
+    lost = 0
+    for group_rewards, (group_expected, _) in zip(rewards, expected):
+        for reward, (expected_reward, _) in zip(group_rewards, group_expected):
+            lost += reward != expected_reward
+    return lost
 
 
 def until_ready(url, process):
@@ -77,7 +104,7 @@ def until_ready(url, process):
             return urllib.request.urlopen(url + "/health")
         except OSError:
             time.sleep(0.5)
-    sys.exit("serve.py has ended")
+    sys.exit("the gateway has ended")
 
 
 def main():
@@ -88,32 +115,50 @@ def main():
     arg("--turns", type=number(int, 1), default=3, help="turns of each")
     arg("--port", type=number(int, 1, 65535), default=8012, help="of the gateway")
     args = ap.parse_args()
-    url, where = f"http://127.0.0.1:{args.port}", f"runs/bench/serving-{time.time():.0f}.jsonl"
-    process = subprocess.Popen([sys.executable, "serve.py", "--model", args.model, "--dtype", "float32",
-                                "--max-tokens", "56", "--max-len", "200", "--port", str(args.port),
-                                "--journal", where], cwd=common.ROOT)
-    times, lost = {"offline": [], "served": [], "cohorts": []}, Counter()
+    url = f"http://127.0.0.1:{args.port}"
+    journal = f"runs/bench/serving-{time.time():.0f}.jsonl"
+    settings = {
+        "--model": args.model,
+        "--dtype": "float32",
+        "--max-tokens": "56",
+        "--max-len": "200",
+        "--port": str(args.port),
+        "--journal": journal,
+    }
+    words = [word for flag in settings.items() for word in flag]
+    process = subprocess.Popen([sys.executable, "-m", "serve", *words], cwd=common.ROOT)
+    times = {"offline": [], "served": [], "one by one": []}
+    lost = Counter()
     try:
         judge = Judge(args.model, dtype="float32", max_tokens=56, max_len=200)
         until_ready(url, process)
         for turn in range(args.turns + 1):
-            for name, ask in (("served", whole), ("cohorts", one_by_one)):
-                work = groups(args.groups, f"{name} {turn}")
-                seconds, rewards = common.timed(now, served(url, work, ask))
-                base, expected = common.timed(now, all_of(judge.agroup(*group) for group in work))
-                if turn:                                         # the first warms up
-                    times[name].append(seconds)
-                    times["offline"].append(base)
-                    lost[name] += sum(a != b for got, (some, _) in zip(rewards, expected)
-                                      for a, (b, _) in zip(got, some))
+            for name, ask in (("served", whole_group), ("one by one", one_by_one)):
+                work = make_groups(args.groups, f"{name} {turn}")
+                seconds, rewards = common.timed(run_sync, ask_gateway(url, work, ask))
+                offline = all_of(judge.agroup(*group) for group in work)
+                offline_seconds, expected = common.timed(run_sync, offline)
+                if turn == 0:  # warms up
+                    continue
+                times[name].append(seconds)
+                times["offline"].append(offline_seconds)
+                lost[name] += count_lost(rewards, expected)
     finally:
         process.terminate()
         process.wait()
-    rows = [{"": name, "seconds": median(s), "times offline": median(s) / median(times["offline"]),
-             "judgments/s": args.groups * 4 * N / median(s), "lost": lost[name],
-             "each turn": ", ".join(f"{x:.2f}" for x in s)} for name, s in times.items()]
+    rows = [
+        {
+            "": name,
+            "seconds": median(seconds),
+            "times offline": median(seconds) / median(times["offline"]),
+            "judgments/s": args.groups * 4 * GROUP_SIZE / median(seconds),
+            "lost": lost[name],
+            "each turn": ", ".join(f"{x:.2f}" for x in seconds),
+        }
+        for name, seconds in times.items()
+    ]
     common.report(rows)
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

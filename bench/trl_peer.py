@@ -4,8 +4,9 @@ TRL's side of step.py and of `parts.py training`, which run it in TRL's own envi
     python -m venv trl && trl/bin/pip install torch==2.13.0 trl datasets
     trl/bin/python bench/trl_peer.py '{"kind": "grpo", ...}'                  # or by torchrun
 
-Prints every step's seconds by phase, tokens, loss and gradient norm.
+Prints a line of JSON for every step: seconds by phase, tokens, loss, gradient norm.
 """
+
 import json
 import os
 import random
@@ -18,12 +19,16 @@ from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
 from common import CUDA, clock, extra_gb, timed
 
-RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+RANK = int(os.environ.get("RANK", 0))
+RANKS = int(os.environ.get("WORLD_SIZE", 1))
 
 
 class Clock(TrainerCallback):
-    """A row for every optimizer step, from the log of the last one to its own. `phases` holds the seconds
-    that wrapped methods took within it; memory is counted from the end of the one that is `last`."""
+    """A row for every optimizer step: all that TRL logs, and seconds, memory and tokens since the last one.
+
+    A method that is wrapped adds its seconds to the row, under its phase. With `last` the count of the
+    learning phase's memory begins at its end.
+    """
 
     def __init__(self):
         self.rows, self.phases, self.tokens = [], {}, 0
@@ -37,67 +42,118 @@ class Clock(TrainerCallback):
             if last:
                 self.extra = extra_gb()
             return result
+
         setattr(trainer, name, wrapped)
 
     def on_train_begin(self, *args, **kw):
         self.start, self.extra = clock(), extra_gb()
 
     def on_log(self, args, state, control, logs, **kw):
-        if "loss" in logs:                              # and not the summary of the whole run
-            now, numbers = clock(), {k: v for k, v in logs.items() if isinstance(v, (int, float))}
-            self.rows.append(numbers | self.phases | {
-                "seconds": now - self.start, "learn_gb": self.extra(),
-                "tokens": logs["num_tokens"] - self.tokens})         # TRL counts them since the start
-            self.start, self.phases, self.tokens = now, {}, logs["num_tokens"]
+        if "loss" not in logs:  # the summary of the whole run
+            return
+        now = clock()
+        row = {name: value for name, value in logs.items() if isinstance(value, (int, float))}
+        row |= self.phases
+        row["seconds"] = now - self.start
+        row["learn_gb"] = self.extra()
+        row["tokens"] = logs["num_tokens"] - self.tokens  # TRL counts them since the start
+        self.rows.append(row)
+        self.start, self.phases, self.tokens = now, {}, logs["num_tokens"]
 
 
 def plain(out, steps, lr=1e-6, seed=1, dtype="float32"):
-    """What every trainer of TRL's is told, to be like ours: fp32 weights, AdamW, a norm of 1."""
-    return dict(output_dir=out, use_cpu=not CUDA, bf16=dtype == "bfloat16", fp16=False, tf32=None,
-                gradient_checkpointing=False, report_to="none", save_strategy="no", logging_steps=1,
-                disable_tqdm=True, max_steps=steps, max_grad_norm=1.0, lr_scheduler_type="constant",
-                learning_rate=lr, model_init_kwargs={"dtype": "float32"}, seed=seed)
+    """Settings for every trainer of TRL that make it like ours: fp32 weights, AdamW, a norm of 1."""
+    return dict(
+        output_dir=out,
+        use_cpu=not CUDA,
+        bf16=dtype == "bfloat16",
+        fp16=False,
+        tf32=None,
+        gradient_checkpointing=False,
+        report_to="none",
+        save_strategy="no",
+        logging_steps=1,
+        disable_tqdm=True,
+        max_steps=steps,
+        max_grad_norm=1.0,
+        lr_scheduler_type="constant",
+        learning_rate=lr,
+        model_init_kwargs={"dtype": "float32"},
+        seed=seed,
+    )
 
 
-def grpo(s, told, rows, record):
+def random_rewards(completions, **_):
+    return random.choices((1.0, -1.0), k=len(completions))
+
+
+def run_grpo(settings, common, rows, recorder):
     """Phases: sample is transformers' generate; score the reference's log-probs and the rewards; learn the
-    rest of the step, forward, backward and optimizer."""
-    coin = lambda completions, **_: random.choices((1.0, -1.0), k=len(completions))
-    config = GRPOConfig(**told, gradient_accumulation_steps=s["parts"], num_generations=s["group"], beta=1e-3,
-                        per_device_train_batch_size=s["pairs"] * s["group"] // s["parts"] // RANKS,
-                        max_completion_length=s["max_response"], loss_type="grpo", temperature=1.0)
-    data = Dataset.from_list([{"prompt": row["context_messages"]} for row in rows])
-    trainer = GRPOTrainer(model=s["model"], args=config, reward_funcs=coin, callbacks=[record],
-                          train_dataset=data)
-    record.wrap(trainer, "_generate_single_turn", "seconds_sample")
-    record.wrap(trainer, "_generate_and_score_completions", "seconds_score", last=True)
+    rest of the step: forward, backward and optimizer."""
+    samples = settings["batch"] * settings["group_size"]
+    config = GRPOConfig(
+        **common,
+        gradient_accumulation_steps=settings["parts"],
+        num_generations=settings["group_size"],
+        beta=1e-3,
+        per_device_train_batch_size=samples // settings["parts"] // RANKS,
+        max_completion_length=settings["max_response"],
+        loss_type="grpo",
+        temperature=1.0,
+    )
+    trainer = GRPOTrainer(
+        model=settings["model"],
+        args=config,
+        reward_funcs=random_rewards,
+        callbacks=[recorder],
+        train_dataset=Dataset.from_list([{"prompt": row["context_messages"]} for row in rows]),
+    )
+    recorder.wrap(trainer, "_generate_single_turn", "seconds_sample")
+    recorder.wrap(trainer, "_generate_and_score_completions", "seconds_score", last=True)
     trainer.train()
-    for row in record.rows:
+    for row in recorder.rows:
         row["seconds_learn"] = row["seconds"] - row["seconds_score"]
         row["seconds_score"] -= row["seconds_sample"]
         row["length_mean"] = row["completions/mean_length"]
 
 
-def sft(s, told, rows, record):
-    """Packed rows of at most `length` tokens, one a micro-batch; TRL's loss is on completions only, too. Its
-    default packing (best fit, no padding) wants flash attention, which needs a card; on a CPU, `sdpa` with
-    position ids keeps the packed rows apart, by a mask of length x length, so a shorter row is faster."""
-    data = Dataset.from_list([{"prompt": row["context_messages"], "completion": [
-        {"role": "assistant", "content": row["winner"]}]} for row in rows])
-    told["model_init_kwargs"]["attn_implementation"] = "flash_attention_2" if CUDA else "sdpa"
-    config = SFTConfig(**told, packing=True, max_length=s["length"], per_device_train_batch_size=1,
-                       gradient_accumulation_steps=s["tokens"] // s["length"] // RANKS)
-    SFTTrainer(model=s["model"], args=config, train_dataset=data, callbacks=[record]).train()
+def conversation(row):
+    completion = {"role": "assistant", "content": row["winner"]}
+    return {"prompt": row["context_messages"], "completion": [completion]}
+
+
+def run_sft(settings, common, rows, recorder):
+    """Packed rows of at most `length` tokens, one a micro-batch; TRL's loss is on completions only, too.
+
+    TRL's default packing (best fit, no padding) wants flash attention, which needs a card. On a CPU, `sdpa`
+    with position ids keeps the packed rows apart, by a mask of length x length: a shorter row is faster.
+    """
+    common["model_init_kwargs"]["attn_implementation"] = "flash_attention_2" if CUDA else "sdpa"
+    config = SFTConfig(
+        **common,
+        packing=True,
+        max_length=settings["length"],
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=settings["tokens"] // settings["length"] // RANKS,
+    )
+    trainer = SFTTrainer(
+        model=settings["model"],
+        args=config,
+        train_dataset=Dataset.from_list([conversation(row) for row in rows]),
+        callbacks=[recorder],
+    )
+    trainer.train()
 
 
 def main():
-    s, record = json.loads(sys.argv[1]), Clock()
-    rows = [json.loads(line) for line in open(s["data"])]
+    settings, recorder = json.loads(sys.argv[1]), Clock()
+    rows = [json.loads(line) for line in open(settings["data"])]
+    run = {"grpo": run_grpo, "sft": run_sft}[settings["kind"]]
     with tempfile.TemporaryDirectory() as out:
-        told = plain(out, s["steps"], dtype=s["dtype"])
-        {"grpo": grpo, "sft": sft}[s["kind"]](s, told, rows, record)
-    for row in record.rows if RANK == 0 else ():
-        print(json.dumps(row), flush=True)
+        run(settings, plain(out, settings["steps"], dtype=settings["dtype"]), rows, recorder)
+    if RANK == 0:
+        for row in recorder.rows:
+            print(json.dumps(row), flush=True)
 
 
 if __name__ == "__main__":

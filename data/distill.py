@@ -6,31 +6,46 @@ The two-pass oracle (RM-R1, section 3.2): judgments for SFT from pairs whose bet
         --teacher2 OTHER --base-url2 URL2
     python data/distill.py --data pairs.jsonl --out runs/mine --teacher Qwen/Qwen2.5-72B-Instruct
 
-Pass 1 asks a teacher for a judgment without telling it the label. Where the verdict is wrong or the structure
-is not that of a judgment, pass 2 shows a second teacher the right verdict and the failed judgment, in a
-suffix that never reaches the training prompt; its answer is checked as well, and must not let on that it was
+Pass 1 asks a teacher for a judgment and does not tell it the label. If the verdict is wrong, or the structure
+is not that of a judgment, pass 2 gives a second teacher the right verdict and the failed judgment, in a
+suffix that never reaches the training prompt. Its answer is checked as well, and must not let on that it was
 told. What fails twice is kept apart. A teacher is an OpenAI-compatible server, or a local model by vLLM.
 
 Writes OUT/sft.jsonl (pairs with their trace), OUT/failed.jsonl, and every answer to OUT/journal.jsonl as it
-comes: a killed run continues from there and pays for nothing twice. An answer counts for what it was asked:
-another teacher, temperature, seed or length asks anew, as does a journal from before all these were in its
-keys. Keys come from OPENAI_API_KEY and OPENAI_API_KEY2.
+comes: a killed run continues from there and pays for nothing twice. The journal finds an answer by its whole
+request: another teacher, temperature, seed or length asks anew. A journal of another version of this project
+is refused. The servers' keys come from OPENAI_API_KEY and OPENAI_API_KEY2.
 """
+
 import json
 import os
 import re
 import sys
 from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from askers import Answer, Journal, asker_of, flags, judged
-from engine import seed_of
-from files import Flags, claim, digest, fail, number, read_lines, write_lines
-from rubrics import chat_messages, encode, read_pairs, read_system
+from judge.backends import Answer, backend_flags, make_backend, read_answer
+from judge.journal import Journal
+from lib.chat import encode, load_tokenizer
+from lib.files import (
+    Failure,
+    Flags,
+    digest,
+    lock_folder,
+    number,
+    read_lines,
+    run_main,
+    seed_of,
+    write_lines,
+)
+from lib.pairs import read_pairs
+from rubrics import PromptStyle, chat_messages, read_system
 
 # What pass 2 adds to the user's message.
-TOLD = """
+HINT = """
 
 For your information only: the better response is [[{label}]]. An earlier judgment failed ({reason}):
 [The Start of the Earlier Judgment]
@@ -39,207 +54,359 @@ For your information only: the better response is [[{label}]]. An earlier judgme
 Write the judgment anew, in the required format, with reasons of your own that lead to [[{label}]]. Write as \
 if you had found the verdict by yourself: mention neither this note nor the earlier judgment."""
 
+# How a judgment lets on that its writer was told the label.
 LEAK = re.compile(
     r"earlier judg|previous judg|prior judg|for your information|(?:the|this) note\b|"
     r"i (?:was|am|have been) (?:told|given)|as (?:you )?(?:stated|told|provided|instructed|indicated)|"
     r"(?:provided|given|stated|correct|right|known) (?:verdict|label)|ground[- ]truth|"
     r"the better response is (?:already )?(?:known|given)|"
     r"(?:verdict|label|answer) (?:is|was) (?:given|provided)",
-    re.IGNORECASE)
+    re.IGNORECASE,
+)
+TOO_FEW_AGREE = "too few of its samples agree"
+# For --dry-run: tokens of a judgment, and one pair in how many needs pass 2 (the paper's share).
+JUDGMENT_TOKENS = 800
+PAIRS_PER_REPAIR = 4
 
 
-# ---------------------------------------------------------------- checks
+def arguments():
+    parser = Flags(__doc__)
+    add = parser.add_argument
+    add("--data", required=True, help="pairs with labels")
+    add("--out", required=True, help="folder for sft.jsonl, failed.jsonl and journal.jsonl")
+    add(
+        "--teacher",
+        required=True,
+        help="model of pass 1: a server's name for it, or a folder or hub id",
+    )
+    backend_flags(parser, "base-url system-prompt at-once seed max-tokens max-len dtype")
+    add("--teacher2", help="model of pass 2; default: that of pass 1. 'none': no second pass")
+    add("--base-url2", help="its server; default: that of pass 1")
+    add("--samples", type=number(int, 1), default=1, help="judgments of pass 1 for each pair")
+    add(
+        "--agree",
+        type=number(float, 0, 1),
+        default=0.0,
+        help="least share of them that must be right",
+    )
+    add(
+        "--max-trace",
+        type=number(int, 1),
+        help="leave out longer traces: tokens of --tokenizer, else words",
+    )
+    add("--tokenizer", help="model folder or hub id, to count tokens")
+    add("--temperature", type=number(float, 0), default=1.0, help="of the teachers")
+    add(
+        "--price",
+        type=number(float, 0),
+        nargs=2,
+        default=(0, 0),
+        help="dollars a million tokens, read and written",
+    )
+    add(
+        "--dry-run",
+        action="store_true",
+        help="print counts, tokens and estimated cost, and ask nothing",
+    )
+    add(
+        "--skip-bad",
+        action="store_true",
+        help="report and leave out bad lines instead of stopping",
+    )
+    return parser.parse_args()
 
-def fault(text, finish, label, told=False):
-    """Why an answer cannot be a trace, "" if it can; finish as in `askers.Answer`. One parser for everything:
-    the verdict is right and the parts that its task type asks for are there (section 3.2: solution for
-    reasoning, weighted rubric for chat)."""
-    j = judged(Answer(text, finish))
-    weighted = any(weight is not None for _, weight, _ in j.rubric)
-    faults = {j.reason.split(":")[0]: j.verdict is None,
-              "wrong verdict": j.verdict != label,
-              "no task type": j.type not in ("Chat", "Reasoning"),
-              "no solution": j.type == "Reasoning" and not j.solution,
-              "no weighted rubric": j.type == "Chat" and not weighted,
-              "no comparison": not j.eval,
-              "it lets on that it was told": told and LEAK.search(text)}
-    return next((why for why, found in faults.items() if found), "")
+
+def main():
+    args = arguments()
+    pairs = read_pairs(args.data, args.skip_bad)
+    if len({pair.id for pair in pairs}) < len(pairs):
+        raise Failure(
+            f"{args.data}: two pairs have the same id, so their answers could be mixed up"
+        )
+    out = Path(args.out)
+    if args.dry_run:
+        return print_estimate(pairs, out, args)
+
+    first, second = teachers(args)
+    lock_folder(out)
+    journal = Journal(out / "journal.jsonl")
+    traces, failures, reasons = distill(pairs, first, second, journal, args)
+    for pair_id in too_long(traces, args):
+        text, _ = traces.pop(pair_id)
+        failures[pair_id] = text, "longer than --max-trace"
+        reasons["filter: longer than --max-trace"] += 1
+    write_results(out, pairs, traces, failures)
+    print_results(out, pairs, traces, failures, reasons, journal, args.price)
+    missing = len(pairs) - len(traces) - len(failures)
+    if missing:
+        raise Failure(
+            f"{missing} pairs got no answer from a teacher ({journal.failed}); the same command asks again"
+        )
 
 
-def trace_of(text):
-    """What SFT learns to write: the answer without thoughts before it and without an end-of-turn token."""
-    return re.sub(r"<\|[^|<>]*\|>\s*$", "", text.rpartition("</think>")[2]).strip()
+# ---------------------------------------------------------------- teachers
 
 
-def hint(messages, label, judgment, reason):
-    """The messages of pass 2. The list of pass 1 stays as it is: the suffix belongs to the teacher only."""
-    last = {**messages[-1], "content": messages[-1]["content"] + TOLD.format(
-        label=label, reason=reason, judgment=judgment[-4000:])}
-    return [*messages[:-1], last]
+@dataclass
+class Teacher:
+    """Who writes judgments.
+
+    name   identifies its answers in the journal
+    build  makes its backend; called when there is something to ask, because a local model takes minutes
+    """
+
+    name: str
+    build: Callable
 
 
-# ---------------------------------------------------------------- asking, with a journal
+def teachers(args):
+    """The teachers of both passes; the second is None with --teacher2 none."""
+    first = teacher_of(args, args.teacher, args.base_url, "OPENAI_API_KEY")
+    if args.teacher2 == "none":
+        return first, None
+    model = args.teacher2 or args.teacher
+    url = args.base_url2 or args.base_url
+    key_name = "OPENAI_API_KEY2" if args.base_url2 else "OPENAI_API_KEY"
+    return first, teacher_of(args, model, url, key_name)
 
-def ask(teacher, wanted, journal, args, desc):
-    """Answers for {key: messages}, from the journal or else from the teacher: its name, and a function that
-    builds it when there is something to ask. -> {key: row}; keys without an answer are missing."""
-    from tqdm import tqdm                   # here: data/toy.py --show, which imports this, needs no package
-    name, build = teacher
-    seeds = {key: seed_of(args.seed, *key) for key in wanted}
-    asked = {key: digest([name, messages, seeds[key], args.temperature, args.max_tokens])
-             for key, messages in wanted.items()}
-    todo = [key for key in wanted if asked[key] not in journal.answers]
-    requests = ((wanted[key], seeds[key], args.temperature) for key in todo)
-    bar = tqdm(total=len(wanted), initial=len(wanted) - len(todo), desc=desc)
-    read = written = 0
-    for at, answer in build().answers(requests) if todo else ():
+
+def teacher_of(args, model, url, key_name):
+    def build():
+        return make_backend(
+            model,
+            url,
+            args.max_tokens,
+            at_once=args.at_once,
+            key=os.environ.get(key_name),
+            max_len=args.max_len,
+            dtype=args.dtype,
+        )
+
+    # A local model's answers depend on its precision and window too.
+    name = model if url else f"{model} in {args.dtype}, window {args.max_len or 'its own'}"
+    return Teacher(name, build)
+
+
+def ask_teacher(teacher, requests, journal, args, title):
+    """Answers from the journal or else from the teacher.
+
+    requests  {key: messages}; a key is (pair id, pass, sample)
+    title     of the progress bar
+
+    Returns {key: the journal's row}. Keys without an answer are missing.
+    """
+    from tqdm import tqdm  # here, because data/toy.py needs this module where tqdm may not be
+
+    seeds = {key: seed_of(args.seed, *key) for key in requests}
+    digests = {}
+    for key, messages in requests.items():
+        whole = [teacher.name, messages, seeds[key], args.temperature, args.max_tokens]
+        digests[key] = digest(whole)
+    new_keys = [key for key in requests if digests[key] not in journal.answers]
+    new_requests = ((requests[key], seeds[key], args.temperature) for key in new_keys)
+    answers = teacher.build().answers(new_requests) if new_keys else ()
+
+    tokens_read = tokens_written = 0
+    bar = tqdm(total=len(requests), initial=len(requests) - len(new_keys), desc=title)
+    for place, answer in answers:
+        key = new_keys[place]
         if answer.failed:
             journal.failed = answer.finish
         else:
-            journal.add(asked[todo[at]], answer, key=list(todo[at]), teacher=name)
-            read, written = read + answer.prompt_tokens, written + answer.tokens
+            journal.add(digests[key], answer, key=list(key), teacher=teacher.name)
+            tokens_read += answer.prompt_tokens
+            tokens_written += answer.tokens
         bar.update()
-        bar.set_postfix_str(cost(read, written, args.price), refresh=False)
+        bar.set_postfix_str(cost(tokens_read, tokens_written, args.price), refresh=False)
     bar.close()
-    return {key: journal.answers[asked[key]] for key in wanted if asked[key] in journal.answers}
+    rows = {key: journal.answers.get(digests[key]) for key in requests}
+    return {key: row for key, row in rows.items() if row is not None}
 
 
-def cost(read, written, price, before=""):
-    """Dollars of so many tokens as a text, "" without a price: dollars a million tokens, read and written."""
-    return f"{before}${(read * price[0] + written * price[1]) / 1e6:,.2f}" if any(price) else ""
+def cost(tokens_read, tokens_written, price, before=""):
+    """The cost of tokens as a text; "" without a price.
+
+    price  dollars a million tokens, read and written
+    """
+    if not any(price):
+        return ""
+    dollars = (tokens_read * price[0] + tokens_written * price[1]) / 1e6
+    return f"{before}${dollars:,.2f}"
 
 
 # ---------------------------------------------------------------- the two passes
 
+
 def distill(pairs, first, second, journal, args):
-    """-> traces {pair id: (text, pass)}, failures {pair id: (text, reason)}, counts by reason.
-    first, second: teachers as in `ask`; without a second one there is no second pass."""
-    system = read_system(args.system_prompt)
-    messages = {p.id: chat_messages(p, "instruct", system) for p in pairs}
-    traces, failures, why = {}, {}, Counter()
+    """Judgments for pairs, by two passes.
+
+    first, second  `Teacher`s; no second pass if the second is None
+
+    Returns traces {pair id: (text, pass)}, failures {pair id: (text, reason)} and a Counter of reasons. A pair
+    without an answer is in neither.
+    """
+    style = PromptStyle("instruct", read_system(args.system_prompt))
+    messages = {pair.id: chat_messages(pair, style) for pair in pairs}
+    traces, failures, reasons = {}, {}, Counter()
     for turn, teacher, samples in ((1, first, args.samples), (2, second, 1)):
         if teacher is None:
             break
-        answers = ask(teacher, {(p.id, turn, k): messages[p.id] for p in pairs for k in range(samples)},
-                      journal, args, f"pass {turn}")
-        asked, pairs = pairs, []
-        for p in asked:
-            failures.pop(p.id, None)                       # it gets a second chance
-            rows = [answers[p.id, turn, k] for k in range(samples) if (p.id, turn, k) in answers]
+        keys = [(pair.id, turn, sample) for pair in pairs for sample in range(samples)]
+        requests = {key: messages[key[0]] for key in keys}
+        answers = ask_teacher(teacher, requests, journal, args, f"pass {turn}")
+
+        to_repair = []
+        for pair in pairs:
+            failures.pop(pair.id, None)  # of pass 1: this is the pair's second chance
+            keys = [(pair.id, turn, sample) for sample in range(samples)]
+            rows = [answers[key] for key in keys if key in answers]
             if not rows:
-                why[f"pass {turn}: no answer from the teacher"] += 1
+                reasons[f"pass {turn}: no answer from the teacher"] += 1
                 continue
-            faults = [fault(r["text"], r["finish"], p.label, told=turn == 2) for r in rows]
-            good = [r["text"] for r, f in zip(rows, faults) if not f]
-            if good and len(good) >= args.agree * len(rows):
-                traces[p.id] = trace_of(good[0]), turn
-            elif good:                                     # right, but not often enough: a guess
-                failures[p.id] = good[0], "too few of its samples agree"
-            else:
-                failures[p.id] = rows[0]["text"], faults[0]
-                messages[p.id] = hint(messages[p.id], p.label, *failures[p.id])
-                pairs.append(p)
-            if p.id in failures:
-                why[f"pass {turn}: {failures[p.id][1]}"] += 1
-    return traces, failures, why
+            text, reason = best_answer(rows, pair.label, turn, args.agree)
+            if not reason:
+                traces[pair.id] = trace_of(text), turn
+                continue
+            failures[pair.id] = text, reason
+            reasons[f"pass {turn}: {reason}"] += 1
+            if reason != TOO_FEW_AGREE:  # a right judgment needs no repair
+                messages[pair.id] = with_hint(messages[pair.id], pair.label, text, reason)
+                to_repair.append(pair)
+        pairs = to_repair
+    return traces, failures, reasons
+
+
+def best_answer(rows, label, turn, least_share):
+    """(text, reason) of the first answer that can be a trace, with reason ""; else of the first answer.
+
+    Where too few of a pair's answers are right, a right one may be a guess and fails too.
+    """
+    texts = [row["text"] for row in rows]
+    faults = [fault(row["text"], row["finish"], label, told=turn == 2) for row in rows]
+    right = [text for text, reason in zip(texts, faults) if not reason]
+    if not right:
+        return texts[0], faults[0]
+    return right[0], "" if len(right) >= least_share * len(rows) else TOO_FEW_AGREE
+
+
+def fault(text, finish, label, told=False):
+    """Why an answer cannot be a trace; "" if it can.
+
+    finish  as in `Answer`
+    told    the teacher knew the label
+
+    The verdict must be right, and the parts that the task type asks for must be there (section 3.2): a
+    solution for reasoning, a weighted rubric for chat. The parser is the one that training uses.
+    """
+    judgment = read_answer(Answer(text, finish))
+    has_weights = any(weight is not None for _, weight, _ in judgment.rubric)
+    if judgment.verdict is None:
+        return judgment.reason.split(":")[0]
+    if judgment.verdict != label:
+        return "wrong verdict"
+    if judgment.type not in ("Chat", "Reasoning"):
+        return "no task type"
+    if judgment.type == "Reasoning" and not judgment.solution:
+        return "no solution"
+    if judgment.type == "Chat" and not has_weights:
+        return "no weighted rubric"
+    if not judgment.eval:
+        return "no comparison"
+    if told and LEAK.search(text):
+        return "it lets on that it was told"
+    return ""
+
+
+def trace_of(text):
+    """What SFT learns to write: the answer without the thoughts before it and without an end-of-turn token."""
+    answer = text.rpartition("</think>")[2]
+    return re.sub(r"<\|[^|<>]*\|>\s*$", "", answer).strip()
+
+
+def with_hint(messages, label, judgment, reason):
+    """The messages of pass 2, a new list: the hint belongs to the teacher, and never to the training prompt."""
+    *before, last = messages
+    hint = HINT.format(label=label, reason=reason, judgment=judgment[-4000:])
+    return [*before, {**last, "content": last["content"] + hint}]
+
+
+# ---------------------------------------------------------------- results
 
 
 def too_long(traces, args):
-    """The length filter: ids whose trace has more than --max-trace tokens (of --tokenizer) or words."""
+    """The ids whose trace is longer than --max-trace, in tokens of --tokenizer, else in words."""
     if not args.max_trace:
-        return set()
-    count = lambda text: len(text.split())
+        return []
     if args.tokenizer:
-        import policy
-        tokenizer, _ = policy.load_tokenizer(args.tokenizer)
-        count = lambda text: len(tokenizer.encode(text, add_special_tokens=False))
-    return {i for i, (text, _) in traces.items() if count(text) > args.max_trace}
+        tokenizer, _ = load_tokenizer(args.tokenizer)
+
+    def length(text):
+        if args.tokenizer:
+            return len(tokenizer.encode(text, add_special_tokens=False))
+        return len(text.split())
+
+    return [pair_id for pair_id, (text, _) in traces.items() if length(text) > args.max_trace]
 
 
-def write_results(out, pairs, traces, failures, why, journal, args):
-    """sft.jsonl, failed.jsonl and the counts; a pair without an answer is in neither file, and an error."""
-    write_lines(out / "sft.jsonl", (
-        json.dumps(p.row(traces[p.id][0], meta={"pass": traces[p.id][1]}))
-        for p in pairs if p.id in traces))
-    write_lines(out / "failed.jsonl", (
-        json.dumps(p.row(judgment=failures[p.id][0], reason=failures[p.id][1]))
-        for p in pairs if p.id in failures))
+def write_results(out, pairs, traces, failures):
+    """Write sft.jsonl and failed.jsonl. A pair without an answer is in neither file."""
+    good, bad = [], []
+    for pair in pairs:
+        if pair.id in traces:
+            text, turn = traces[pair.id]
+            good.append(json.dumps(pair.row(text, meta={"pass": turn})))
+        elif pair.id in failures:
+            text, reason = failures[pair.id]
+            bad.append(json.dumps(pair.row(judgment=text, reason=reason)))
+    write_lines(out / "sft.jsonl", good)
+    write_lines(out / "failed.jsonl", bad)
+
+
+def print_results(out, pairs, traces, failures, reasons, journal, price):
+    """Print how many traces came from which pass, what they cost, and why others failed."""
     rows = journal.answers.values()
-    read, written = (sum(r[k] for r in rows) for k in ("prompt_tokens", "tokens"))
-    passes = Counter(k for _, k in traces.values())
-    print(f"{out}/sft.jsonl: {len(traces)} traces of {len(pairs)} pairs, {passes[1]} from pass 1, "
-          f"{passes[2]} from pass 2; {len(failures)} failed\n"
-          f"{len(rows)} answers, {read:,} tokens read, {written:,} written"
-          + cost(read, written, args.price, ", "))
-    for reason, n in why.most_common():
-        print(f"  {n:>7,}  {reason}")
-    if missing := len(pairs) - len(traces) - len(failures):
-        fail(f"{missing} pairs got no answer from a teacher ({journal.failed}); the same command asks again")
+    tokens_read = sum(row["prompt_tokens"] for row in rows)
+    tokens_written = sum(row["tokens"] for row in rows)
+    passes = Counter(turn for _, turn in traces.values())
+    dollars = cost(tokens_read, tokens_written, price, ", ")
+    print(
+        f"{out}/sft.jsonl: {len(traces)} traces of {len(pairs)} pairs, {passes[1]} from pass 1, "
+        f"{passes[2]} from pass 2; {len(failures)} failed\n"
+        f"{len(rows)} answers, {tokens_read:,} tokens read, {tokens_written:,} written{dollars}"
+    )
+    for reason, times in reasons.most_common():
+        print(f"  {times:>7,}  {reason}")
 
 
-def main():
-    ap = Flags(__doc__)
-    arg = ap.add_argument
-    arg("--data", required=True, help="pairs with labels")
-    arg("--out", required=True, help="folder for sft.jsonl, failed.jsonl and journal.jsonl")
-    arg("--teacher", required=True, help="model of pass 1: a server's name for it, or a folder or hub id")
-    flags(ap, "base-url system-prompt at-once seed max-tokens max-len dtype")
-    arg("--teacher2", help="model of pass 2; default: that of pass 1. 'none': no second pass")
-    arg("--base-url2", help="its server; default: that of pass 1")
-    arg("--samples", type=number(int, 1), default=1, help="judgments of pass 1 for each pair")
-    arg("--agree", type=number(float, 0, 1), default=0.0, help="least share of them that must be right")
-    arg("--max-trace", type=number(int, 1), help="leave out longer traces: tokens of --tokenizer, else words")
-    arg("--tokenizer", help="model folder or hub id, to count tokens")
-    arg("--temperature", type=number(float, 0), default=1.0, help="of the teachers")
-    arg("--price", type=number(float, 0), nargs=2, default=(0, 0),
-        help="dollars a million tokens, read and written")
-    arg("--dry-run", action="store_true", help="print counts, tokens and estimated cost, and ask nothing")
-    arg("--skip-bad", action="store_true", help="report and leave out bad lines instead of stopping")
-    args = ap.parse_args()
-    pairs = read_pairs(args.data, args.skip_bad)
-    if len({p.id for p in pairs}) < len(pairs):
-        fail(f"{args.data}: two pairs have the same id, so their answers could be mixed up")
-    out = Path(args.out)
-    if args.dry_run:
-        return dry_run(pairs, out, args)
-
-    def teacher(model, url, key):
-        name = model if url else f"{model} in {args.dtype}, window {args.max_len or 'its own'}"
-        return name, lambda: asker_of(model, url, args.max_tokens, at_once=args.at_once,
-                                      key=os.environ.get(key), max_len=args.max_len, dtype=args.dtype)
-
-    first = teacher(args.teacher, args.base_url, "OPENAI_API_KEY")
-    second = None if args.teacher2 == "none" else teacher(
-        args.teacher2 or args.teacher, args.base_url2 or args.base_url,
-        "OPENAI_API_KEY2" if args.base_url2 else "OPENAI_API_KEY")
-    claim(out)
-    journal = Journal(out / "journal.jsonl")
-    traces, failures, why = distill(pairs, first, second, journal, args)
-    for i in too_long(traces, args):
-        failures[i] = traces.pop(i)[0], "longer than --max-trace"
-        why["filter: longer than --max-trace"] += 1
-    write_results(out, pairs, traces, failures, why, journal, args)
-
-
-def dry_run(pairs, out, args):
-    """What a run would ask and cost: prompts are counted by --tokenizer, else at 4 characters a token; a
-    judgment is taken to have 800 tokens, and a quarter to need pass 2 (the paper's share)."""
-    system = read_system(args.system_prompt)
-    count = lambda m: sum(len(x["content"]) for x in m) // 4
-    if args.tokenizer:
-        import policy
-        tokenizer, _ = policy.load_tokenizer(args.tokenizer)
-        count = lambda m: len(encode(tokenizer, m))
+def print_estimate(pairs, out, args):
+    """Print what a run would ask and cost. Without --tokenizer a token is taken to be 4 characters."""
     from tqdm import tqdm
-    prompt = sum(count(chat_messages(p, "instruct", system)) for p in tqdm(pairs, desc="count", leave=False))
-    done = len(read_lines(out / "journal.jsonl"))
-    read = prompt * args.samples + (prompt + 800 * len(pairs)) // 4
-    written = 800 * (len(pairs) * args.samples + len(pairs) // 4)
-    print(f"{len(pairs)} pairs: {len(pairs) * args.samples} requests in pass 1, "
-          f"about {len(pairs) // 4} in pass 2; {done} answers are in the journal\n"
-          f"about {read:,} tokens to read and {written:,} to write"
-          + (cost(read, written, args.price, ", ") or "; give --price for the cost"))
+
+    style = PromptStyle("instruct", read_system(args.system_prompt))
+    if args.tokenizer:
+        tokenizer, _ = load_tokenizer(args.tokenizer)
+    prompt_tokens = 0
+    for pair in tqdm(pairs, desc="count", leave=False):
+        messages = chat_messages(pair, style)
+        if args.tokenizer:
+            prompt_tokens += len(encode(tokenizer, messages))
+        else:
+            prompt_tokens += sum(len(message["content"]) for message in messages) // 4
+
+    requests = len(pairs) * args.samples
+    repairs = len(pairs) // PAIRS_PER_REPAIR
+    repair_tokens = (prompt_tokens + JUDGMENT_TOKENS * len(pairs)) // PAIRS_PER_REPAIR
+    tokens_read = prompt_tokens * args.samples + repair_tokens
+    tokens_written = JUDGMENT_TOKENS * (requests + repairs)
+    answers = len(read_lines(out / "journal.jsonl"))
+    dollars = cost(tokens_read, tokens_written, args.price, ", ")
+    print(
+        f"{len(pairs)} pairs: {requests} requests in pass 1, "
+        f"about {repairs} in pass 2; {answers} answers are in the journal\n"
+        f"about {tokens_read:,} tokens to read and {tokens_written:,} to write"
+        + (dollars or "; give --price for the cost")
+    )
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

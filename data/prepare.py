@@ -8,19 +8,20 @@ Preference pairs from where they are to what `distill.py`, `sft.py` and `grpo.py
     python data/prepare.py --out runs/hard --source runs/data/rl.jsonl --split 0 --rollouts runs/eval-rl
 
 Writes OUT/distill.jsonl (12 %, for the oracle), OUT/rl.jsonl (the rest), OUT/rejects.jsonl (every row left
-out, with its place and the reason), OUT/summary.txt and OUT/card.md; none has its name before all are whole.
+out, with its place and the reason), OUT/summary.txt and OUT/card.md. None has its name before all are whole.
 
 A row of any known form becomes two conversations, the preferred one and the other. What they share is the
-context; what follows are the two responses. The forms, told by their fields:
+context; what follows are the two responses. The fields of a row tell its form:
 
     chosen, rejected      two conversations as messages (Skywork), two answers to a prompt (UltraFeedback),
                           two transcripts "\\n\\nHuman: ..." (HH), two turns after `conversations` (ShareGPT)
     input, accepted, rejected                                   code (Code-Preference-Pairs)
     prompt, initial_reason_steps, full_chosen, full_rejected    math (Math-Step-DPO)
     context or prompt, a, b, label                              ours
-    context_messages, winner                                    RM-R1's; where its responses cannot be told
-                                                                apart, the row is handed on as it is
+    context_messages, winner                                    RM-R1's; a row whose responses cannot be told
+                                                                apart is handed on as it is
 """
+
 import hashlib
 import json
 import re
@@ -33,232 +34,479 @@ import numpy as np
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import benchmarks
-from files import Flags, beside, claim, fail, json_object, number, read_lines, rows_of
-from rubrics import Pair, about, chat_messages, encode, messages_of, other, pair_of, text_of
+from judge import benchmarks
+from lib.chat import encode, load_tokenizer
+from lib.files import (
+    Failure,
+    Flags,
+    atomic_write,
+    is_hub_name,
+    lock_folder,
+    number,
+    read_lines,
+    read_rows,
+    run_main,
+)
+from lib.pairs import (
+    Pair,
+    field_text,
+    id_and_origin,
+    is_message,
+    messages_of,
+    other_label,
+    pair_of,
+)
+from rubrics import chat_messages
 
-# The published mixture (RM-R1, appendix F and table 5): hub id, and what kind of task a source holds.
-PUBLISHED = {"math": "xinlai/Math-Step-DPO-10K", "code": "Vezora/Code-Preference-Pairs",
-             "skywork": "Skywork/Skywork-Reward-Preference-80K-v0.2"}
-TYPES = {"magpie_pro_llama3.1": "reasoning", "code": "reasoning", "math": "reasoning", "offset_bias": "chat",
-         "helpsteer2": "chat", "magpie_pro": "chat", "wildguard": "safety"}
-CODE_ROWS = 8000
-WRITES = ("distill.jsonl", "rl.jsonl", "rejects.jsonl", "summary.txt", "card.md")
-
-
-# ---------------------------------------------------------------- rows to two conversations
-
+# The published mixture (RM-R1, appendix F and table 5): the hub id of each source.
+PUBLISHED = {
+    "math": "xinlai/Math-Step-DPO-10K",
+    "code": "Vezora/Code-Preference-Pairs",
+    "skywork": "Skywork/Skywork-Reward-Preference-80K-v0.2",
+}
+# The kind of task that a source holds.
+TYPES = {
+    "magpie_pro_llama3.1": "reasoning",
+    "code": "reasoning",
+    "math": "reasoning",
+    "offset_bias": "chat",
+    "helpsteer2": "chat",
+    "magpie_pro": "chat",
+    "wildguard": "safety",
+}
+CODE_ROWS = 8000  # how many rows of the source `code` the published mixture has
+CODE_SEED = 42  # of the published shuffle
 ROLES = {"human": "user", "Human": "user", "gpt": "assistant", "Assistant": "assistant"}
+RESULTS = ("distill.jsonl", "rl.jsonl", "rejects.jsonl", "summary.txt", "card.md")
+
+
+def arguments():
+    parser = Flags(__doc__)
+    add = parser.add_argument
+    add(
+        "--out",
+        required=True,
+        help="folder for distill.jsonl, rl.jsonl, rejects.jsonl, summary.txt, card.md",
+    )
+    add(
+        "--source",
+        action="append",
+        default=[],
+        help="[NAME=]FILE or hub id, repeatable; default: the published three. Sources that are all named "
+        "skywork, code or math are treated as published",
+    )
+    add("--split", type=number(float, 0, 1), default=0.12, help="share of pairs for the oracle")
+    add("--seed", type=number(int, 0), default=0, help="seed of sides and split")
+    add("--tokenizer", help="model folder or hub id: lengths in tokens instead of characters")
+    add("--max-prompt", type=number(int, 1), help="longest prompt in tokens")
+    add("--decontaminate", help="folder with benchmark files: report pairs whose prompt is in one")
+    add("--drop-contaminated", action="store_true", help="leave those pairs out")
+    add(
+        "--rollouts", help="folder of an evaluation of these pairs with --votes: keep by difficulty"
+    )
+    add(
+        "--keep",
+        type=number(float, 0, 1),
+        nargs=2,
+        default=(0.01, 0.99),
+        help="lowest and highest share of right rollouts to keep",
+    )
+    args = parser.parse_args()
+    if args.max_prompt and not args.tokenizer:
+        raise Failure(f"--max-prompt {args.max_prompt}: counts tokens, so name a --tokenizer")
+    if args.keep[0] > args.keep[1]:
+        raise Failure(f"--keep {args.keep[0]} {args.keep[1]}: the lowest share comes first")
+    if args.keep != parser.get_default("keep") and not args.rollouts:
+        raise Failure("--keep: shares of what? name an evaluation with --rollouts")
+    if args.drop_contaminated and not args.decontaminate:
+        raise Failure(
+            "--drop-contaminated: name the folder of benchmark files with --decontaminate"
+        )
+    for flag, path in (("--decontaminate", args.decontaminate), ("--rollouts", args.rollouts)):
+        if path and not Path(path).is_dir():
+            raise Failure(f"{flag} {path}: no such folder")
+    return args
+
+
+def main():
+    args = arguments()
+    out = Path(args.out)
+    sources = [named_source(source) for source in args.source] or list(PUBLISHED.items())
+    published = all(name in PUBLISHED for name, _ in sources)
+    check_overwriting(out, sources)
+    lock_folder(out)
+    # The card asks the hub, so it asks before the work and not after hours of it.
+    origins = [origin_of(name, where) for name, where in sources]
+
+    counts = defaultdict(Counter)  # what: {value: number of rows}
+    owed_label = None
+    with atomic_write(*(out / name for name in RESULTS)) as files:
+        rejects = files[out / "rejects.jsonl"]
+        for key, pair, length in usable_pairs(args, sources, published, counts, rejects):
+            # The second of every two pairs gets the side that the first did not get, so labels balance. A
+            # published prompt keeps its sides.
+            if pair.messages is None:
+                label = owed_label or first_label(args.seed, key, published)
+                owed_label = None if owed_label else other_label(label)
+                pair = pair if label == "A" else pair.swapped()
+            part = split_of(args, key)
+            files[out / f"{part}.jsonl"].write(json.dumps(pair.row()) + "\n")
+            count_pair(counts, part, pair, length)
+        if not counts["rows"]:
+            raise Failure(nothing_left(sources, counts))
+        summary = summarise(args, counts)
+        files[out / "summary.txt"].write(summary)
+        files[out / "card.md"].write(card(args, origins, published, summary))
+    print(summary)
+
+
+# ---------------------------------------------------------------- sources
+
+
+def named_source(source):
+    """(name, file or hub id) of a --source; without NAME= the file's own name."""
+    name, equals, where = source.partition("=")
+    return (name, where) if equals else (Path(source).stem, source)
+
+
+def check_overwriting(out, sources):
+    """Raises Failure if a result, or the file it is written as, is one of the sources."""
+    for name in RESULTS:
+        for path in (out / name, out / f"{name}.tmp"):
+            for _, where in sources:
+                if path.exists() and Path(where).exists() and path.samefile(where):
+                    raise Failure(
+                        f"--out {out}: would overwrite its own source {where}; give another folder"
+                    )
+
+
+def origin_of(name, where):
+    """A line of the card's table: name, place, sha256 or revision, licence."""
+    mark, licence = "unknown", "as its owner gives it"
+    if Path(where).is_file():
+        with open(where, "rb") as file:
+            mark = hashlib.file_digest(file, "sha256").hexdigest()
+    elif is_hub_name(where):
+        from huggingface_hub import dataset_info
+
+        try:
+            info = dataset_info(where)
+            mark, licence = info.sha, (info.card_data or {}).get("license", licence)
+        except (
+            Exception
+        ):  # no network, though the rows may be cached: the card is not worth the run
+            mark = "unknown, the hub gave no answer"
+    return f"| {name} | {where} | {mark} | {licence} |"
+
+
+def source_rows(name, where, published):
+    """Yield (place, row, error) for the rows of one source, as `read_rows` does."""
+    rows = published_code_rows(where) if published and name == "code" else read_rows(where)
+    for row_number, row, error in rows:
+        yield f"{where}:{row_number}", row, error
+
+
+def published_code_rows(where):
+    """The rows of the source `code` that were published: the first 8,000 of `datasets`' shuffle by seed 42."""
+    row_count = sum(1 for _ in read_rows(where))
+    order = np.random.default_rng(CODE_SEED).permutation(row_count)[:CODE_ROWS].tolist()
+    chosen = set(order)
+    rows = {place: row for place, row in enumerate(read_rows(where)) if place in chosen}
+    return [rows[place] for place in order]
+
+
+# ---------------------------------------------------------------- from a row to a pair
+
+
+def usable_pairs(args, sources, published, counts, rejects):
+    """Yield (key, pair, length) for every row that can be used.
+
+    counts   gets overlaps with benchmarks, and rows left out by source and reason
+    rejects  an open file that gets the place and the reason of every row left out
+    key      bytes: what the pair says, whichever response stands first
+    length   of the prompt: tokens, or characters without --tokenizer
+    """
+    benchmark_hashes = benchmark_grams(args.decontaminate) if args.decontaminate else None
+    right_shares = difficulty(args.rollouts) if args.rollouts else None
+    length_of = length_function(args.tokenizer)
+    keys = set()  # of the pairs so far: memory holds these, not the pairs
+    for name, where in sources:
+        for place, row, error in tqdm(source_rows(name, where, published), desc=name, unit=" rows"):
+            try:
+                if error:
+                    raise ValueError(error)
+                key, pair = candidate(row, name, published)
+                if key in keys:
+                    raise ValueError("duplicate")
+                if right_shares is not None:
+                    check_difficulty(pair, right_shares, args.keep)
+                if benchmark_hashes is not None:
+                    check_overlap(pair, benchmark_hashes, counts["overlap"], args.drop_contaminated)
+                length = length_of(pair)
+                if args.max_prompt and length > args.max_prompt:
+                    raise ValueError(f"overlong: {length} tokens")
+            # Readers raise ValueError for a row that is not what it should be. Any other exception is a slip
+            # in a reader, and must not look like a bad row.
+            except ValueError as unusable:
+                reason = str(unusable)
+                counts["left out"][name, reason.split(":")[0]] += 1
+                line = {"place": place, "source": name, "reason": reason}
+                rejects.write(json.dumps(line) + "\n")
+                continue
+            keys.add(key)
+            yield key, pair, length
+
+
+def length_function(tokenizer_name):
+    """A function of a pair: its prompt's length in tokens, or in characters without a tokenizer."""
+    if tokenizer_name is None:
+        return lambda pair: len(json.dumps(pair.messages or [pair.context, pair.a, pair.b]))
+    tokenizer, _ = load_tokenizer(tokenizer_name)
+    return lambda pair: len(encode(tokenizer, chat_messages(pair)))
+
+
+def candidate(row, name, published):
+    """(key, pair) of a row, whose preferred response is A unless it is a published prompt.
+
+    name  the source's; a row that names its own has that one. Raises ValueError for a row of no use.
+    """
+    if published and row.get("source") == "magpie_ultra":
+        raise ValueError("magpie_ultra, dropped as published")
+    prompt_pair = pair_of(row, "") if "context_messages" in row else None
+    if prompt_pair and not prompt_pair.a:
+        pair, said = prompt_pair, [prompt_pair.messages, "", ""]
+    else:
+        context, preferred, rejected = split_turns(*conversations(row))
+        if not preferred.strip() or not rejected.strip():
+            raise ValueError("empty response")
+        if preferred == rejected:
+            raise ValueError("equal responses")
+        fields = id_and_origin(row, "")
+        del fields["meta"]  # what it says of A and B would name the wrong sides
+        pair = Pair(context=context, a=preferred, b=rejected, label="A", **fields)
+        said = [context, *sorted((preferred, rejected))]
+    key = hashlib.sha256(json.dumps(said).encode()).digest()
+    source = pair.source or name
+    return key, replace(
+        pair,
+        id=pair.id or key.hex()[:16],
+        source=source,
+        type=pair.type or TYPES.get(source, ""),
+    )
 
 
 def conversations(row):
-    """(preferred messages, other messages) of a row in any known form; ValueError says what is wrong."""
-    if "full_chosen" in row:
-        context, start = messages_of(row["prompt"]), row.get("initial_reason_steps", "")
-        said = [start + row.get(k, "") for k in ("full_chosen", "full_rejected")]
-    elif "accepted" in row:
-        context, said = messages_of(row["input"]), [text_of(row, k) for k in ("accepted", "rejected")]
+    """(preferred messages, other messages) of a row in any known form. Raises ValueError."""
+    if "full_chosen" in row:  # Math-Step-DPO
+        context = messages_of(row.get("prompt"))
+        start = optional_text(row, "initial_reason_steps")
+        responses = [start + optional_text(row, name) for name in ("full_chosen", "full_rejected")]
+    elif "accepted" in row:  # Code-Preference-Pairs
+        context = messages_of(row.get("input"))
+        responses = [field_text(row, name) for name in ("accepted", "rejected")]
     elif "conversations" in row:
-        turn = lambda t: {"role": ROLES.get(t["from"], t["from"]), "content": t["value"]}
-        start = [turn(t) for t in row["conversations"]]
-        return tuple(start + [turn(row[k])] for k in ("chosen", "rejected"))
+        return sharegpt_conversations(row)
     elif "chosen" in row and "rejected" in row:
-        both = row["chosen"], row["rejected"]
-        if all(isinstance(x, str) and "\n\nHuman:" in x for x in both):
-            return tuple(map(transcript, both))
-        if all(isinstance(x, list) and len(x) > 1 for x in both):  # whole conversations, prompt included
-            return tuple([{"role": m["role"], "content": m["content"]} for m in x] for x in both)
-        context = messages_of(row.get("context", row.get("prompt")))
-        said = [text_of(row, k) for k in ("chosen", "rejected")]
+        return preferred_conversations(row)
     else:
         pair = pair_of(row, "")
-        context, said = pair.context, [pair.a, pair.b] if pair.label == "A" else [pair.b, pair.a]
-    return tuple([*context, {"role": "assistant", "content": x}] for x in said)
+        context = pair.context
+        responses = [pair.a, pair.b] if pair.label == "A" else [pair.b, pair.a]
+    return with_responses(context, responses)
+
+
+def with_responses(context, responses):
+    return tuple([*context, {"role": "assistant", "content": text}] for text in responses)
+
+
+def preferred_conversations(row):
+    """`conversations` of a row with `chosen` and `rejected`."""
+    both = [row["chosen"], row["rejected"]]
+    if all(isinstance(value, str) and "\n\nHuman:" in value for value in both):  # HH
+        return tuple(transcript(text) for text in both)
+    if all(isinstance(value, list) and len(value) > 1 for value in both):  # the prompt is in them
+        if not all(map(is_message, both[0] + both[1])):
+            raise ValueError("a message is not {role, content}")
+        return tuple(
+            [{"role": m["role"], "content": m["content"]} for m in value] for value in both
+        )
+    context = messages_of(row.get("context", row.get("prompt")))
+    return with_responses(context, [field_text(row, name) for name in ("chosen", "rejected")])
 
 
 def transcript(text):
-    """Messages of an HH transcript."""
+    """The messages of an HH transcript."""
     parts = re.split(r"\n\n(Human|Assistant): ?", text)
-    return [{"role": ROLES[who], "content": said.strip()} for who, said in zip(parts[1::2], parts[2::2])]
+    speakers, contents = parts[1::2], parts[2::2]
+    return [
+        {"role": ROLES[speaker], "content": content.strip()}
+        for speaker, content in zip(speakers, contents)
+    ]
+
+
+def sharegpt_conversations(row):
+    """`conversations` of a row whose turns are {"from", "value"}."""
+    turns = row["conversations"]
+    if not isinstance(turns, list):
+        raise ValueError("conversations is not a list")
+    context = [sharegpt_message(turn) for turn in turns]
+    return tuple([*context, sharegpt_message(row.get(name))] for name in ("chosen", "rejected"))
+
+
+def sharegpt_message(turn):
+    if not isinstance(turn, dict):
+        raise ValueError("a turn is not {from, value}")
+    speaker, content = turn.get("from"), turn.get("value")
+    if not isinstance(speaker, str) or not isinstance(content, str):
+        raise ValueError("a turn is not {from, value}")
+    return {"role": ROLES.get(speaker, speaker), "content": content}
+
+
+def optional_text(row, name):
+    """A row's field, "" without it. Raises ValueError if it is no text."""
+    text = row.get(name, "")
+    if not isinstance(text, str):
+        raise ValueError(f"{name} is not a text")
+    return text
 
 
 def split_turns(chosen, rejected):
-    """(context, preferred response, other response): the context is what both share, up to a user's message.
-    Where they part earlier than at the last turn, a response holds all of the turns that follow."""
-    n = 0
-    while n < min(len(chosen), len(rejected)) and chosen[n] == rejected[n]:
-        n += 1
-    while n and chosen[n - 1]["role"] != "user":
-        n -= 1
-    if not n:
+    """(context, preferred response, other response) of two conversations.
+
+    The context is what both share, up to a message of the user. Where the conversations part earlier than at
+    the last turn, a response holds all of the turns that follow.
+    """
+    shared = 0
+    while shared < min(len(chosen), len(rejected)) and chosen[shared] == rejected[shared]:
+        shared += 1
+    while shared and chosen[shared - 1]["role"] != "user":
+        shared -= 1
+    if not shared:
         raise ValueError("the conversations do not begin alike")
-    if not all(isinstance(m.get("content"), str) for m in (*chosen, *rejected)):
-        raise ValueError("a message is not a text")
-    rest = []
-    for part in (chosen[n:], rejected[n:]):
-        if not part or part[-1]["role"] != "assistant":
-            raise ValueError("a conversation does not end with a response")
-        rest.append(part[0]["content"] if len(part) == 1 else "\n".join(
-            ("User: " if m["role"] == "user" else "Assistant: ") + m["content"] for m in part))
-    return chosen[:n], *rest
+    return chosen[:shared], turns_text(chosen[shared:]), turns_text(rejected[shared:])
 
 
-# ---------------------------------------------------------------- where rows come from
+def turns_text(turns):
+    """One turn of the assistant as it is; several turns with their speakers. Raises ValueError."""
+    if not turns or turns[-1]["role"] != "assistant":
+        raise ValueError("a conversation does not end with a response")
+    if len(turns) == 1:
+        return turns[0]["content"]
+    lines = []
+    for message in turns:
+        speaker = "User" if message["role"] == "user" else "Assistant"
+        lines.append(f"{speaker}: {message['content']}")
+    return "\n".join(lines)
 
-def source_rows(name, where, published):
-    """(place, row) of one source. Code is cut as published: shuffled with seed 42, the first 8,000."""
-    rows = ((f"{where}:{n}", row) for n, row in rows_of(where))
-    if published and name == "code":
-        count = sum(1 for _ in rows_of(where))
-        order = np.random.default_rng(42).permutation(count)[:CODE_ROWS].tolist()   # as `datasets` shuffles
-        drawn = set(order)
-        kept = {at: row for at, row in enumerate(rows) if at in drawn}
-        rows = (kept[at] for at in order)
-    return rows
+
+# ---------------------------------------------------------------- benchmarks and difficulty
 
 
 def grams(context):
-    """Hashes of a prompt (its user messages) as a whole and of every run of 13 words in it; they mean nothing
-    outside of this process. -> whole, {whole, run, ...}"""
-    words = re.findall(r"\w+", " ".join(m["content"] for m in context if m["role"] == "user").lower())
-    whole = hash((None, *words))                                    # None: not to be taken for a run
-    return whole, {whole, *(hash(tuple(words[at:at + 13])) for at in range(len(words) - 12))}
+    """Hashes of a prompt's words, of the user's messages only. -> whole prompt, {whole, every 13 words}
+
+    The hashes are Python's own, so they mean nothing outside of this process.
+    """
+    contents = [message["content"] for message in context if message["role"] == "user"]
+    words = re.findall(r"\w+", " ".join(contents).lower())
+    whole = hash(
+        (None, *words)
+    )  # None: a prompt of 13 words differs from the same words inside another
+    runs = {hash(tuple(words[start : start + 13])) for start in range(len(words) - 12)}
+    return whole, {whole, *runs}
 
 
 def benchmark_grams(folder):
-    """`grams` of all prompts of the benchmarks' files in a folder."""
-    known = set()
+    """`grams` of all prompts in the benchmarks' files in a folder."""
+    hashes = set()
     for name, bench in benchmarks.BENCHES.items():
         for path in benchmarks.files_of(folder, name):
-            for row in benchmarks.understood(bench, path, rows_of(path))[0]:
-                known |= grams(row.context)[1]
-    if not known:
-        fail(f"--decontaminate {folder}: no benchmark files in it")
-    return known
+            rows, _ = benchmarks.parse_rows(bench, path, read_rows(path))
+            for row in rows:
+                hashes |= grams(row.context)[1]
+    if not hashes:
+        raise Failure(f"--decontaminate {folder}: no benchmark files in it")
+    return hashes
+
+
+def check_overlap(pair, benchmark_hashes, overlaps, drop):
+    """Count a pair whose prompt shares words with a benchmark. With `drop`, raise ValueError for it."""
+    whole, hashes = grams(pair.messages or pair.context)
+    if benchmark_hashes.isdisjoint(hashes):
+        return
+    overlap = "exact" if whole in benchmark_hashes else "13-gram"
+    overlaps[overlap] += 1
+    if drop:
+        raise ValueError(f"in a benchmark: {overlap}")
 
 
 def difficulty(run):
     """{pair id: share of its judgments that are right} of an evaluation with votes."""
+    pairs = read_lines(Path(run) / "pairs.jsonl")
+    judgments = read_lines(Path(run) / "judgments.jsonl")
     right = defaultdict(list)
-    pairs, judgments = (read_lines(Path(run) / name) for name in ("pairs.jsonl", "judgments.jsonl"))
     try:
-        names = {p["id"]: p["item"] for p in pairs}
+        items = {pair["id"]: pair["item"] for pair in pairs}
         for line in judgments:
-            right[names[line["id"]]].append(line["verdict"] == line["label"])
-    except (KeyError, TypeError):
-        fail(f"--rollouts {run}: its judgments are not those of its pairs")
+            right[items[line["id"]]].append(line["verdict"] == line["label"])
+    except (KeyError, TypeError):  # files of something else
+        raise Failure(f"--rollouts {run}: its judgments are not those of its pairs")
     if not right:
-        fail(f"--rollouts {run}: no judgments.jsonl in it; name the --out of an evaluation that has ended")
-    return {item: sum(some) / len(some) for item, some in right.items()}
+        raise Failure(
+            f"--rollouts {run}: no judgments.jsonl in it; name the --out of an evaluation that has ended"
+        )
+    return {item: sum(results) / len(results) for item, results in right.items()}
 
 
-# ---------------------------------------------------------------- the work
-
-def candidate(row, name, published):
-    """(key, pair) of a source's row; ValueError says why it cannot be used. The key is what the pair is,
-    whichever response stands first; A is the preferred one, unless the pair is a finished prompt."""
-    row = json_object(row)
-    if published and row.get("source") == "magpie_ultra":
-        raise ValueError("magpie_ultra, dropped as published")
-    if "context_messages" in row and not (pair := pair_of(row, "")).a:
-        context, good, bad = pair.messages, "", ""
-    else:
-        context, good, bad = split_turns(*conversations(row))
-        if not good.strip() or not bad.strip():
-            raise ValueError("empty response")
-        if good == bad:
-            raise ValueError("equal responses")
-        pair = Pair(context=context, a=good, b=bad, label="A", **about(row, ""))
-    key = hashlib.sha256(json.dumps([context, *sorted((good, bad))]).encode()).digest()
-    source = pair.source or name
-    return key, replace(pair, id=pair.id or key.hex()[:16], source=source,
-                        type=pair.type or TYPES.get(source, ""))
+def check_difficulty(pair, right_shares, keep):
+    """Raises ValueError for a pair that is too easy, too hard, or was not judged."""
+    share = right_shares.get(pair.id)
+    if share is None:
+        raise ValueError("difficulty unknown: no rollouts")
+    if not keep[0] <= share <= keep[1]:
+        raise ValueError(f"difficulty: {share:.2f} of its rollouts are right")
 
 
-def gate(args, overlaps):
-    """A function that raises ValueError where --rollouts or --decontaminate leave a pair out, and counts
-    overlaps with benchmarks."""
-    known = benchmark_grams(args.decontaminate) if args.decontaminate else None
-    shares = difficulty(args.rollouts) if args.rollouts else None
-
-    def check(pair):
-        if shares is not None and pair.id not in shares:
-            raise ValueError("difficulty unknown: no rollouts")
-        if shares is not None and not args.keep[0] <= shares[pair.id] <= args.keep[1]:
-            raise ValueError(f"difficulty: {shares[pair.id]:.2f} of its rollouts are right")
-        if args.decontaminate:
-            whole, some = grams(pair.messages or pair.context)
-            if not known.isdisjoint(some):
-                overlap = "exact" if whole in known else "13-gram"
-                overlaps[overlap] += 1
-                if args.drop_contaminated:
-                    raise ValueError(f"in a benchmark: {overlap}")
-    return check
+# ---------------------------------------------------------------- sides and split
 
 
-def usable(args, sources, published, counts, left_out):
-    """(key, pair, length) of every row that can be used; of the others place and reason go to the open file
-    `left_out`. Length: tokens of the prompt, or characters without a tokenizer."""
-    check, seen = gate(args, counts["overlap"]), set()
-    length = lambda pair: len(json.dumps(pair.messages or [pair.context, pair.a, pair.b]))
-    if args.tokenizer:
-        import policy
-        tokenizer, _ = policy.load_tokenizer(args.tokenizer)
-        length = lambda pair: len(encode(tokenizer, chat_messages(pair)))
-    for name, where in sources:
-        for place, row in tqdm(source_rows(name, where, published), desc=name, unit=" rows"):
-            try:
-                key, pair = candidate(row, name, published)
-                if key in seen:
-                    raise ValueError("duplicate")
-                check(pair)
-                size = length(pair)
-                if args.max_prompt and size > args.max_prompt:
-                    raise ValueError(f"overlong: {size} tokens")
-            except (ValueError, TypeError, AttributeError, KeyError) as e:
-                reason = str(e) if isinstance(e, ValueError) else f"wrong schema: {type(e).__name__} {e}"
-                counts["left out"][name, reason.split(":")[0]] += 1
-                left_out.write(json.dumps({"place": place, "source": name, "reason": reason}) + "\n")
-                continue
-            seen.add(key)
-            yield key, pair, size
+def content_hash(seed, purpose, key):
+    return hashlib.sha256(f"{seed}/{purpose}/".encode() + key).digest()
 
 
-def prepare(args):
-    sources = [s.split("=", 1) if "=" in s else (Path(s).stem, s) for s in args.source]
-    sources = sources or list(PUBLISHED.items())
-    published = {name for name, _ in sources} <= set(PUBLISHED)
-    out, counts, owed = Path(args.out), defaultdict(Counter), None
-    for path in (out / f"{name}{end}" for name in WRITES for end in ("", ".tmp")):
-        for _, where in sources:
-            if path.exists() and Path(where).exists() and path.samefile(where):
-                fail(f"--out {out}: would overwrite its own source {where}; give another folder")
-    claim(out)
-    drawn = lambda what, key: hashlib.sha256(f"{args.seed}/{what}/".encode() + key).digest()
-    with beside(*(out / name for name in WRITES)) as files:
-        rows = usable(args, sources, published, counts, left_out=files[out / "rejects.jsonl"])
-        for key, pair, size in rows:
-            # As published, sides alternate. Else the first of every two pairs is dealt by a hash of its
-            # content and the second gets the other side: labels balance, and cannot be foretold.
-            if pair.messages is None:
-                label = owed or ("A" if published else "AB"[drawn("side", key)[0] % 2])
-                owed = None if owed else other(label)
-                pair = pair if label == "A" else pair.swapped()
-            # By content, so that a pair stays on its side of the split when rows are added around it.
-            part = "distill" if int.from_bytes(drawn("split", key)[:8]) / 2**64 < args.split else "rl"
-            files[out / f"{part}.jsonl"].write(json.dumps(pair.row()) + "\n")
-            turns = "finished" if pair.messages else "multi" if len(pair.context) > 1 else "single"
-            for what, value in (("rows", part), ("source", pair.source), ("turns", turns),
-                                ("type", pair.type or "unknown"), ("label", pair.label),
-                                ("length", size // 64)):
-                counts[what][value] += 1
-        if not counts["rows"]:
-            fail(f"{', '.join(where for _, where in sources)}: no pair is left" + "".join(
-                f"; most often: {reason}" for (_, reason), _ in counts["left out"].most_common(1)))
-        summary = summarise(args, counts)
-        files[out / "summary.txt"].write(summary)
-        files[out / "card.md"].write(card(args, sources, published, summary))
-    print(summary)
+def first_label(seed, key, published):
+    """The label of the first of two pairs: A as published, where sides alternate, else a hash of the content.
+
+    A label that is a hash cannot be foretold from the place of its row.
+    """
+    return "A" if published else "AB"[content_hash(seed, "side", key)[0] % 2]
+
+
+def split_of(args, key):
+    """The file of a pair, by a hash of its content, so that it stays there when rows are added around it."""
+    fraction = int.from_bytes(content_hash(args.seed, "split", key)[:8]) / 2**64
+    return "distill" if fraction < args.split else "rl"
+
+
+# ---------------------------------------------------------------- summary and card
+
+
+def count_pair(counts, part, pair, length):
+    turns = "published prompt" if pair.messages else "multi" if len(pair.context) > 1 else "single"
+    counts["rows"][part] += 1
+    counts["source"][pair.source] += 1
+    counts["type"][pair.type or "unknown"] += 1
+    counts["turns"][turns] += 1
+    counts["label"][pair.label] += 1
+    counts["length"][length // 64] += 1
+
+
+def nothing_left(sources, counts):
+    """The sentence for a run without a usable row."""
+    sentence = f"{', '.join(where for _, where in sources)}: no pair is left"
+    for (_, reason), _ in counts["left out"].most_common(1):
+        sentence += f"; most often: {reason}"
+    return sentence
 
 
 def summarise(args, counts):
@@ -266,73 +514,53 @@ def summarise(args, counts):
     total = counts["rows"].total()
     lines = [f"{total:,} pairs"]
     for what in ("rows", "source", "type", "turns", "label"):
-        lines += [f"  {what:<8}{value:<43}{n:>9,}{n / total:>8.1%}"
-                  for value, n in sorted(counts[what].items())]
-    sizes = list(counts["length"].elements())
-    median, most, longest = 64 * np.quantile(sizes, (.5, .95, 1), method="inverted_cdf")
-    lines.append(f"  length  median {median:,}, 95 % below {most + 64:,}, longest about {longest:,} "
-                 f"{'tokens' if args.tokenizer else 'characters'} (prompt with both responses)")
+        for value, rows in sorted(counts[what].items()):
+            lines.append(f"  {what:<8}{value:<43}{rows:>9,}{rows / total:>8.1%}")
+
+    lengths = list(counts["length"].elements())
+    quantiles = np.quantile(lengths, (0.5, 0.95, 1), method="inverted_cdf")
+    median, most, longest = 64 * quantiles
+    unit = "tokens" if args.tokenizer else "characters"
+    lines.append(
+        f"  length  median {median:,}, 95 % below {most + 64:,}, longest about {longest:,} "
+        f"{unit} (prompt with both responses)"
+    )
     if args.decontaminate:
-        lines.append(f"  in a benchmark: {counts['overlap']['exact']:,} prompts word for word, "
-                     f"{counts['overlap']['13-gram']:,} share 13 words")
+        exact, partial = counts["overlap"]["exact"], counts["overlap"]["13-gram"]
+        lines.append(
+            f"  in a benchmark: {exact:,} prompts word for word, {partial:,} share 13 words"
+        )
     lines.append(f"{counts['left out'].total():,} rows left out")
-    lines += [f"  {source + ': ' + reason:<51}{n:>9,}"
-              for (source, reason), n in sorted(counts["left out"].items())]
+    for (source, reason), rows in sorted(counts["left out"].items()):
+        lines.append(f"  {source + ': ' + reason:<51}{rows:>9,}")
     return "\n".join(lines) + "\n"
 
 
-def card(args, sources, published, summary):
+def card(args, origins, published, summary):
     """The data card: where rows come from, how they were made, under which terms."""
-    lines = ["# Data card", "",
-             "Preference pairs for a reasoning reward model, written by `data/prepare.py`.", "",
-             "| source | from | sha256 or revision | licence |", "|---|---|---|---|"]
-    for name, where in sources:
-        path, licence = Path(where), "as its owner gives it"
-        if path.is_file():
-            mark = hashlib.file_digest(open(path, "rb"), "sha256").hexdigest()
-        else:
-            from huggingface_hub import dataset_info
-            info = dataset_info(where)
-            mark, licence = info.sha, (info.card_data or {}).get("license", licence)
-        lines.append(f"| {name} | {where} | {mark} | {licence} |")
-    lines += ["", f"Sides: {'alternating, as published' if published else 'balanced, dealt by a hash'}. "
-              f"Split: {args.split:.0%} to distill.jsonl by a hash of seed {args.seed} and the content. "
-              "Command line: `" + " ".join(["python data/prepare.py", *sys.argv[1:]]) + "`.",
-              "", "```", summary.rstrip(), "```", ""]
-    return "\n".join(lines)
-
-
-def main():
-    ap = Flags(__doc__)
-    arg = ap.add_argument
-    arg("--out", required=True,
-        help="folder for distill.jsonl, rl.jsonl, rejects.jsonl, summary.txt, card.md")
-    arg("--source", action="append", default=[],
-        help="[NAME=]FILE or hub id, repeatable; default: the published three. Named skywork, code and math "
-             "only, they are treated as published")
-    arg("--split", type=number(float, 0, 1), default=0.12, help="share of pairs for the oracle")
-    arg("--seed", type=number(int, 0), default=0, help="of sides and split")
-    arg("--tokenizer", help="model folder or hub id: lengths in tokens instead of characters")
-    arg("--max-prompt", type=number(int, 1), help="longest prompt in tokens")
-    arg("--decontaminate", help="folder with benchmark files: report pairs whose prompt is in one")
-    arg("--drop-contaminated", action="store_true", help="and leave them out")
-    arg("--rollouts", help="folder of an evaluation of these pairs with --votes: keep by difficulty")
-    arg("--keep", type=number(float, 0, 1), nargs=2, default=(0.01, 0.99),
-        help="lowest and highest share of right rollouts to keep")
-    args = ap.parse_args()
-    if args.max_prompt and not args.tokenizer:
-        fail(f"--max-prompt {args.max_prompt}: counts tokens, so name a --tokenizer")
-    if args.keep[0] > args.keep[1]:
-        fail(f"--keep {args.keep[0]} {args.keep[1]}: the lowest share comes first")
-    if args.keep != ap.get_default("keep") and not args.rollouts:
-        fail("--keep: shares of what? name an evaluation with --rollouts")
-    if args.drop_contaminated and not args.decontaminate:
-        fail("--drop-contaminated: name the folder of benchmark files with --decontaminate")
-    for flag, path in (("--decontaminate", args.decontaminate), ("--rollouts", args.rollouts)):
-        if path and not Path(path).is_dir():
-            fail(f"{flag} {path}: no such folder")
-    prepare(args)
+    sides = "alternating, as published" if published else "balanced, dealt by a hash"
+    command = " ".join(["python data/prepare.py", *sys.argv[1:]])
+    return "\n".join(
+        [
+            "# Data card",
+            "",
+            "Preference pairs for a reasoning reward model, written by `data/prepare.py`.",
+            "",
+            "| source | from | sha256 or revision | licence |",
+            "|---|---|---|---|",
+            *origins,
+            "",
+            f"Sides: {sides}. "
+            f"Split: {args.split:.0%} to distill.jsonl by a hash of seed {args.seed} and the content. "
+            f"Command line: `{command}`.",
+            "",
+            "```",
+            summary.rstrip(),
+            "```",
+            "",
+        ]
+    )
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

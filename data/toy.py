@@ -5,290 +5,542 @@ A world small enough to learn on two CPU cores, and its two-pass oracle.
     python data/toy.py --show                      # RM-R1's idea in three printed examples
 
 RM-R1's premise in miniature. A judge may write a judgment that *looks* (it compares styles) or one that
-*thinks* (it solves the problem, or writes the criterion down, and checks). The first-pass oracle mostly
-looks; the second pass repairs some of the wrong judgments; right judgments for the wrong reason stay in, as
-they do whenever traces are filtered by their verdict. SFT learns both habits. GRPO is paid for right verdicts
-only, and drops the one that does not pay.
+*thinks* (it solves the problem, or writes the criterion down, and checks). The first-pass oracle is lazy: it
+mostly looks. The second pass repairs some of the wrong judgments. Judgments that are right for the wrong
+reason stay in, as they do whenever traces are filtered by their verdict. So SFT learns both habits. GRPO is
+paid for right verdicts only, and drops the habit that does not pay.
 
-Reasoning pairs have one right answer (sums, products, the largest of three numbers); chat pairs have an
+Reasoning pairs have one right answer (sums, products, the largest of three numbers). Chat pairs have an
 instruction that can be checked (how many fruits, which last word). Each response has one of three styles
-(plain, detailed, bold) that says nothing about its being right.
+(plain, detailed, bold), which says nothing about whether it is right.
 """
+
 import json
 import random
 import re
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from distill import Journal, distill
-from askers import Answer
-from engine import seed_of
-from files import Flags, claim, fail, number, write_lines
-from rubrics import PROTOCOLS, Pair, chat_messages, judges_by_looks, lm_as_judge, parse
+from lib.files import Failure, Flags, lock_folder, number, run_main, seed_of, write_lines
+from lib.pairs import Pair
+from rubrics import PROTOCOLS, PromptStyle, chat_messages, parse, published_reward
 
 SYSTEM = "Judge A and B."
 FRUITS = "apple pear plum fig lime melon peach grape mango cherry".split()
 WORDS = "lamp river stone cloud chair bird ship road tree clock".split()
 STYLES = ("plain", "detailed", "bold")
-OPENERS = ("Here:", "In detail, step by step:", "**Great question!** Truly:")
-LAZY = 0.8                   # how often the first pass looks instead of thinking
-LEAP = 0.6                   # the world `leap`: how often it writes a chain's result at once
+OPENERS = ("Here:", "In detail, step by step:", "**Great question!** Truly:")  # of each style
+LAZY = 0.8  # how often the first pass looks instead of thinking
+LEAP = 0.6  # in the world `leap`: how often it writes a chain's result at once
+
+
+def arguments():
+    parser = Flags(__doc__)
+    add = parser.add_argument
+    add(
+        "--out",
+        default="runs/demo/data",
+        help="folder for sft.jsonl, rl.jsonl, val.jsonl, test.jsonl, model/",
+    )
+    add("--seed", type=int, default=0, help="seed of the training pairs and of the oracle")
+    add("--test-seed", type=int, default=20261121, help="seed of the test pairs")
+    add("--sft", type=number(int, 1), default=20000, help="pairs with oracle traces")
+    add("--rl", type=number(int, 1), default=4096, help="pairs without traces, for GRPO")
+    add("--test", type=number(int, 1), default=500, help="test pairs, and as many for validation")
+    add(
+        "--repair",
+        type=number(float, 0, 1),
+        default=0.5,
+        help="share of wrong first-pass traces that pass two repairs",
+    )
+    add(
+        "--world",
+        choices=("looks", "leap"),
+        default="looks",
+        help="looks: a lazy oracle; leap: chains of sums, and an oracle that mostly leaps to the result",
+    )
+    add(
+        "--style",
+        type=number(int, 0, 2),
+        help="of both responses of every training pair; default: any",
+    )
+    add("--protocol", choices=PROTOCOLS, default="instruct", help="which parts a judgment has")
+    add("--layers", type=number(int, 1), default=4, help="layers of the tiny Qwen2")
+    add("--hidden", type=number(int, 32), default=96, help="its width, a multiple of 32")
+    add("--show", action="store_true", help="print three examples instead")
+    args = parser.parse_args()
+    if args.hidden % 32:
+        raise Failure(
+            f"--hidden {args.hidden}: not a multiple of 32, the size of an attention head"
+        )
+    return args
+
+
+def main():
+    args = arguments()
+    if args.show:
+        return show_examples()
+    out = Path(args.out)
+    lock_folder(out)
+    splits = make_splits(args)
+    traces = oracle(splits["sft"], args.seed, args.repair, args.world)
+
+    rows = zip(splits["sft"], traces)
+    texts = [json.dumps(pair.row(for_protocol(trace, args.protocol))) for pair, trace in rows]
+    write_lines(out / "sft.jsonl", texts)
+    for split in ("rl", "val", "test"):
+        write_lines(out / f"{split}.jsonl", [json.dumps(pair.row()) for pair in splits[split]])
+    tokenizer = write_model(out / "model", args.layers, args.hidden, args.world)
+    style = {"protocol": args.protocol, "system": SYSTEM}
+    (out / "model" / "judge.json").write_text(json.dumps(style) + "\n")
+
+    verdicts = [parse(trace).verdict for trace in traces]
+    labels = [pair.label for pair in splits["sft"]]
+    wrong = sum(verdict != label for verdict, label in zip(verdicts, labels)) / args.sft
+    by_looks = sum("Style 100%" in trace for trace in traces) / args.sft
+    print(
+        f"{out}: {args.sft} traces (wrong verdict {wrong:.0%}, by looks {by_looks:.0%}), {args.rl} pairs for "
+        f"GRPO, {args.test} to validate, {args.test} to test; {len(tokenizer)} tokens in the vocabulary"
+    )
+
+
+# ---------------------------------------------------------------- questions
+
+
+@dataclass
+class Problem:
+    """A question with its right answer, a near miss, and what a thinker writes down to decide.
+
+    key  the solution of a reasoning problem; the word or number that a chat instruction asks for
+    """
+
+    kind: str
+    question: str
+    right: str
+    wrong: str
+    key: str
+
+
+def make_problem(rng, world="looks"):
+    if world == "looks":
+        kind = rng.choice(["add", "mul", "max", "count", "endw"])
+    else:
+        kind = rng.choice(["chain"] * 8 + ["count", "endw"])
+    makers = {
+        "add": sum_problem,
+        "mul": product_problem,
+        "max": largest_problem,
+        "count": count_problem,
+        "endw": ending_problem,
+        "chain": chain_problem,
+    }
+    return makers[kind](rng)
+
+
+def sum_problem(rng):
+    x, y = rng.randint(2, 7), rng.randint(2, 7)
+    return arithmetic_problem(rng, "add", f"{x} + {y}", x + y, [1, 2])
+
+
+def product_problem(rng):
+    x, y = rng.randint(2, 7), rng.randint(2, 7)
+    return arithmetic_problem(rng, "mul", f"{x} * {y}", x * y, [1, 2, x, y])
+
+
+def arithmetic_problem(rng, kind, term, right, distances):
+    """A problem whose wrong answer is one of `distances` away from the right one, and above 0."""
+    offsets = [distance * sign for distance in distances for sign in (1, -1)]
+    wrong = right + rng.choice([offset for offset in offsets if right + offset > 0])
+    return Problem(kind, f"What is {term} ?", str(right), str(wrong), f"{term} = {right}")
+
+
+def largest_problem(rng):
+    numbers = rng.sample(range(10, 50), 3)
+    right = max(numbers)
+    wrong = rng.choice([n for n in numbers if n != right])
+    text = " ".join(map(str, numbers))
+    return Problem(
+        "max",
+        f"Which is the largest of {text} ?",
+        str(right),
+        str(wrong),
+        f"largest of {text} = {right}",
+    )
+
+
+def count_problem(rng):
+    """The wrong answer has one fruit too few or too many."""
+    right = rng.randint(2, 4)
+    wrong = rng.choice([right - 1, right + 1])
+    fruits = rng.sample(FRUITS, right + wrong)
+    return Problem(
+        "count",
+        f"Name {right} fruits .",
+        " ".join(fruits[:right]),
+        " ".join(fruits[right:]),
+        str(right),
+    )
+
+
+def ending_problem(rng):
+    """The wrong answer has the last word in the middle, or not at all."""
+    first, second, last, stranger = rng.sample(WORDS, 4)
+    misplaced = rng.random() < 0.5
+    return Problem(
+        "endw",
+        f"Write three words , the last one {last} .",
+        f"{first} {second} {last}",
+        f"{second} {last} {stranger}" if misplaced else f"{first} {second} {stranger}",
+        last,
+    )
+
+
+def chain_problem(rng):
+    """A sum of six small numbers. A thinker writes down the results on the way."""
+    total = rng.randint(1, 9)
+    term = steps = str(total)
+    for _ in range(5):
+        step = rng.randint(1, 3)
+        sign = rng.choice([sign for sign in (1, -1) if 0 <= total + sign * step <= 12])
+        total += sign * step
+        added = f" + {step}" if sign > 0 else f" - {step}"
+        term += added
+        steps += f"{added} = {total}"
+    offsets = [offset for offset in (1, -1, 2, -2) if total + offset >= 0]
+    wrong = total + rng.choice(offsets)
+    return Problem("chain", f"What is {term} ?", str(total), str(wrong), steps)
 
 
 # ---------------------------------------------------------------- pairs
 
-def chain(rng):
-    """A sum of six small numbers, whose results on the way a thinker writes down. -> as `task`"""
-    total = rng.randint(1, 9)
-    question = steps = str(total)
-    for _ in range(5):
-        d = rng.randint(1, 3)
-        sign = rng.choice([s for s in (1, -1) if 0 <= total + s * d <= 12])
-        total += sign * d
-        term = f" {'+' if sign > 0 else '-'} {d}"
-        question, steps = question + term, f"{steps}{term} = {total}"
-    wrong = total + rng.choice([d for d in (1, -1, 2, -2) if total + d >= 0])
-    return "chain", f"What is {question} ?", str(total), str(wrong), steps
-
-
-def task(rng, world="looks"):
-    """One question. -> kind, question, right answer, near-miss, how a thinker gets there"""
-    kind = rng.choice(["add", "mul", "max", "count", "endw"] if world == "looks" else
-                      ["chain"] * 8 + ["count", "endw"])
-    if kind == "chain":
-        return chain(rng)
-    if kind in ("add", "mul"):
-        x, y = rng.randint(2, 7), rng.randint(2, 7)
-        sign, right, near = ("+", x + y, [1, 2]) if kind == "add" else ("*", x * y, [1, 2, x, y])
-        wrong = right + rng.choice([d * s for d in near for s in (1, -1) if right + d * s > 0])
-        return kind, f"What is {x} {sign} {y} ?", str(right), str(wrong), f"{x} {sign} {y} = {right}"
-    if kind == "max":
-        numbers = rng.sample(range(10, 50), 3)
-        right = max(numbers)
-        listed = " ".join(map(str, numbers))
-        return (kind, f"Which is the largest of {listed} ?", str(right),
-                str(rng.choice([n for n in numbers if n != right])), f"largest of {listed} = {right}")
-    if kind == "count":
-        n = rng.randint(2, 4)
-        wrong = rng.choice([m for m in (n - 1, n + 1) if m >= 1])
-        fruits = rng.sample(FRUITS, n + wrong)
-        return kind, f"Name {n} fruits .", " ".join(fruits[:n]), " ".join(fruits[n:]), str(n)
-    first, second, last, wrong = rng.sample(WORDS, 4)
-    return (kind, f"Write three words , the last one {last} .", f"{first} {second} {last}",
-            f"{second} {last} {wrong}" if rng.random() < 0.5 else f"{first} {second} {wrong}", last)
-
 
 def make_pair(seed, split, index, style=None, world="looks"):
-    """The pair number `index` of a split, both in `style` if there is one: a function of its arguments."""
+    """The pair number `index` of a split, a function of the arguments. style: of both responses."""
     rng = random.Random(f"{seed}/{split}/{index}")
-    kind, question, right, wrong, key = task(rng, world)
-    label, styles = rng.choice("AB"), [rng.randrange(3), rng.randrange(3)]
-    styles = styles if style is None else [style, style]
-    answers = [right, wrong] if label == "A" else [wrong, right]
-    openers = [OPENERS[s] for s in styles]
-    a, b = (f"{opener} {answer}" for opener, answer in zip(openers, answers))
-    meta = {"kind": kind, "style_a": styles[0], "style_b": styles[1], "answer_a": answers[0],
-            "answer_b": answers[1], "opener_a": openers[0], "opener_b": openers[1], "key": key}
-    return Pair(f"{split}-{index}", [{"role": "user", "content": question}], a, b, label, "toy",
-                "chat" if kind in ("count", "endw") else "reasoning", meta=meta)
+    problem = make_problem(rng, world)
+    label = rng.choice("AB")
+    styles = [rng.randrange(3), rng.randrange(3)]
+    if style is not None:
+        styles = [style, style]
+    answers = [problem.right, problem.wrong] if label == "A" else [problem.wrong, problem.right]
+    openers = [OPENERS[style] for style in styles]
+    meta = {
+        "kind": problem.kind,
+        "style_a": styles[0],
+        "style_b": styles[1],
+        "answer_a": answers[0],
+        "answer_b": answers[1],
+        "opener_a": openers[0],
+        "opener_b": openers[1],
+        "key": problem.key,
+    }
+    return Pair(
+        id=f"{split}-{index}",
+        context=[{"role": "user", "content": problem.question}],
+        a=f"{openers[0]} {answers[0]}",
+        b=f"{openers[1]} {answers[1]}",
+        label=label,
+        source="toy",
+        type="chat" if problem.kind in ("count", "endw") else "reasoning",
+        meta=meta,
+    )
+
+
+def make_splits(args):
+    """{split: [pair, ...]}, in which no test or validation prompt is also a training prompt.
+
+    A prompt is the question and both responses, in either order. The facts (36 sums, 36 products) are shared
+    by construction, so this is a test of judging, not of new arithmetic.
+    """
+    sizes = {
+        "test": (args.test_seed, args.test, None),
+        "val": (args.test_seed, args.test, None),
+        "sft": (args.seed, args.sft, args.style),
+        "rl": (args.seed, args.rl, args.style),
+    }
+    held_out = set()
+    splits = {}
+    for split, (seed, size, style) in sizes.items():
+        pairs = splits[split] = []
+        index = 0
+        while len(pairs) < size:
+            pair = make_pair(seed, split, index, style, args.world)
+            index += 1
+            prompt = (pair.context[0]["content"], frozenset((pair.a, pair.b)))
+            if prompt not in held_out:
+                pairs.append(pair)
+            if split in ("test", "val"):
+                held_out.add(prompt)
+    return splits
 
 
 # ---------------------------------------------------------------- the oracle
 
+
 def think(pair):
-    """A judgment that solves, or writes the criterion down, and checks. Every quote is word for word."""
-    kind, key, a, b = (pair.meta[k] for k in ("kind", "key", "answer_a", "answer_b"))
-    target, last = key.split()[-1], lambda s: s.split()[-1]
-    quote, value = (str, lambda s: len(s.split())) if kind == "count" else (last, last)
+    """A judgment that solves, or writes the criterion down, and checks. Its quotes are word for word."""
+    kind, key = pair.meta["kind"], pair.meta["key"]
+    a, b = pair.meta["answer_a"], pair.meta["answer_b"]
+    target = last_word(key)
+    if kind == "count":  # the whole answer is cited and its words are counted
+        quote_a, quote_b = a, b
+        value_a, value_b = len(a.split()), len(b.split())
+    else:
+        quote_a = value_a = last_word(a)
+        quote_b = value_b = last_word(b)
+
     if pair.type == "reasoning":
         head = f"<type>Reasoning</type>\n<solution> {key}</solution>"
     else:
         criterion, noun = ("Count", "fruits") if kind == "count" else ("Ending", "last")
-        head = (f"<type>Chat</type>\n<rubric>{criterion} 90%: {target} {noun}\nTone 10%: kind\n"
-                f"<justify>The client asks for {target}</justify></rubric>")
-    return (f"{head}\n<eval><quote_A> {quote(a)}</quote_A> {value(a)} is A and "
-            f"<quote_B> {quote(b)}</quote_B> {value(b)} is B so {target} is {pair.label}</eval>\n"
-            f"<answer>[[{pair.label}]]</answer>")
+        head = (
+            f"<type>Chat</type>\n<rubric>{criterion} 90%: {target} {noun}\nTone 10%: kind\n"
+            f"<justify>The client asks for {target}</justify></rubric>"
+        )
+    return (
+        f"{head}\n<eval><quote_A> {quote_a}</quote_A> {value_a} is A and "
+        f"<quote_B> {quote_b}</quote_B> {value_b} is B so {target} is {pair.label}</eval>\n"
+        f"<answer>[[{pair.label}]]</answer>"
+    )
+
+
+def last_word(text):
+    return text.split()[-1]
 
 
 def look(pair, coin):
-    """A judgment by looks, whatever the task: the showier response wins, at equal styles the coin decides."""
-    m = pair.meta
-    style_a, style_b = STYLES[m["style_a"]], STYLES[m["style_b"]]
-    verdict = coin if style_a == style_b else "A" if m["style_a"] > m["style_b"] else "B"
-    return (f"<type>Chat</type>\n<rubric>Style 100%: polish\n<justify>Looks win</justify></rubric>\n"
-            f"<eval><quote_A>{m['opener_a']}</quote_A> {style_a} is A and "
-            f"<quote_B>{m['opener_b']}</quote_B> {style_b} is B so "
-            f"{style_a if verdict == 'A' else style_b} is {verdict}</eval>\n<answer>[[{verdict}]]</answer>")
-
-
-def asked(trace, protocol):
-    """A trace where less is asked for: no type, and a solution becomes a criterion; or nothing before the
-    comparison. The verdict alone is sft.py's. No new words: a larger vocabulary would be another model."""
-    if protocol == "rubrics":
-        trace = re.sub(r"<solution>(.* (\d+))</solution>", r"<rubric>Ending 90%:\1 last\nTone 10%: kind\n"
-                       r"<justify>The client asks for \2</justify></rubric>", trace)
-        return re.sub("<type>.*</type>\n", "", trace)
-    return trace[trace.index("<eval>"):] if protocol == "plain" else trace
+    """A judgment by looks, whatever the task: the showier response wins; at equal styles `coin` decides."""
+    meta = pair.meta
+    style_a, style_b = STYLES[meta["style_a"]], STYLES[meta["style_b"]]
+    verdict = "A" if meta["style_a"] > meta["style_b"] else "B"
+    if style_a == style_b:
+        verdict = coin
+    winner = style_a if verdict == "A" else style_b
+    return (
+        f"<type>Chat</type>\n<rubric>Style 100%: polish\n<justify>Looks win</justify></rubric>\n"
+        f"<eval><quote_A>{meta['opener_a']}</quote_A> {style_a} is A and "
+        f"<quote_B>{meta['opener_b']}</quote_B> {style_b} is B so "
+        f"{winner} is {verdict}</eval>\n<answer>[[{verdict}]]</answer>"
+    )
 
 
 def draft(pair, rng, world):
-    """What the first pass writes: lazy in the world `looks`; in `leap`, where it never is, mostly right away."""
+    """A trace of the first pass.
+
+    In the world `looks` it is lazy. In `leap` it always thinks, but mostly leaps to a chain's result.
+    """
     if world == "looks":
         return look(pair, rng.choice("AB")) if rng.random() < LAZY else think(pair)
-    if pair.type == "reasoning" and rng.random() < LEAP:            # 7 + 3 = 10 - 2 = 8: 7 + 3 - 2 = 8
-        key = re.sub(r" = \d+", "", pair.meta["key"]) + re.search(r" = \d+$", pair.meta["key"])[0]
-        pair = replace(pair, meta={**pair.meta, "key": key})
+    if pair.type == "reasoning" and rng.random() < LEAP:
+        # 7 + 3 = 10 - 2 = 8 becomes 7 + 3 - 2 = 8
+        steps = pair.meta["key"]
+        term = re.sub(r" = \d+", "", steps)
+        result = re.search(r" = \d+$", steps)[0]
+        pair = replace(pair, meta={**pair.meta, "key": term + result})
     return think(pair)
 
 
 def oracle(pairs, seed, repair, world="looks"):
-    """The traces of `pairs`, by data/distill.py's two passes with programs for teachers. The first has not
-    been told the label and is lazy; the second, which has, thinks with probability `repair` and else repeats
-    what it was shown. Unlike distill.py's user, who drops what failed twice, SFT gets it here."""
+    """The trace of each pair, by the two passes of data/distill.py with programs for teachers.
+
+    The first teacher does not know the label and is lazy. The second one knows it; it thinks with
+    probability `repair` and else repeats the failed judgment. A user of distill.py drops what failed twice;
+    here SFT gets it too.
+    """
+    from distill import distill  # here, because --show runs on Python without any package
+    from judge.journal import Journal
+
     drafts, repairs = {}, {}
-    for p in pairs:
-        rng = random.Random(f"{seed}/oracle/{p.id}")
-        drafts[p.id] = draft(p, rng, world)
-        repairs[p.id] = think(p) if rng.random() < repair else drafts[p.id]
+    for pair in pairs:
+        rng = random.Random(f"{seed}/oracle/{pair.id}")
+        drafts[pair.id] = draft(pair, rng, world)
+        repairs[pair.id] = think(pair) if rng.random() < repair else drafts[pair.id]
 
-    def teacher(number, texts):
-        known = {seed_of(seed, id, number, 0): text for id, text in texts.items()}
-        answers = lambda requests: (                                     # a request is told by its seed
-            (i, Answer(known[s], "stop")) for i, (_, s, _) in enumerate(requests))
-        return f"pass {number}", lambda: SimpleNamespace(answers=answers)
+    args = SimpleNamespace(
+        system_prompt=None,
+        samples=1,
+        agree=0.0,
+        seed=seed,
+        temperature=1.0,
+        max_tokens=None,
+        price=(0, 0),
+    )
+    first = program_teacher(1, drafts, seed)
+    second = program_teacher(2, repairs, seed)
+    traces, failures, _ = distill(pairs, first, second, Journal(), args)
+    results = traces | failures
+    return [results[pair.id][0] for pair in pairs]
 
-    args = SimpleNamespace(system_prompt=None, samples=1, agree=0.0, seed=seed, temperature=1.0,
-                           max_tokens=None, price=(0, 0))
-    traces, failures, _ = distill(pairs, teacher(1, drafts), teacher(2, repairs), Journal(), args)
-    return [(traces.get(p.id) or failures[p.id])[0] for p in pairs]
+
+def program_teacher(turn, texts, seed):
+    """A teacher of data/distill.py that answers with {pair id: text}. Its request's seed tells the pair."""
+    from distill import Teacher
+    from judge.backends import Answer
+
+    text_of_seed = {seed_of(seed, pair_id, turn, 0): text for pair_id, text in texts.items()}
+
+    def answers(requests):
+        for place, (_, request_seed, _) in enumerate(requests):
+            yield place, Answer(text_of_seed[request_seed], "stop")
+
+    return Teacher(f"pass {turn}", lambda: SimpleNamespace(answers=answers))
+
+
+def for_protocol(trace, protocol):
+    """A trace with the parts that a reduced protocol asks for.
+
+    `rubrics` has no task type, and its solution becomes a criterion. `plain` has nothing before the
+    comparison. For `verdict`, sft.py makes the trace. There are no new words, because a larger vocabulary
+    would be another model.
+    """
+    if protocol == "rubrics":
+        trace = re.sub(
+            r"<solution>(.* (\d+))</solution>",
+            r"<rubric>Ending 90%:\1 last\nTone 10%: kind\n"
+            r"<justify>The client asks for \2</justify></rubric>",
+            trace,
+        )
+        return re.sub("<type>.*</type>\n", "", trace)
+    if protocol == "plain":
+        return trace[trace.index("<eval>") :]
+    return trace
 
 
 # ---------------------------------------------------------------- tokenizer and model
 
 # What becomes one token, longest first: a marker with its line ends, a run of tags, a set phrase, a number, a
-# word. Fewer tokens are less to compute, and " is A" right after the number that decides it leaves only one
+# word. Fewer tokens are less to compute. And " is A" right after the number that decides it leaves only one
 # thing to learn: to find that number again among the quotes.
-PHRASES = (SYSTEM, "What is", "Which is the largest of", "Write three words , the last one",
-           "Style 100%: polish", "Tone 10%: kind", "Looks win", "The client asks for", " is A", " is B",
-           *OPENERS)
-PIECES = (r"\n*\[(?:Client Question|The (?:Start|End) of Chatbot [AB]'s Response)\]\n*|"
-          r"(?:[ \n]?</?[a-z]+(?:_[AB])?>)+\n?|\[\[[AB]\]\]|" + "|".join(map(re.escape, PHRASES))
-          + r"| ?[A-Za-z]+| ?\d+%?:?| ?[^\sA-Za-z\d]|\n| ")
-TEMPLATE = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>{% endfor %}"
-            "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+PHRASES = (
+    SYSTEM,
+    "What is",
+    "Which is the largest of",
+    "Write three words , the last one",
+    "Style 100%: polish",
+    "Tone 10%: kind",
+    "Looks win",
+    "The client asks for",
+    " is A",
+    " is B",
+    *OPENERS,
+)
+PIECES = (
+    r"\n*\[(?:Client Question|The (?:Start|End) of Chatbot [AB]'s Response)\]\n*|"
+    r"(?:[ \n]?</?[a-z]+(?:_[AB])?>)+\n?|\[\[[AB]\]\]|"
+    + "|".join(map(re.escape, PHRASES))
+    + r"| ?[A-Za-z]+| ?\d+%?:?| ?[^\sA-Za-z\d]|\n| "
+)
+TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 
 
 def write_tokenizer(folder, world="looks"):
-    """A Qwen2 tokenizer of a few hundred entries: bytes, so that any text can be written, and the pieces of
-    this world as added tokens. (A plain word-level tokenizer would be shorter, but `transformers` and vLLM
-    make a Qwen2Tokenizer of whatever lies beside a Qwen2 model.)"""
+    """Write a Qwen2 tokenizer of a few hundred entries, and return it.
+
+    Its entries are bytes, so that it can write any text, and the pieces of this world as added tokens. (A
+    plain word-level tokenizer would be shorter, but `transformers` and vLLM make a Qwen2Tokenizer of whatever
+    lies beside a Qwen2 model.)
+    """
     from tokenizers import AddedToken, pre_tokenizers
     from transformers import Qwen2Tokenizer
-    seen = {f" {n}" for n in range(101)} | {"system\n", "user\n", "assistant\n"}
-    for i in range(4000):                     # far more than it takes to meet every piece of the grammar
-        pair = make_pair("vocabulary", "vocabulary", i, world=world)
-        for p in (pair, pair.swapped()):
-            for text in (*(m["content"] for m in chat_messages(p, system=SYSTEM)), think(p), look(p, "A")):
-                seen.update(re.findall(PIECES, text))
+
+    byte_letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Qwen2Tokenizer(
-        vocab={c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, merges=[],
-        unk_token=None, pad_token="<|endoftext|>", eos_token="<|im_end|>")
-    tokenizer.add_tokens([AddedToken("<|im_start|>", special=True, normalized=False),
-                          *(AddedToken(piece, normalized=False) for piece in sorted(seen))])
+        vocab={letter: index for index, letter in enumerate(byte_letters)},
+        merges=[],
+        unk_token=None,
+        pad_token="<|endoftext|>",
+        eos_token="<|im_end|>",
+    )
+    tokens = [AddedToken("<|im_start|>", special=True, normalized=False)]
+    tokens += [AddedToken(piece, normalized=False) for piece in sorted(all_pieces(world))]
+    tokenizer.add_tokens(tokens)
     tokenizer.chat_template = TEMPLATE
     tokenizer.save_pretrained(folder)
     return tokenizer
 
 
+def all_pieces(world):
+    """Every piece of this world's texts: 4,000 pairs are far more than it takes to meet them all."""
+    pieces = {f" {n}" for n in range(101)} | {"system\n", "user\n", "assistant\n"}
+    style = PromptStyle(system=SYSTEM)
+    for index in range(4000):
+        pair = make_pair("vocabulary", "vocabulary", index, world=world)
+        for ordered in (pair, pair.swapped()):
+            texts = [message["content"] for message in chat_messages(ordered, style)]
+            for text in [*texts, think(ordered), look(ordered, "A")]:
+                pieces.update(re.findall(PIECES, text))
+    return pieces
+
+
 def write_model(folder, layers, hidden, world="looks"):
-    """Tokenizer and configuration of a tiny Qwen2; no weights: `folder/config.json` stands for random ones.
-    initializer_range 0.1: at this width 0.02 learns far slower. Tied embeddings: a model that copies one word
-    can then copy them all (SFT loss after 800 steps: .02, untied .07)."""
+    """Write the tokenizer and the configuration of a tiny Qwen2, and return the tokenizer.
+
+    There are no weights: `folder/config.json` stands for random ones. Their initializer_range is 0.1, because
+    at this width a model with 0.02 learns far slower. Embeddings are tied: a model that copies one word can
+    then copy them all (SFT loss after 800 steps: .02, untied .07).
+    """
     from transformers import Qwen2Config
+
     tokenizer = write_tokenizer(folder, world)
-    Qwen2Config(architectures=["Qwen2ForCausalLM"], vocab_size=len(tokenizer), hidden_size=hidden,
-                num_hidden_layers=layers, num_attention_heads=hidden // 32, num_key_value_heads=hidden // 32,
-                intermediate_size=3 * hidden, max_position_embeddings=256, tie_word_embeddings=True,
-                initializer_range=0.1, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
-                pad_token_id=tokenizer.pad_token_id, dtype="float32").save_pretrained(folder)
+    Qwen2Config(
+        architectures=["Qwen2ForCausalLM"],
+        vocab_size=len(tokenizer),
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden // 32,
+        num_key_value_heads=hidden // 32,
+        intermediate_size=3 * hidden,
+        max_position_embeddings=256,
+        tie_word_embeddings=True,
+        initializer_range=0.1,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        dtype="float32",
+    ).save_pretrained(folder)
     return tokenizer
 
 
-# ---------------------------------------------------------------- files
-
-def show():
-    """Three examples: the idea of the paper on one screen."""
-    pairs = (make_pair(0, "show", i) for i in range(1000))
-    fooled = [p for p in pairs if parse(look(p, p.label)).verdict != p.label]
-    reasoning, chat = (next(p for p in fooled if p.type == kind) for kind in ("reasoning", "chat"))
-    for title, pair, trace in (
-            ("1. A reasoning pair, judged by thinking: solve it, then compare", reasoning, think(reasoning)),
-            ("2. A chat pair, judged by thinking: write the rubric, then compare", chat, think(chat)),
-            ("3. The first pair, judged by looks, as a first-pass oracle often does", reasoning,
-             look(reasoning, "A"))):
-        print(f"=== {title}\n\n{chat_messages(pair)[1]['content']}\n\n"
-              f"--- people preferred {pair.label}; the judge writes\n"
-              f"{trace}\n--- reward {lm_as_judge(trace, pair.label):+.0f}\n")
+# ---------------------------------------------------------------- three examples
 
 
-def main():
-    ap = Flags(__doc__)
-    arg = ap.add_argument
-    arg("--out", default="runs/demo/data",
-        help="folder for sft.jsonl, rl.jsonl, val.jsonl, test.jsonl, model/")
-    arg("--seed", type=int, default=0, help="seed of the training pairs and of the oracle")
-    arg("--test-seed", type=int, default=20261121, help="seed of the test pairs")
-    arg("--sft", type=number(int, 1), default=20000, help="pairs with oracle traces")
-    arg("--rl", type=number(int, 1), default=4096, help="pairs without traces, for GRPO")
-    arg("--test", type=number(int, 1), default=500, help="test pairs, and as many for validation")
-    arg("--repair", type=number(float, 0, 1), default=0.5,
-        help="share of wrong first-pass traces that pass two repairs")
-    arg("--world", choices=("looks", "leap"), default="looks",
-        help="looks: an oracle that is lazy; leap: chains of sums, and one that mostly leaps to the result")
-    arg("--style", type=number(int, 0, 2), help="of both responses of every training pair; default: any")
-    arg("--protocol", choices=PROTOCOLS, default="instruct", help="what is asked for")
-    arg("--layers", type=number(int, 1), default=4, help="layers of the tiny Qwen2")
-    arg("--hidden", type=number(int, 32), default=96, help="its width, a multiple of 32")
-    arg("--show", action="store_true", help="print three examples instead")
-    args = ap.parse_args()
-    if args.show:
-        return show()
-    if args.hidden % 32:
-        fail(f"--hidden {args.hidden}: not a multiple of 32, the size of an attention head")
-    out = Path(args.out)
-    claim(out)
-    # Held-out pairs: none shares its prompt (question and both responses) with training. The facts (36 sums,
-    # 36 products) are shared by construction, so this is a test of judging, not of new arithmetic.
-    taken, splits = set(), {}
-    for split, seed, count in (("test", args.test_seed, args.test), ("val", args.test_seed, args.test),
-                               ("sft", args.seed, args.sft), ("rl", args.seed, args.rl)):
-        splits[split], index = [], 0
-        while len(splits[split]) < count:
-            style = args.style if split in ("sft", "rl") else None
-            pair, index = make_pair(seed, split, index, style, args.world), index + 1
-            key = pair.context[0]["content"], frozenset((pair.a, pair.b))       # in either order
-            if key not in taken:
-                splits[split].append(pair)
-            if split in ("test", "val"):
-                taken.add(key)
-    traces = oracle(splits["sft"], args.seed, args.repair, args.world)
-    write_lines(out / "sft.jsonl", (json.dumps(p.row(asked(t, args.protocol)))
-                                    for p, t in zip(splits["sft"], traces)))
-    for split in ("rl", "val", "test"):
-        write_lines(out / f"{split}.jsonl", (json.dumps(p.row()) for p in splits[split]))
-    tokenizer = write_model(out / "model", args.layers, args.hidden, args.world)
-    form = {"protocol": args.protocol, "system": SYSTEM}
-    (out / "model" / "judge.json").write_text(json.dumps(form) + "\n")
-    judgments = [parse(t) for t in traces]
-    wrong = sum(j.verdict != p.label for p, j in zip(splits["sft"], judgments)) / args.sft
-    lazy = sum(judges_by_looks(j.rubric) for j in judgments) / args.sft
-    print(f"{out}: {args.sft} traces (wrong verdict {wrong:.0%}, by looks {lazy:.0%}), {args.rl} pairs for "
-          f"GRPO, {args.test} to validate, {args.test} to test; {len(tokenizer)} tokens in the vocabulary")
+def show_examples():
+    """Print the idea of the paper on one screen."""
+    pairs = [make_pair(0, "show", index) for index in range(1000)]
+    # Looking fails on these, even if the coin says the right side.
+    hard = [pair for pair in pairs if parse(look(pair, pair.label)).verdict != pair.label]
+    reasoning = next(pair for pair in hard if pair.type == "reasoning")
+    chat = next(pair for pair in hard if pair.type == "chat")
+    show(
+        "1. A reasoning pair, judged by thinking: solve it, then compare",
+        reasoning,
+        think(reasoning),
+    )
+    show(
+        "2. A chat pair, judged by thinking: write the rubric, then compare",
+        chat,
+        think(chat),
+    )
+    show(
+        "3. The first pair, judged by looks, as a first-pass oracle often does",
+        reasoning,
+        look(reasoning, "A"),
+    )
+
+
+def show(title, pair, trace):
+    print(
+        f"=== {title}\n\n{chat_messages(pair)[1]['content']}\n\n"
+        f"--- people preferred {pair.label}; the judge writes\n"
+        f"{trace}\n--- reward {published_reward(trace, pair.label):+.0f}\n"
+    )
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

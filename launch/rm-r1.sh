@@ -7,15 +7,15 @@
 #   NODES=2 NODE=0 FIRST=node0 launch/rm-r1.sh 14b grpo         the same line on every node, with its number
 #   sbatch --nodes 4 launch/rm-r1.sbatch 32b grpo               Slurm: finds all of it itself
 #
-# Anything behind the stage goes to the script: launch/rm-r1.sh 7b grpo --beta 0. GPUS: cards a node. With --dry-run at
-# the end it runs on any machine, in one process, and says what each of those cards would hold.
+# What follows the stage goes to the script: launch/rm-r1.sh 7b grpo --beta 0. GPUS is the number of cards a node. With
+# --dry-run at the end nothing is trained: tools/dryrun.py says, on any machine, how much memory a card would hold.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 SIZE=${1:?7b, 14b or 32b} STAGE=${2:?sft, grpo or reasoning}
 shift 2
 
-# Rates of the paper's appendix G; the released scripts differ from it for 14b and 32b. One engine has as many
-# cards as its weights need beside the trainer.
+# Learning rates of the paper's appendix G; the released scripts differ from it for 14b and 32b. TP is the number of
+# cards that one engine needs for its weights beside the trainer.
 case $SIZE in
     7b)  NAME=7B  SFT_LR=5e-6 GRPO_LR=1e-6 REASONING_LR=1e-6 TP=1 NODES=${NODES:-1} ;;
     14b) NAME=14B SFT_LR=3e-6 GRPO_LR=7e-7 REASONING_LR=1e-6 TP=2 NODES=${NODES:-2} ;;
@@ -30,10 +30,11 @@ case $STAGE in
     *) echo "error: $STAGE: the stages are sft, grpo and reasoning" >&2; exit 2 ;;
 esac
 
-# Segments that grow keep what the allocator holds beside the living tensors down by a quarter of the card.
+# Expandable segments: the allocator then holds a quarter of the card less beside the living tensors.
 export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}
 if [ "${!#}" = --dry-run ]; then
-    exec ${PYTHON:-python} "${RUN[@]}" "$@" $((NODES * ${GPUS:-8}))
+    set -- "${@:1:$#-1}"
+    exec ${PYTHON:-python} tools/dryrun.py "${RUN[0]}" --ranks $((NODES * ${GPUS:-8})) "${RUN[@]:1}" "$@"
 fi
 # A checkpoint of 32B takes longer than the 30 seconds that torchrun leaves between SIGTERM and SIGKILL.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}

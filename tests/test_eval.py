@@ -1,8 +1,10 @@
 """Evaluation: what counts, what is written, what survives, who may judge."""
+
 import contextlib
 import errno
 import fcntl
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -12,43 +14,126 @@ import time
 from http.server import ThreadingHTTPServer
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
-from conftest import ROOT, SHARED, Replies, call, environment, run
 
-import benchmarks as B
 import eval as E
-import report as R
-from askers import Answer, Local, Server
-from rubrics import Pair
+from conftest import ROOT, SHARED, Replies, call, environment, run
+from judge import benchmarks as B
+from judge import report as R
+from judge.backends import Answer, LocalBackend, ServerBackend, make_backend
+from lib.files import Failure
+from lib.pairs import Pair
 
-RB = [{"id": i, "subset": s, "prompt": f"q {s} {i}", "chosen": "the good one", "rejected": f"a bad one {i}"}
-      for s in ("hep-go", "hep-js") for i in range(6)]
+RB = [
+    {
+        "id": i,
+        "subset": s,
+        "prompt": f"q {s} {i}",
+        "chosen": "the good one",
+        "rejected": f"a bad one {i}",
+    }
+    for s in ("hep-go", "hep-js")
+    for i in range(6)
+]
 
 
 def line(id, order, swap, verdict, label, vote=0, t=0.0, **more):
-    return {"id": id, "order": order, "swap": swap, "temperature": t, "vote": vote, "label": label,
-            "verdict": verdict, "reason": "" if verdict else "no answer", "official": verdict or "error",
-            "tokens": 10, "rubric": [], "quotes": [1, 2], **more}
+    return {
+        "id": id,
+        "order": order,
+        "swap": swap,
+        "temperature": t,
+        "vote": vote,
+        "label": label,
+        "verdict": verdict,
+        "reason": "" if verdict else "no answer",
+        "official": verdict or "error",
+        "tokens": 10,
+        "rubric": [],
+        "quotes": [1, 2],
+        **more,
+    }
 
 
 def pair(id, styles=(0, 0), label="A"):
-    return {"id": id, "bench": "f", "item": id, "subset": "", "compare": [0, 1], "type": "", "source": "",
-            "styles": list(styles), "label": label}
+    return {
+        "id": id,
+        "bench": "f",
+        "item": id,
+        "subset": "",
+        "compare": [0, 1],
+        "type": "",
+        "source": "",
+        "styles": list(styles),
+        "label": label,
+    }
 
 
 def test_measures_by_hand():
-    """Three pairs in both orders, greedy: one right in both, one that says A twice, one unread and then
-    right. The preferred response is A in the first order of 1 and 2, B in that of 3."""
-    lines = [line("1", 0, False, "A", "A"), line("1", 1, True, "B", "B"),
-             line("2", 0, False, "A", "A"), line("2", 1, True, "A", "B"),
-             line("3", 0, True, None, "B"), line("3", 1, False, "A", "A")]
-    m = R.measure_one("f", {p["id"]: p for p in (pair("1", (0, 2)), pair("2", (1, 1)), pair("3", (1, 0)))},
-                      lines, [])
-    assert m["accuracy, greedy"] == pytest.approx(4 / 6) and m["right in both orders"] == 1 / 3
-    assert m["same verdict in both orders"] == 1 / 3
-    assert m["unread"] == 1 / 6 and m["unread/no answer"] == 1 / 6 and m["says A"] == 4 / 5
-    assert m["quotes word for word"] == .5 and m["by looks/share, greedy"] == 0
-    assert (m["style/hard"], m["style/normal"], m["style/easy"]) == (1.0, 0.5, 0.5)
+    """Three pairs in both orders, greedy: one right in both, one that says A twice, one without a
+    verdict and then right. The preferred response is A in the first order of 1 and 2, B in that of 3."""
+    lines = [
+        line("1", 0, False, "A", "A"),
+        line("1", 1, True, "B", "B"),
+        line("2", 0, False, "A", "A"),
+        line("2", 1, True, "A", "B"),
+        line("3", 0, True, None, "B"),
+        line("3", 1, False, "A", "A"),
+    ]
+    m = R.measure_one(
+        "f",
+        {p["id"]: p for p in (pair("1", (0, 2)), pair("2", (1, 1)), pair("3", (1, 0)))},
+        lines,
+        [],
+    )
+    assert m["accuracy"] == {"greedy": pytest.approx(4 / 6)} and m["main_metric"] == "accuracy"
+    assert m["right_in_both_orders"] == 1 / 3 and m["same_verdict_in_both_orders"] == 1 / 3
+    assert m["no_verdict"] == 1 / 6 and m["no_verdict_reasons"] == {"no answer": 1 / 6}
+    assert m["says_a"] == 4 / 5 and m["tokens_per_judgment"] == 10
+    assert m["quotes_word_for_word"] == 0.5 and m["by_looks"]["greedy"]["share"] == 0
+    styles = [m["metrics"][f"style/{view}"] for view in ("hard", "normal", "easy")]
+    assert styles == [1.0, 0.5, 0.5]
+
+
+def test_the_table_lays_numbers_out_in_one_order():
+    """The rows of two runs are merged, each behind the row that it follows in its own run; the reasons of
+    judgments without a verdict stand below their row."""
+    pairs = {i: pair(i) for i in "12"}
+    greedy = [line("1", 0, False, "A", "A"), line("2", 0, False, None, "A")]
+    votes = [line(i, 0, False, "A", "A", vote=k, t=1.0) for i in "12" for k in range(3)]
+    left_out = [{"bench": "f", "item": "3", "reason": "empty response"}]
+    table = [
+        ("one", {"f": R.measure_one("f", pairs, greedy, [])}),
+        ("two", {"f": R.measure_one("f", pairs, greedy + votes, left_out)}),
+    ]
+    rows = [x.rstrip() for x in R.table_text(table).splitlines()]
+    names = [re.split(r"\s{2,}", x.strip())[0] for x in rows if x]
+    assert names == [
+        "f",
+        "judgments",
+        "accuracy, greedy",
+        "accuracy, greedy, 95 %",
+        "accuracy, T=1",
+        "accuracy, T=1, 95 %",
+        "style",
+        "normal",
+        "votes",
+        "accuracy, best of 1, T=1",
+        "tokens, best of 1, T=1",
+        "accuracy, best of 3, T=1",
+        "tokens, best of 3, T=1",
+        "official parser",
+        "no verdict",
+        "no answer",
+        "says A",
+        "tokens a judgment",
+        "quotes word for word",
+        "left out",
+        "empty response",
+    ]
+    cells = {x.split("  ")[0]: x.split()[-2:] for x in rows if x}
+    assert cells["no verdict"] == ["0.500", "0.125"] and cells["judgments"] == ["2", "8"]
 
 
 def test_votes_are_a_majority_of_the_same_samples():
@@ -56,21 +141,26 @@ def test_votes_are_a_majority_of_the_same_samples():
     not be read has no vote."""
     lines = [line("1", 0, False, v, "A", vote=k, t=1.0) for k, v in enumerate("ABBAA")]
     m = R.measure_one("f", {"1": pair("1")}, lines, [])
-    assert [m[f"votes/accuracy, best of {k}, T=1"] for k in (1, 3, 5)] == [1, 0, 1]
-    assert [m[f"votes/tokens, best of {k}, T=1"] for k in (1, 3, 5)] == [10, 30, 50]
-    assert m["accuracy, T=1"] == 1
-    lines = [line("1", 0, False, v, "A", vote=k, t=1.0) for k, v in enumerate((None, "B", "A", "A", None))]
+    assert {k: v["accuracy"] for k, v in m["votes"]["T=1"].items()} == {1: 1, 3: 0, 5: 1}
+    assert {k: v["tokens"] for k, v in m["votes"]["T=1"].items()} == {1: 10, 3: 30, 5: 50}
+    assert m["accuracy"]["T=1"] == 1
+    lines = [
+        line("1", 0, False, v, "A", vote=k, t=1.0)
+        for k, v in enumerate((None, "B", "A", "A", None))
+    ]
     m = R.measure_one("f", {"1": pair("1")}, lines, [])
-    assert [m[f"votes/accuracy, best of {k}, T=1"] for k in (1, 3, 5)] == [0, 0, 1]
+    assert {k: v["accuracy"] for k, v in m["votes"]["T=1"].items()} == {1: 0, 3: 0, 5: 1}
 
 
 def test_at_a_tie_of_votes_the_first_decides():
-    """Three pairs of two votes, of which one is right, two times the first: as with one vote. Unread votes
-    decide nothing."""
+    """Three pairs of two votes, of which one is right, two times the first: as with one vote. Votes without
+    a verdict decide nothing."""
     votes = "AB", "AB", "BA", (None, None)
-    lines = [line(i, 0, False, v, "A", vote=k, t=1.0) for i in range(4) for k, v in enumerate(votes[i])]
+    lines = [
+        line(i, 0, False, v, "A", vote=k, t=1.0) for i in range(4) for k, v in enumerate(votes[i])
+    ]
     m = R.measure_one("f", {i: pair(i) for i in range(4)}, lines[::-1], [])
-    assert m["accuracy, T=1"] == m["votes/accuracy, best of 1, T=1"] == 1 / 2
+    assert m["accuracy"]["T=1"] == m["votes"]["T=1"][1]["accuracy"] == 1 / 2
 
 
 def test_the_first_order_counts_as_published_and_the_mean_stands_beside_it():
@@ -78,51 +168,149 @@ def test_the_first_order_counts_as_published_and_the_mean_stands_beside_it():
     lines, pairs = [], {}
     for counts in B.REWARDBENCH.values():
         for n, s in enumerate(counts):
-            pairs[s] = {"id": s, "bench": "rewardbench", "item": s, "subset": s, "compare": [0, 1],
-                        "label": "A"}
-            swap = n == 0                                  # the first subset of each section is shown swapped
-            lines += [line(s, 0, swap, "A", "B" if swap else "A"),
-                      line(s, 1, not swap, "A", "A" if swap else "B")]
+            pairs[s] = {
+                "id": s,
+                "bench": "rewardbench",
+                "item": s,
+                "subset": s,
+                "compare": [0, 1],
+                "label": "A",
+            }
+            swap = n == 0  # the first subset of each section is shown swapped
+            lines += [
+                line(s, 0, swap, "A", "B" if swap else "A"),
+                line(s, 1, not swap, "A", "A" if swap else "B"),
+            ]
     m = R.measure_one("rewardbench", pairs, lines, [])
-    assert m["overall, mean of both orders"] == pytest.approx(.5) and m["right in both orders"] == 0
-    assert m["Chat"] == pytest.approx(258 / 358) and m["overall, greedy"] > .6 and m["says A"] == 1
+    assert m["mean_of_both_orders"] == pytest.approx(0.5) and m["right_in_both_orders"] == 0
+    assert m["metrics"]["Chat"] == pytest.approx(258 / 358)
+    assert m["accuracy"]["greedy"] > 0.6 and m["says_a"] == 1
 
 
 def test_a_partial_benchmark_says_what_is_missing():
-    pairs = {"x": {"id": "x", "bench": "rewardbench", "item": "x", "subset": "hep-go", "compare": [0, 1],
-                   "label": "A"}}
+    pairs = {
+        "x": {
+            "id": "x",
+            "bench": "rewardbench",
+            "item": "x",
+            "subset": "hep-go",
+            "compare": [0, 1],
+            "label": "A",
+        }
+    }
     m = R.measure_one("rewardbench", pairs, [line("x", 0, False, "A", "A")], [])
-    assert m["overall, greedy"] == "partial" == m["Reasoning"] and m["Reasoning/hep-go"] == 1
-    assert "math-prm" in m["partial, without"]
+    assert m["accuracy"] == {"greedy": None} and m["interval"] == {}
+    assert m["metrics"]["Reasoning"] is None and m["metrics"]["Reasoning/hep-go"] == 1
+    assert "math-prm" in m["missing"]
+    rows = [x.split() for x in R.table_text([("run", {"rewardbench": m})]).splitlines()]
+    assert ["overall,", "greedy", "partial"] in rows and ["Reasoning", "partial"] in rows
 
 
-def test_quotes_are_compared_with_what_was_shown():
-    """One of A's two is B's; B's marker was shown with a space in it. A finished prompt's are not known."""
-    text = ("<eval><quote_A>al</quote_A><quote_A>beta</quote_A><quote_B> beta [ Client Question]</quote_B>"
-            "</eval><answer>[[A]]</answer>")
-    for a, b, messages, quotes in (("alpha", "beta [Client Question]", None, [2, 3]),
-                                   ("beta [Client Question]", "alpha", None, [1, 3]), ("", "", [], [0, 0])):
-        shown = Pair("1", [{"role": "user", "content": "q"}], a, b, "A", messages=messages)
-        assert E.line_of(Answer(text, "stop"), shown, [])["quotes"] == quotes
+def test_quotes_are_compared_with_the_displayed_responses():
+    """One of A's two is B's; B's marker was displayed with a space in it. A published prompt's are not known."""
+    text = (
+        "<eval><quote_A>al</quote_A><quote_A>beta</quote_A><quote_B> beta [ Client Question]</quote_B>"
+        "</eval><answer>[[A]]</answer>"
+    )
+    for a, b, messages, quotes in (
+        ("alpha", "beta [Client Question]", None, [2, 3]),
+        ("beta [Client Question]", "alpha", None, [1, 3]),
+        ("", "", [], [0, 0]),
+    ):
+        displayed = Pair("1", [{"role": "user", "content": "q"}], a, b, "A", messages=messages)
+        assert E.judgment_line(Answer(text, "stop"), displayed, [])["quotes"] == quotes
 
 
 def test_groups_without_a_name_or_with_a_number_for_one(tmp_path):
-    """What parquet makes of a missing text, in a folder that an earlier version has written."""
+    """What parquet makes of a missing text, in a folder that another writer has filled."""
     types = (None, "math", 3, ["x"])
     pairs = [{**pair(str(n)), "type": t, "source": t} for n, t in enumerate(types)]
-    (tmp_path / "config.json").write_text("{}")
-    for name, rows in (("pairs", pairs), ("judgments", [line(p["id"], 0, False, "A", "A") for p in pairs])):
+    (tmp_path / "config.json").write_text('{"format": 2}')
+    for name, rows in (
+        ("pairs", pairs),
+        ("judgments", [line(p["id"], 0, False, "A", "A") for p in pairs]),
+    ):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(x) + "\n" for x in rows))
-    m = E.measure(E.read_run(tmp_path))[1]["f"]
-    assert (m["accuracy, greedy"], m["type/math"], m["source/3"]) == (1, 1, 1) and "type/None" not in m
+    m = E.measure(E.read_run(tmp_path))["f"]
+    assert (m["accuracy"]["greedy"], m["metrics"]["type/math"], m["metrics"]["source/3"]) == (
+        1,
+        1,
+        1,
+    )
+    assert "type/None" not in m["metrics"]
+
+
+def write_evaluation(folder):
+    """A folder with one judgment, as far as reports need it."""
+    folder.mkdir()
+    (folder / "config.json").write_text('{"format": 2, "model": "m"}')
+    pairs = pair("1") | {"context": [], "a": "x", "b": "y", "swap": False}
+    (folder / "pairs.jsonl").write_text(json.dumps(pairs) + "\n")
+    judgment = line("1", 0, False, "A", "A", text="", finish="stop")
+    (folder / "judgments.jsonl").write_text(json.dumps(judgment) + "\n")
+
+
+def test_a_training_run_is_no_place_for_an_evaluation(tmp_path):
+    (tmp_path / "config.json").write_text('{"format": 2, "script": "grpo.py"}')
+    with pytest.raises(Failure, match="holds a training run"):
+        E.open_folder(tmp_path, {"format": 2})
+
+
+@pytest.mark.parametrize(
+    "config", [{}, {"format": 1}, {"format": "2"}, {"model": "m", "format": 3}]
+)
+def test_a_folder_of_another_format_is_refused(config, tmp_path):
+    """By the report, by the comparison and by a run that would go on in it; each names the folder, and the
+    run changes nothing in it."""
+    for name in ("new", "old"):
+        write_evaluation(tmp_path / name)
+    (tmp_path / "old/config.json").write_text(json.dumps(config))
+    files = lambda: {p.name: p.read_bytes() for p in (tmp_path / "old").glob("*.json*")}
+    before = files()
+    data = write(tmp_path / "e.jsonl", ("1", *GOOD, "A"))
+    new, old, page = (tmp_path / name for name in ("new", "old", "page"))
+    call(E, "report", new, "--out", page)
+    for command in (
+        ("report", new, old, "--out", page),
+        ("compare", old, new),
+        ("--scalar", "--model", "m", "--data", data, "--out", old),
+    ):
+        done = call(E, *command, ok=False)
+        assert done.returncode == 2 and done.stderr.count("error: ") == 1
+        assert f"{old}: its config.json has format {config.get('format', 'none')}" in done.stderr
+    assert files() == before
+
+
+def test_report_and_compare_import_no_torch(tmp_path):
+    """Where torch cannot be imported at all."""
+    write_evaluation(tmp_path / "run")
+    for command in (["report", tmp_path / "run"], ["compare", *[tmp_path / "run"] * 2]):
+        program = f"""
+import sys
+sys.modules["torch"] = None
+sys.argv = {["eval.py", *map(str, command)]!r}
+import runpy
+runpy.run_path("eval.py", run_name="__main__")
+"""
+        done = subprocess.run(
+            [sys.executable, "-c", program],
+            cwd=ROOT,
+            env=environment(),
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        assert "accuracy" in done.stdout
 
 
 # ---------------------------------------------------------------- servers
+
 
 class Judge(Replies):
     """An OpenAI-compatible server that has bad days: every third request meets a limit, an error or an empty
     answer before it is served; a prompt with `too long` in it is refused; one with `think` comes with
     reasoning beside."""
+
     calls, fail_with = 0, (429, 500, "empty")
     lock = threading.Lock()
 
@@ -136,18 +324,35 @@ class Judge(Replies):
             return self.reply(401, {"error": {"message": "no such key"}})
         if "too long" in text:
             return self.reply(400, {"error": {"message": "context length exceeded"}})
-        trouble = Judge.fail_with[n // 3 % len(Judge.fail_with)] if n % 3 == 0 and Judge.fail_with else None
+        trouble = (
+            Judge.fail_with[n // 3 % len(Judge.fail_with)]
+            if n % 3 == 0 and Judge.fail_with
+            else None
+        )
         if isinstance(trouble, int):
             return self.reply(trouble, {"error": {"message": "later"}})
-        first = text.index("the good one") < text.index("a bad one") if "the good one" in text else True
-        message = {"role": "assistant", "content": None if trouble == "empty" else
-                   f"<type>Chat</type><eval>.</eval><answer>[[{'A' if first else 'B'}]]</answer>"}
+        first = (
+            text.index("the good one") < text.index("a bad one") if "the good one" in text else True
+        )
+        message = {
+            "role": "assistant",
+            "content": None
+            if trouble == "empty"
+            else f"<type>Chat</type><eval>.</eval><answer>[[{'A' if first else 'B'}]]</answer>",
+        }
         if "hep-js" in text:
             message["reasoning_content"] = "is it <answer>[[B]]</answer> or <answer>[[A]]</answer>?"
-        self.reply(200, {
-            "id": "1", "object": "chat.completion", "created": 0, "model": body["model"], "choices": [
-            {"index": 0, "message": message, "finish_reason": "stop"}], "usage": {
-                "prompt_tokens": 5, "completion_tokens": 7, "total_tokens": 12}})
+        self.reply(
+            200,
+            {
+                "id": "1",
+                "object": "chat.completion",
+                "created": 0,
+                "model": body["model"],
+                "choices": [{"index": 0, "message": message, "finish_reason": "stop"}],
+                "usage": {"prompt_tokens": 5, "completion_tokens": 7, "total_tokens": 12},
+            },
+        )
 
 
 @pytest.fixture
@@ -168,19 +373,35 @@ def bench(tmp_path):
 
 
 def ask(server, bench, out, *more, **kw):
-    return call(E, "--model", "any", "--base-url", server, "--protocol", "instruct",
-               "--bench", "rewardbench", "--data-dir", bench, "--out", out, "--both-orders", *more, **kw)
+    return call(
+        E,
+        "--model",
+        "any",
+        "--base-url",
+        server,
+        "--protocol",
+        "instruct",
+        "--bench",
+        "rewardbench",
+        "--data-dir",
+        bench,
+        "--out",
+        out,
+        "--both-orders",
+        *more,
+        **kw,
+    )
 
 
 def test_a_server_with_limits_and_errors(server, bench, tmp_path):
     out = ask(server, bench, tmp_path / "run").stdout
     got = E.read_run(tmp_path / "run")
-    m = E.measure(got)[1]["rewardbench"]
-    assert (len(got["judgments"]) == 26 and m["Reasoning/hep-js"] == 1
-            and m["Reasoning/hep-go"] == pytest.approx(6 / 7))
-    assert m["unread/refused by the server"] == 2 / 26
+    m = E.measure(got)["rewardbench"]
+    assert len(got["judgments"]) == 26 and m["metrics"]["Reasoning/hep-js"] == 1
+    assert m["metrics"]["Reasoning/hep-go"] == pytest.approx(6 / 7)
+    assert m["no_verdict_reasons"]["refused by the server"] == 2 / 26
     assert any("context length exceeded" in x["reason"] for x in got["judgments"])
-    assert m["left out/empty response"] == 1 and "partial, without" in out
+    assert m["left_out"]["empty response"] == 1 and "partial, without" in out
     js = next(x for x in got["judgments"] if "hep-js" in x["id"])
     assert js["text"].startswith("<think>") and js["official"] == "error" and js["tokens"] == 7
 
@@ -190,8 +411,7 @@ def test_what_got_no_answer_is_asked_again(server, bench, tmp_path):
     done = ask(server, bench, tmp_path / "run", ok=False)
     first = len(E.read_run(tmp_path / "run")["judgments"])
     said = f"error: {26 - first} of 26 judgments: no answer from the server: an empty message"
-    assert (done.returncode == 2 and said in done.stderr
-            and 0 < first < 26)
+    assert done.returncode == 2 and said in done.stderr and 0 < first < 26
     Judge.fail_with, Judge.calls = (), 0
     ask(server, bench, tmp_path / "run")
     assert Judge.calls == 26 - first and len(E.read_run(tmp_path / "run")["judgments"]) == 26
@@ -210,9 +430,22 @@ def test_keys_and_paths_in_data_stay_where_they_belong(server, bench, tmp_path, 
     inside = tmp_path / "inside"
     inside.mkdir()
     paths = "../../escaped", str(tmp_path / "escaped"), "../pairs.jsonl"
-    (inside / "pairs.jsonl").write_text("".join(json.dumps(
-        {"prompt": f"q{n}", "a": "the good one", "b": "a bad one", "label": "A", "id": path,
-         "source": path}) + "\n" for n, path in enumerate(paths)))
+    (inside / "pairs.jsonl").write_text(
+        "".join(
+            json.dumps(
+                {
+                    "prompt": f"q{n}",
+                    "a": "the good one",
+                    "b": "a bad one",
+                    "label": "A",
+                    "id": path,
+                    "source": path,
+                }
+            )
+            + "\n"
+            for n, path in enumerate(paths)
+        )
+    )
     before = set(tmp_path.rglob("*"))
     done = ask(server, bench, inside / "run", "--data", inside / "pairs.jsonl")
     call(E, "report", inside / "run", "--out", inside / "report")
@@ -220,15 +453,32 @@ def test_keys_and_paths_in_data_stay_where_they_belong(server, bench, tmp_path, 
     ours = {inside / "run", inside / "report"}
     assert new and all(ours & {p, *p.parents} for p in new)
     assert len(E.read_run(inside / "run")["judgments"]) == 32
-    assert not any("sk-secret" in text for text in (done.stdout, done.stderr, *(
-        p.read_text() for p in new if p.is_file())))
+    assert not any(
+        "sk-secret" in text
+        for text in (done.stdout, done.stderr, *(p.read_text() for p in new if p.is_file()))
+    )
 
 
 def test_no_protocol_is_guessed_from_a_name(server, bench, tmp_path):
-    done = call(E, "--model", "RM-R1-Qwen2.5-Instruct-7B", "--base-url", server,
-               "--bench", "rewardbench", "--data-dir", bench, "--out", tmp_path / "run", ok=False)
-    assert (done.returncode == 2 and "give --protocol instruct" in done.stderr
-            and not (tmp_path / "run").exists())
+    done = call(
+        E,
+        "--model",
+        "RM-R1-Qwen2.5-Instruct-7B",
+        "--base-url",
+        server,
+        "--bench",
+        "rewardbench",
+        "--data-dir",
+        bench,
+        "--out",
+        tmp_path / "run",
+        ok=False,
+    )
+    assert (
+        done.returncode == 2
+        and "give --protocol instruct" in done.stderr
+        and not (tmp_path / "run").exists()
+    )
 
 
 def test_other_settings_need_another_folder(server, bench, tmp_path):
@@ -237,23 +487,58 @@ def test_other_settings_need_another_folder(server, bench, tmp_path):
     assert done.returncode == 2 and "holds judgments with another seed (0, now 5)" in done.stderr
 
 
+def test_every_setting_of_either_side_is_compared(server, bench, tmp_path):
+    """A folder whose config has a key that this version lacks, or lacks one that it has, is another run's."""
+    Judge.fail_with = ()
+    ask(server, bench, tmp_path / "run")
+    path = tmp_path / "run/config.json"
+    config = json.loads(path.read_text())
+    for other, words in (
+        (config | {"top_p": 0.9}, "another top_p (0.9, now absent)"),
+        ({k: v for k, v in config.items() if k != "max_len"}, "another max_len (absent, now None)"),
+    ):
+        path.write_text(json.dumps(other))
+        done = ask(server, bench, tmp_path / "run", ok=False)
+        assert done.returncode == 2 and words in done.stderr
+    path.write_text(json.dumps(config | {"data": ["elsewhere"]}))
+    Judge.calls = 0
+    ask(server, bench, tmp_path / "run")
+    assert Judge.calls == 0
+
+
 GOOD = "the good one", "a bad one"
 
 
 def write(path, *rows):
     """A file of pairs without ids: ((question, a, b, label), ...)."""
     path.parent.mkdir(exist_ok=True)
-    path.write_text("".join(json.dumps(dict(zip(("prompt", "a", "b", "label"), r))) + "\n" for r in rows))
+    path.write_text(
+        "".join(json.dumps(dict(zip(("prompt", "a", "b", "label"), r))) + "\n" for r in rows)
+    )
     return path
 
 
 def judged(server, out, *data, ok=True):
     """-> what was printed, {question: verdict} by the folder"""
     Judge.calls, Judge.fail_with = 0, ()
-    said = call(E, "--model", "any", "--base-url", server, "--protocol", "instruct", "--out", out, "--data",
-                *data, ok=ok)
+    said = call(
+        E,
+        "--model",
+        "any",
+        "--base-url",
+        server,
+        "--protocol",
+        "instruct",
+        "--out",
+        out,
+        "--data",
+        *data,
+        ok=ok,
+    )
     got = E.read_run(out)
-    return said, {got["pairs"][x["id"]]["context"][0]["content"]: x["verdict"] for x in got["judgments"]}
+    return said, {
+        got["pairs"][x["id"]]["context"][0]["content"]: x["verdict"] for x in got["judgments"]
+    }
 
 
 def test_what_has_changed_is_asked_again(server, tmp_path):
@@ -266,7 +551,7 @@ def test_what_has_changed_is_asked_again(server, tmp_path):
     assert verdicts == {"2": "B", "3": "A", "4": "A"} and Judge.calls == 2
     assert "3 judgments are of texts or labels that have changed or gone" in said.stdout
     said, _ = judged(server, out, write(tmp_path / "e.jsonl", two, ("3", *GOOD, "B")))
-    assert Judge.calls == 1 and E.measure(E.read_run(out))[1]["e"]["accuracy, greedy"] == .5
+    assert Judge.calls == 1 and E.measure(E.read_run(out))["e"]["accuracy"]["greedy"] == 0.5
     _, verdicts = judged(server, out, write(tmp_path / "x/e.jsonl", ("5", *GOOD, "A")))
     assert verdicts == {"5": "A", "4": "A"} and Judge.calls == 1
     judged(server, out, tmp_path / "x/e.jsonl", other)
@@ -278,7 +563,9 @@ def test_two_evaluations_do_not_share_a_folder(server, bench, tmp_path):
     with open(tmp_path / "run/.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         done = ask(server, bench, tmp_path / "run", ok=False)
-    assert done.returncode == 2 and "another run is writing there" in done.stderr and Judge.calls == 0
+    assert (
+        done.returncode == 2 and "another run is writing there" in done.stderr and Judge.calls == 0
+    )
     assert [p.name for p in (tmp_path / "run").iterdir()] == [".lock"]
 
 
@@ -288,8 +575,9 @@ def test_judgments_that_vanish_are_missed(server, bench, tmp_path, monkeypatch):
             yield x
             if n == 3:
                 (tmp_path / "run/judgments.part0.jsonl").unlink()
-    real, Judge.fail_with = E.answers, ()
-    monkeypatch.setattr(E, "answers", answers)
+
+    real, Judge.fail_with = E.judgment_lines, ()
+    monkeypatch.setattr(E, "judgment_lines", answers)
     done = ask(server, bench, tmp_path / "run", ok=False)
     assert done.returncode == 2 and "error: 26 of 26 judgments: " in done.stderr
 
@@ -300,14 +588,19 @@ def test_a_full_disk_keeps_what_is_there(server, bench, tmp_path, monkeypatch):
             yield x
             if n == 3:
                 raise OSError(errno.ENOSPC, "No space left on device")
-    real, Judge.fail_with = E.answers, ()
-    monkeypatch.setattr(E, "answers", answers)
+
+    real, Judge.fail_with = E.judgment_lines, ()
+    monkeypatch.setattr(E, "judgment_lines", answers)
     done = ask(server, bench, tmp_path / "run", "--at-once", 1, ok=False)
-    assert done.returncode == 2 and f"--out {tmp_path / 'run'}: No space left on device" in done.stderr
-    monkeypatch.setattr(E, "answers", real)
+    assert (
+        done.returncode == 2 and f"--out {tmp_path / 'run'}: No space left on device" in done.stderr
+    )
+    monkeypatch.setattr(E, "judgment_lines", real)
     Judge.calls = 0
     ask(server, bench, tmp_path / "run")
-    assert len(E.read_run(tmp_path / "run")["judgments"]) == 26 and Judge.calls <= 22 + 2    # two asked twice
+    assert (
+        len(E.read_run(tmp_path / "run")["judgments"]) == 26 and Judge.calls <= 22 + 2
+    )  # two asked twice
 
 
 @pytest.mark.parametrize("out", ["file", "file/run", "/proc/run"])
@@ -315,32 +608,50 @@ def test_a_folder_that_cannot_be_written(out, server, bench, tmp_path):
     (tmp_path / "file").write_text("")
     Judge.fail_with = ()
     ask(server, bench, tmp_path / "good")
-    for done in (ask(server, bench, tmp_path / out, ok=False),
-                 call(E, "report", tmp_path / "good", "--out", tmp_path / out, ok=False)):
+    for done in (
+        ask(server, bench, tmp_path / out, ok=False),
+        call(E, "report", tmp_path / "good", "--out", tmp_path / out, ok=False),
+    ):
         assert done.returncode == 2 and f"--out {tmp_path / out}: cannot be written" in done.stderr
 
 
 def test_a_file_with_a_benchmarks_name_is_a_file(server, tmp_path):
-    judged(server, tmp_path / "run", write(tmp_path / "rmb.jsonl", ("1", *GOOD, "A"), ("2", *GOOD, "B")))
-    (bench, m), = E.measure(E.read_run(tmp_path / "run"))[1].items()
-    assert bench == "rmb pairs" and m["accuracy, greedy"] == .5
+    judged(
+        server,
+        tmp_path / "run",
+        write(tmp_path / "rmb.jsonl", ("1", *GOOD, "A"), ("2", *GOOD, "B")),
+    )
+    ((bench, m),) = E.measure(E.read_run(tmp_path / "run")).items()
+    assert bench == "rmb pairs" and m["accuracy"]["greedy"] == 0.5
 
 
 def test_reports_of_runs_under_way_and_of_the_same_name(server, bench, tmp_path):
     Judge.fail_with = ()
     for name in ("one", "two"):
         ask(server, bench, tmp_path / name / "eval")
-    run = tmp_path / "one/eval"                                # as a kill leaves it: not gathered, a line cut
+    run = tmp_path / "one/eval"  # as a kill leaves it: not gathered, a line cut
     rows = (run / "judgments.jsonl").read_text().splitlines(keepends=True)
     (run / "judgments.jsonl").unlink()
     (run / "judgments.part0.jsonl").write_text("".join(rows[:9]) + rows[9][:30])
     (tmp_path / "grpo").mkdir()
     (tmp_path / "grpo/metrics.jsonl").write_text('{"step": 0, "accuracy": 0.5}\n{"step": 1, "acc')
-    out = call(E, "report", run, tmp_path / "two/eval", "--training", tmp_path / "grpo", "--out",
-               tmp_path / "page").stdout
+    out = call(
+        E,
+        "report",
+        run,
+        tmp_path / "two/eval",
+        "--training",
+        tmp_path / "grpo",
+        "--out",
+        tmp_path / "page",
+    ).stdout
     assert out.splitlines()[0].split()[-2:] == ["one/eval", "two/eval"]
-    assert next(x for x in out.splitlines() if x.startswith("judgments")).split() == ["judgments", "9", "26"]
-    assert (run / "judgments.part0.jsonl").exists()            # its run may be alive, and gathers them itself
+    assert next(x for x in out.splitlines() if x.startswith("judgments")).split() == [
+        "judgments",
+        "9",
+        "26",
+    ]
+    assert (run / "judgments.part0.jsonl").exists()  # its run may be alive, and gathers them itself
     assert "one/eval" in call(E, "compare", run, tmp_path / "two/eval").stdout
     (run / "judgments.part0.jsonl").write_text("")
     for command in (("report", run), ("compare", tmp_path / "two/eval", run)):
@@ -356,34 +667,45 @@ def test_help_names_report_and_compare():
 def test_runs_compare_and_report(server, bench, tmp_path):
     for name in ("one", "two"):
         ask(server, bench, tmp_path / name)
-    path = tmp_path / "two/judgments.jsonl"                  # the second judge gets hep-go wrong
+    path = tmp_path / "two/judgments.jsonl"  # the second judge gets hep-go wrong
     rows = R.read_lines(path)
     for x in rows:
         if "hep-go" in x["id"]:
             x["verdict"] = {"A": "B", "B": "A"}.get(x["verdict"])
     path.write_text("".join(json.dumps(x) + "\n" for x in rows))
     out = call(E, "compare", "--all", tmp_path / "one", tmp_path / "two").stdout
-    go, js = ([x for x in out.splitlines() if f"Reasoning/{s}" in x][0] for s in ("hep-go", "hep-js"))
+    go, js = (
+        [x for x in out.splitlines() if f"Reasoning/{s}" in x][0] for s in ("hep-go", "hep-js")
+    )
     assert go.endswith("  differ") and js.endswith("no difference shown")
     call(E, "report", tmp_path / "one", tmp_path / "two", "--out", tmp_path / "page")
     page = (tmp_path / "page/report.html").read_text()
-    assert "/*DATA*/null" not in page and "RM-R1-Qwen-Instruct-32B" in page and page.count("</script>") == 1
+    assert (
+        "/*DATA*/null" not in page
+        and "RM-R1-Qwen-Instruct-32B" in page
+        and page.count("</script>") == 1
+    )
 
 
 # ---------------------------------------------------------------- bad servers
 
+
 class Odd(Replies):
     """A server that says `body`, or what it makes of a request."""
+
     status, body, kind, asked = 200, b"", "application/json", []
+    retry_after = None
 
     def do_POST(self):
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         Odd.asked.append(request)
         status, body = Odd.body(self, request) if callable(Odd.body) else (Odd.status, Odd.body)
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
-        with contextlib.suppress(ConnectionError):           # who asked has gone
+        with contextlib.suppress(ConnectionError):  # who asked has gone
             self.send_response(status)
             self.send_header("Content-Type", Odd.kind)
+            if Odd.retry_after is not None:
+                self.send_header("Retry-After", Odd.retry_after)
             self.send_header("Content-Length", str(len(data)))
             self.end_headers()
             self.wfile.write(data)
@@ -400,38 +722,74 @@ def odd():
 
 
 def reply(text, **more):
-    return {"id": "1", "object": "chat.completion", "created": 0, "model": "m", "choices": [
-        {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}]} | more
+    return {
+        "id": "1",
+        "object": "chat.completion",
+        "created": 0,
+        "model": "m",
+        "choices": [
+            {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
+        ],
+    } | more
 
 
 def answers(url, *prompts, **kw):
-    """What `Server` makes of prompts, in their order."""
-    got = Server(url, "m", 9, patience=0, **kw).answers(
-        ([{"role": "user", "content": p}], n, 0.0) for n, p in enumerate(prompts))
+    """What `ServerBackend` makes of prompts, in their order."""
+    got = ServerBackend(url, "m", 9, patience=0, **kw).answers(
+        ([{"role": "user", "content": p}], n, 0.0) for n, p in enumerate(prompts)
+    )
     return [a for _, a in sorted(got, key=lambda x: x[0])]
 
 
-@pytest.mark.parametrize("body", [
-    b"<html>Sign in</html>", 3, ["x"], None, "x", {}, {"choices": None}, {"choices": []}, {"choices": ["x"]},
-    {"choices": [{"text": "x"}]}, {"choices": [{"message": None}]}, b"data: {}\n\ndata: [DONE]\n\n", b"",
-    reply(None), reply([{"type": "text", "text": "x"}]), reply(7), b"{",
-    b"[" * 100_000, b"\xff"], ids=lambda x: str(x)[:40])
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"<html>Sign in</html>",
+        3,
+        ["x"],
+        None,
+        "x",
+        {},
+        {"choices": None},
+        {"choices": []},
+        {"choices": ["x"]},
+        {"choices": [{"text": "x"}]},
+        {"choices": [{"message": None}]},
+        b"data: {}\n\ndata: [DONE]\n\n",
+        b"",
+        reply(None),
+        reply([{"type": "text", "text": "x"}]),
+        reply(7),
+        b"{",
+        b"[" * 100_000,
+        b"\xff",
+    ],
+    ids=lambda x: str(x)[:40],
+)
 @pytest.mark.parametrize("kind", ["application/json", "text/html"])
 def test_what_is_no_answer_is_asked_for_again(body, kind, odd):
     Odd.body, Odd.kind = lambda *_: (200, body), kind
-    a, = answers(odd, "q")
+    (a,) = answers(odd, "q")
     assert a.failed and a.finish.startswith("no answer from the server: ") and a.text == ""
 
 
-@pytest.mark.parametrize("usage, tokens", [
-    (None, (0, 0)), ({}, (0, 0)), ({"prompt_tokens": 3}, (0, 3)), ({"completion_tokens": None}, (0, 0)),
-    ({"completion_tokens": "x", "prompt_tokens": 4}, (0, 4)), ([1], (0, 0))])
+@pytest.mark.parametrize(
+    "usage, tokens",
+    [
+        (None, (0, 0)),
+        ({}, (0, 0)),
+        ({"prompt_tokens": 3}, (0, 3)),
+        ({"completion_tokens": None}, (0, 0)),
+        ({"completion_tokens": "x", "prompt_tokens": 4}, (0, 4)),
+        ([1], (0, 0)),
+    ],
+)
 def test_tokens_that_a_server_does_not_count_are_none(usage, tokens, odd):
     Odd.body = lambda *_: (200, reply("x", usage=usage))
-    a, = answers(odd, "q")
+    (a,) = answers(odd, "q")
     assert not a.failed and (a.text, a.tokens, a.prompt_tokens) == ("x", *tokens)
     Odd.body = lambda *_: (200, {"choices": [{"message": {"content": "x"}}], "usage": usage})
-    assert answers(odd, "q") == [a]                          # with nothing but what is needed
+    assert answers(odd, "q") == [a]  # with nothing but what is needed
 
 
 def refusal(sentence):
@@ -442,8 +800,20 @@ def test_a_server_that_refuses_everything_is_an_end(odd, tmp_path):
     """Not thousands of wrong judgments: its sentence, and the folder is still free for other settings."""
     Odd.body = lambda *_: refusal("'temperature' does not support 0; request 17")
     data = write(tmp_path / "e.jsonl", *((f"{n}", *GOOD, "A") for n in range(100)))
-    common = ("--model", "m", "--base-url", odd, "--protocol", "instruct", "--data", data, "--out",
-              tmp_path / "run", "--at-once", 4)
+    common = (
+        "--model",
+        "m",
+        "--base-url",
+        odd,
+        "--protocol",
+        "instruct",
+        "--data",
+        data,
+        "--out",
+        tmp_path / "run",
+        "--at-once",
+        4,
+    )
     done = call(E, *common, ok=False)
     assert done.returncode == 2 and len(Odd.asked) < 20
     assert "'temperature' does not support 0" in done.stderr and done.stderr.count("error: ") == 1
@@ -455,71 +825,193 @@ def test_a_server_that_refuses_everything_is_an_end(odd, tmp_path):
 def test_refusals_are_final_where_the_prompt_is_too_long_only(odd):
     """A filter refuses one of the first three prompts: the others go on, and it may be asked again."""
     Odd.body = lambda _, request: (
-        refusal("filtered") if (text := request["messages"][0]["content"]) == "bad" else
-        refusal("This model's maximum context length is 9 tokens") if text == "long" else (200, reply(text)))
+        refusal("filtered")
+        if (text := request["messages"][0]["content"]) == "bad"
+        else refusal("This model's maximum context length is 9 tokens")
+        if text == "long"
+        else (200, reply(text))
+    )
     for p, failed in zip(("bad", "long", "fine"), (True, False, False)):
-        a, = answers(odd, p)
+        (a,) = answers(odd, p)
         assert a.failed is failed and (a.text == p) is (p == "fine")
-    assert [a.failed for a in answers(odd, "bad", "long", "fine", "bad", "bad")] == [True, 0, 0, True, True]
-    assert [a.failed for a in answers(odd, "bad", "bad", "bad", "fine")] == [True] * 3 + [False]      # votes
+    assert [a.failed for a in answers(odd, "bad", "long", "fine", "bad", "bad")] == [
+        True,
+        0,
+        0,
+        True,
+        True,
+    ]
+    assert [a.failed for a in answers(odd, "bad", "bad", "bad", "fine")] == [True] * 3 + [
+        False
+    ]  # votes
 
 
 def test_a_prompt_that_leaves_less_room_than_the_limit_gets_what_there_is(odd):
-    Odd.body = lambda _, request: refusal(
-        "maximum context length is 12 tokens, you requested 18 (9 in the messages, 9 in the completion)"
-        ) if "max_tokens" in request else (200, reply("x"))
+    Odd.body = lambda _, request: (
+        refusal(
+            "maximum context length is 12 tokens, you requested 18 (9 in the messages, 9 in the completion)"
+        )
+        if "max_tokens" in request
+        else (200, reply("x"))
+    )
     assert answers(odd, "q")[0].text == "x" and "max_completion_tokens" not in Odd.asked[-1]
 
 
 def test_the_field_that_newer_models_want(odd):
-    Odd.body = lambda _, request: refusal(
-        "Unsupported parameter: 'max_tokens' is not supported with this model. Use 'max_completion_tokens' "
-        "instead.") if "max_tokens" in request else (200, reply("x"))
+    Odd.body = lambda _, request: (
+        refusal(
+            "Unsupported parameter: 'max_tokens' is not supported with this model. Use 'max_completion_tokens' "
+            "instead."
+        )
+        if "max_tokens" in request
+        else (200, reply("x"))
+    )
     assert [a.text for a in answers(odd, "q", "r", "s", "t", at_once=1)] == ["x"] * 4
     assert len(Odd.asked) == 5 and Odd.asked[-1]["max_completion_tokens"] == 9
 
 
-@pytest.mark.parametrize("status, sentence", [(400, "context length exceeded"), (401, "no"), (400, "no")])
+@pytest.mark.parametrize("seconds", ["0", "", "soon", "\u00b2", "-1"])
+def test_a_server_that_says_retry_at_once_is_not_flooded(seconds, odd, monkeypatch):
+    """The waits grow as if it had said nothing; 2 s brought 1,682 requests before there was a floor."""
+    monkeypatch.setattr(Odd, "retry_after", seconds)
+    Odd.body = lambda *_: (429, {"error": {"message": "later"}})
+    backend = ServerBackend(odd, "m", 9, patience=2)
+    ((_, answer),) = backend.answers([([{"role": "user", "content": "q"}], 0, 0.0)])
+    assert answer.failed and "429" in answer.finish and 2 <= len(Odd.asked) <= 5
+
+
+def test_the_wait_that_a_server_asks_for_is_kept(odd, monkeypatch):
+    monkeypatch.setattr(Odd, "retry_after", "3")
+    Odd.body = lambda *_: (429, {"error": {"message": "later"}})
+    backend = ServerBackend(odd, "m", 9, patience=2)
+    ((_, answer),) = backend.answers([([{"role": "user", "content": "q"}], 0, 0.0)])
+    assert answer.failed and len(Odd.asked) == 1, "it would take longer than our patience"
+
+
+def test_unknown_settings_of_a_backend_are_refused(odd):
+    """Named, for a server as for a folder. The settings of the other kind are known, and mean nothing."""
+    for where in ({"base_url": odd}, {}):
+        with pytest.raises(TypeError, match="pacience"):
+            make_backend("m", **where, pacience=3)
+    assert make_backend("m", odd, max_len=9, dtype="float32", at_once=3, patience=4).at_once == 3
+
+
+def test_greedy_chats_have_one_seed_and_sampled_ones_their_own(odd):
+    Odd.body = lambda *_: (200, reply("x"))
+    chat = [{"role": "user", "content": "q"}]
+    requests = [(chat, 2**40 + 5, 1.0), (chat, 6, 0.0)]
+    for future in ServerBackend(odd, "m", 9).submit(requests):
+        assert future.result(20).text == "x"
+    assert {(r["temperature"], r["seed"]) for r in Odd.asked} == {(1.0, 5), (0.0, 0)}
+    assert not any("stream" in request for request in Odd.asked)
+
+
+@pytest.mark.parametrize(
+    "status, sentence", [(400, "context length exceeded"), (401, "no"), (400, "no")]
+)
 def test_a_server_that_repeats_what_is_secret(status, sentence, odd, tmp_path, monkeypatch):
     """In its error it names the key, or name and password of the URL, as they came and in the header."""
     monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
     data = write(tmp_path / "e.jsonl", ("1", *GOOD, "A"), ("2", *GOOD, "A"), ("3", *GOOD, "A"))
     seen = []
-    Odd.body = lambda h, _: seen.append(h.headers["Authorization"]) or (status, {"error": {
-        "message": f"{sentence}: {seen[-1]}, {more}"}})
-    for name, url, more in (("key", odd, ""), ("password", odd.replace("//", "//me:p4ss%21@"),
-                                               "sk-secret me:p4ss%21 p4ss!")):
-        done = call(E, "--model", "m", "--base-url", url, "--protocol", "instruct", "--data", data, "--out",
-                    tmp_path / name, ok=False)
+    Odd.body = lambda h, _: (
+        seen.append(h.headers["Authorization"])
+        or (status, {"error": {"message": f"{sentence}: {seen[-1]}, {more}"}})
+    )
+    for name, url, more in (
+        ("key", odd, ""),
+        ("password", odd.replace("//", "//me:p4ss%21@"), "sk-secret me:p4ss%21 p4ss!"),
+    ):
+        done = call(
+            E,
+            "--model",
+            "m",
+            "--base-url",
+            url,
+            "--protocol",
+            "instruct",
+            "--data",
+            data,
+            "--out",
+            tmp_path / name,
+            ok=False,
+        )
         call(E, "report", tmp_path / name, ok=False)
         texts = [done.stdout, done.stderr, *(p.read_text() for p in (tmp_path / name).iterdir())]
         assert any("***" in x for x in texts)
         assert not [x for x in texts for s in ("secret", "p4ss", seen[-1].split()[1]) if s in x]
 
 
-@pytest.mark.parametrize("url", ["http://127.0.0.1:9/v1", "nonsense", "http://[", "http://x:y/v1",
-                                 "http://me:pass@127.0.0.1:9/v1"])
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://127.0.0.1:9/v1",
+        "nonsense",
+        "http://[",
+        "http://x:y/v1",
+        "http://me:pass@127.0.0.1:9/v1",
+    ],
+)
 def test_nobody_listens(url, tmp_path):
     import rmr1
+
     start = time.time()
-    done = call(rmr1, "judge", "--model", "m", "--protocol", "instruct", "--base-url", url,
-                "--question", "q", "--a", "x", "--b", "y", ok=False)
-    assert done.returncode == 2 and f"--base-url {url.replace('me:pass@', '')}: nobody answers" in done.stderr
+    done = call(
+        rmr1,
+        "judge",
+        "--model",
+        "m",
+        "--protocol",
+        "instruct",
+        "--base-url",
+        url,
+        "--question",
+        "q",
+        "--a",
+        "x",
+        "--b",
+        "y",
+        ok=False,
+    )
+    assert (
+        done.returncode == 2
+        and f"--base-url {url.replace('me:pass@', '')}: nobody answers" in done.stderr
+    )
     assert time.time() - start < 5
 
 
 def test_a_server_that_hangs_is_not_waited_for_all_day(odd):
-    limits = Server(odd, "m", 9).session.timeout
+    limits = ServerBackend(odd, "m", 9).session.timeout
     assert limits.sock_connect <= 10 and limits.sock_read <= 3600
 
 
 def test_ctrl_c_does_not_wait_for_a_server(odd):
     came, over = threading.Event(), threading.Event()
     Odd.body = lambda *_: (came.set(), over.wait(60)) and (200, reply("x"))
-    process = subprocess.Popen([sys.executable, "rmr1.py", "judge", "--model", "m", "--protocol", "instruct",
-                                "--base-url", odd, "--question", "q", "--a", "x", "--b", "y"], cwd=ROOT,
-                               env=environment(), stderr=subprocess.PIPE, text=True,
-                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
+    process = subprocess.Popen(
+        [
+            sys.executable,
+            "rmr1.py",
+            "judge",
+            "--model",
+            "m",
+            "--protocol",
+            "instruct",
+            "--base-url",
+            odd,
+            "--question",
+            "q",
+            "--a",
+            "x",
+            "--b",
+            "y",
+        ],
+        cwd=ROOT,
+        env=environment(),
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
     try:
         assert came.wait(60)
         process.send_signal(signal.SIGINT)
@@ -529,15 +1021,53 @@ def test_ctrl_c_does_not_wait_for_a_server(odd):
         process.kill()
 
 
+def test_token_ids_of_the_same_settings_travel_together(odd, monkeypatch):
+    """Greedy prompts whatever their seeds, sampled ones by seed, each with the room that its window leaves; the
+    answers come to their own requests, in whatever order the server lists them."""
+    from judge import backends
+
+    def complete(_, request):
+        choices = [
+            {"index": n, "token_ids": prompt, "finish_reason": "stop"}
+            for n, prompt in enumerate(request["prompt"])
+        ]
+        return 200, {"choices": choices[::-1]}
+
+    Odd.body = complete
+    monkeypatch.setattr(backends, "encode", lambda _, messages: np.array(messages))
+    monkeypatch.setattr(backends, "decode_sample", lambda _, ids, tokens: str(tokens))
+    backend = ServerBackend(odd, "m", max_tokens=5)
+    backend.folder, backend.tokenizer, backend.stop, backend.window = "folder", None, [7], 8
+    requests = [
+        ([1, 2], 1, 0.0),
+        ([3, 4], 2, 0.0),
+        ([1] * 8, 3, 0.0),
+        ([1, 2], 4, 1.0),
+        ([1] * 6, 5, 0.0),
+        ([3, 4], 4, 1.0),
+        ([3, 4], 9, 1.0),
+    ]
+    answers = [future.result(20) for future in backend.submit(requests)]
+    assert answers[2].finish == "prompt leaves no room for a judgment in the window of 8 tokens"
+    for (prompt, *_), answer in zip(requests, answers):
+        assert answer is answers[2] or (answer.text, answer.finish) == (str(prompt), "stop")
+    settings = {(r["temperature"], r["seed"], r["max_tokens"]): len(r["prompt"]) for r in Odd.asked}
+    assert settings == {(0.0, 0, 5): 2, (0.0, 0, 2): 1, (1.0, 4, 5): 2, (1.0, 9, 5): 1}
+    assert all((r["top_p"], r["top_k"], r["stop_token_ids"]) == (1, 0, [7]) for r in Odd.asked)
+
+
 def test_a_prompt_as_long_as_the_window(monkeypatch):
-    import askers
-    local = Local.__new__(Local)
+    from judge import backends
+
+    local = LocalBackend.__new__(LocalBackend)
     local.window, local.max_tokens, local.tokenizer, local.stop = 4, 1, None, []
     local.engine = SimpleNamespace(stream=lambda prompts, *a, **k: iter([*prompts][:0]))
-    monkeypatch.setattr(askers, "encode", lambda _, messages: messages)
+    monkeypatch.setattr(backends, "encode", lambda _, messages: messages)
     said = [a.finish for _, a in local.answers(([0] * n, 0, 0.0) for n in (4, 5))]
-    assert said == ["prompt leaves no room for a judgment in the window of 4 tokens",
-                    "prompt longer than the window of 4 tokens"]
+    assert said == [
+        "prompt leaves no room for a judgment in the window of 4 tokens",
+        "prompt longer than the window of 4 tokens",
+    ]
 
 
 # ---------------------------------------------------------------- local models
@@ -548,20 +1078,38 @@ LOCAL = ("--dtype", "float32", "--max-tokens", 32, "--max-len", 200)
 def test_a_killed_evaluation_goes_on_and_ends_the_same(toy, tmp_path):
     """SIGKILL after the first judgments are on disk; the second run asks for the rest only, and the files are
     those of a run that nobody killed."""
-    args = ("eval.py", *LOCAL, "--model", toy / "model/config.json", "--data", toy / "rl.jsonl",
-            "--temperature", 1, "--votes", 3)
+    args = (
+        "eval.py",
+        *LOCAL,
+        "--model",
+        toy / "model/config.json",
+        "--data",
+        toy / "rl.jsonl",
+        "--temperature",
+        1,
+        "--votes",
+        3,
+    )
     run(*args, "--out", tmp_path / "whole")
     whole = (tmp_path / "whole/judgments.jsonl").read_text()
-    process = subprocess.Popen([sys.executable, *map(str, args), "--out", tmp_path / "cut"], cwd=ROOT,
-                               env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, *map(str, args), "--out", tmp_path / "cut"],
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     part, deadline = tmp_path / "cut/judgments.part0.jsonl", time.time() + 120
-    while (process.poll() is None and time.time() < deadline
-           and not (part.exists() and part.stat().st_size > 500)):
+    while (
+        process.poll() is None
+        and time.time() < deadline
+        and not (part.exists() and part.stat().st_size > 500)
+    ):
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
     with open(part, "a") as f:
-        f.write('{"id": "rl/rl-9", "order": 0, "te')          # cut in the middle of a line
+        f.write('{"id": "rl/rl-9", "order": 0, "te')  # cut in the middle of a line
     before = len(R.read_lines(part))
     out = run(*args, "--out", tmp_path / "cut")
     assert 0 < before < 64 * 3 and f"/{64 * 3 - before}" in out.stderr.replace(" ", "")
@@ -569,23 +1117,41 @@ def test_a_killed_evaluation_goes_on_and_ends_the_same(toy, tmp_path):
 
 
 def test_two_ranks_judge_as_one_and_overlong_prompts_count(toy, tmp_path):
-    args = ("eval.py", "--dtype", "float32", "--max-tokens", 8, "--max-len", 24,
-            "--model", toy / "model/config.json", "--data", toy / "test.jsonl", "--temperature", 0, 1)
+    args = (
+        "eval.py",
+        "--dtype",
+        "float32",
+        "--max-tokens",
+        8,
+        "--max-len",
+        24,
+        "--model",
+        toy / "model/config.json",
+        "--data",
+        toy / "test.jsonl",
+        "--temperature",
+        0,
+        1,
+    )
     run(*args, "--out", tmp_path / "one")
     run(*args, "--out", tmp_path / "two", ranks=2)
     whole, path = (tmp_path / "one/judgments.jsonl").read_text(), tmp_path / "two/judgments.jsonl"
     assert path.read_text() == whole
-    path.write_text("".join(whole.splitlines(keepends=True)[1:]))      # one missing: a rank has nothing to do
+    path.write_text(
+        "".join(whole.splitlines(keepends=True)[1:])
+    )  # one missing: a rank has nothing to do
     run(*args, "--out", tmp_path / "two", ranks=2)
     assert sorted(path.read_text().splitlines()) == sorted(whole.splitlines())
-    m = E.measure(E.read_run(tmp_path / "one"))[1]["test"]
-    assert 0 < m["unread/prompt longer than the window of 24 tokens"] < 1 and m["judgments"] == 32
+    m = E.measure(E.read_run(tmp_path / "one"))["test"]
+    assert 0 < m["no_verdict_reasons"]["prompt longer than the window of 24 tokens"] < 1
+    assert m["judgments"] == 32
 
 
 def test_a_scalar_reward_model(toy, tmp_path):
     """A random classifier: verdicts are those of its scores, computed by transformers one by one."""
     import torch
     from transformers import AutoTokenizer, Qwen2Config, Qwen2ForSequenceClassification
+
     model = tmp_path / "scalar"
     shutil.copytree(toy / "model", model)
     config = Qwen2Config.from_pretrained(toy / "model")
@@ -593,15 +1159,28 @@ def test_a_scalar_reward_model(toy, tmp_path):
     torch.manual_seed(0)
     net = Qwen2ForSequenceClassification(config).eval()
     net.save_pretrained(model)
-    call(E, "--scalar", "--model", model, "--dtype", "float32", "--data", toy / "test.jsonl", "--out",
-        tmp_path / "run")
+    call(
+        E,
+        "--scalar",
+        "--model",
+        model,
+        "--dtype",
+        "float32",
+        "--data",
+        toy / "test.jsonl",
+        "--out",
+        tmp_path / "run",
+    )
     got, tokenizer = E.read_run(tmp_path / "run"), AutoTokenizer.from_pretrained(model)
     assert len(got["judgments"]) == 16
     for x in got["judgments"]:
         p = got["pairs"][x["id"]]
         for score, response in zip(x["scores"], (p["a"], p["b"])):
-            ids = tokenizer.apply_chat_template([*p["context"], {"role": "assistant", "content": response}],
-                                                tokenize=True, return_dict=False)
+            ids = tokenizer.apply_chat_template(
+                [*p["context"], {"role": "assistant", "content": response}],
+                tokenize=True,
+                return_dict=False,
+            )
             with torch.no_grad():
                 assert score == pytest.approx(net(torch.tensor([ids])).logits.item(), abs=1e-4)
         assert x["verdict"] == ("A" if x["scores"][0] > x["scores"][1] else "B")
@@ -612,22 +1191,49 @@ def test_every_benchmark_in_one_command(tmp_path):
     """Real rows of all five, the real tokenizer, a small random Qwen2: one engine, one file, every part
     counted."""
     from transformers import Qwen2Config
+
     model = tmp_path / "model"
     shutil.copytree(SHARED / "tokenizers/qwen2.5", model)
     (model / "config.json").chmod(0o644)
-    Qwen2Config(architectures=["Qwen2ForCausalLM"], vocab_size=152064, hidden_size=64, num_hidden_layers=1,
-                num_attention_heads=2, num_key_value_heads=1, intermediate_size=64,
-                max_position_embeddings=8192, bos_token_id=None, eos_token_id=151645).save_pretrained(model)
-    out = run("eval.py", "--bench", "all", "--data-dir", SHARED / "data", "--limit", 1, "--model",
-              model / "config.json", "--protocol", "instruct", "--dtype", "float32", "--max-tokens", 4,
-              "--out", tmp_path / "run", timeout=600).stdout
+    Qwen2Config(
+        architectures=["Qwen2ForCausalLM"],
+        vocab_size=152064,
+        hidden_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        intermediate_size=64,
+        max_position_embeddings=8192,
+        bos_token_id=None,
+        eos_token_id=151645,
+    ).save_pretrained(model)
+    out = run(
+        "eval.py",
+        "--bench",
+        "all",
+        "--data-dir",
+        SHARED / "data",
+        "--limit",
+        1,
+        "--model",
+        model / "config.json",
+        "--protocol",
+        "instruct",
+        "--dtype",
+        "float32",
+        "--max-tokens",
+        4,
+        "--out",
+        tmp_path / "run",
+        timeout=600,
+    ).stdout
     got = E.read_run(tmp_path / "run")
-    measured = E.measure(got)[1]
+    measured = E.measure(got)
     assert list(measured) == list(B.BENCHES)
     assert measured["rewardbench"]["judgments"] == 23 and measured["rm-bench"]["judgments"] == 36
-    assert measured["judgebench"]["says A"] is None and measured["judgebench"]["unread"] == 1
-    for bench in ("rewardbench", "rm-bench", "rmb"):           # whole, though small: every subset is there
-        assert measured[bench]["overall, greedy"] == 0, bench
-    assert measured["rewardbench2"]["overall, greedy"] == "partial"
-    assert measured["rewardbench2"]["partial, without"] == "Focus, Precise IF, Safety"
-    assert measured["rewardbench2"]["Ties"] < 0.5 and "partial, without" in out
+    assert measured["judgebench"]["says_a"] is None and measured["judgebench"]["no_verdict"] == 1
+    for bench in ("rewardbench", "rm-bench", "rmb"):  # whole, though small: every subset is there
+        assert measured[bench]["accuracy"]["greedy"] == 0, bench
+    assert measured["rewardbench2"]["accuracy"]["greedy"] is None
+    assert measured["rewardbench2"]["missing"] == ["Focus", "Precise IF", "Safety"]
+    assert measured["rewardbench2"]["metrics"]["Ties"] < 0.5 and "partial, without" in out

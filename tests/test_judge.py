@@ -1,21 +1,28 @@
 """The judge people use, on a simulated model: verdicts, rankings, rewards, one journal."""
+
 import asyncio
+import errno
 import json
 import re
 import threading
 import time
 import warnings
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from http.server import ThreadingHTTPServer
+from unittest.mock import ANY
 
 import pytest
 
 import rmr1
-from askers import Answer
 from conftest import Replies, call
-from gateway import usage
+from judge.backends import Answer
+from judge.journal import Journal
+from lib.files import Failure
+from lib.pairs import Pair
 from rmr1 import Judge
-from rubrics import Pair
+from rubrics import chat_messages
+from serve.gateway import usage
 
 SHOWN = re.compile(r"(?:Response\]\n|Chatbot [AB]: )(.*)\n\[The End")
 
@@ -36,15 +43,21 @@ class Model:
     def __init__(self, says=lambda a, b, seed: "A" if a > b else "B"):
         self.says, self.asked = says, []
 
-    def submit(self, requests, heard=None):
+    def submit(self, requests):
         return [done(self.answer, *r) for r in requests]
 
     def answer(self, messages, seed, temperature):
         a, b = (float(x.split()[-1]) for x in SHOWN.findall(messages[-1]["content"]))
         self.asked.append((a, b, seed, temperature))
         said = self.says(a, b, seed)
-        return Answer(f"<type>Chat</type><rubric>Size 100%</rubric><eval>x</eval><answer>[[{said}]]</answer>"
-                      if said in "AB" else said, "stop", 7, 11)
+        return Answer(
+            f"<type>Chat</type><rubric>Size 100%</rubric><eval>x</eval><answer>[[{said}]]</answer>"
+            if said in "AB"
+            else said,
+            "stop",
+            7,
+            11,
+        )
 
 
 def judge(says=None, **more):
@@ -136,14 +149,23 @@ def test_rewards_go_by_runs_of_equal_prompts():
     prompts = ["p"] * 3 + ["q"] * 2 + ["p"]
     completions = ["is 1", "is 2", "is 3", "is 9", "is 8", "is 7"]
     with pytest.warns(UserWarning, match="multiple of num_generations"):
-        rewards = one.reward(prompts=prompts, completions=completions, completion_ids=[[0]] * 6, trainer_state=None)
+        rewards = one.reward(
+            prompts=prompts, completions=completions, completion_ids=[[0]] * 6, trainer_state=None
+        )
     assert rewards[0] < rewards[1] < rewards[2] and rewards[3] > rewards[4] and rewards[5] is None
     asked = len(model.asked)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        as_chat = asyncio.run(one.areward([chat("user", p) for p in prompts[:5]],
-                                          [chat("assistant", c) for c in completions[:5]], answer=[1] * 5))
-    assert as_chat == rewards[:5] and len(model.asked) == asked, "the same requests are in the journal"
+        as_chat = asyncio.run(
+            one.areward(
+                [chat("user", p) for p in prompts[:5]],
+                [chat("assistant", c) for c in completions[:5]],
+                answer=[1] * 5,
+            )
+        )
+    assert as_chat == rewards[:5] and len(model.asked) == asked, (
+        "the same requests are in the journal"
+    )
 
 
 def test_an_empty_completion_ends_no_training():
@@ -162,11 +184,12 @@ def test_verl_sees_one_sample_at_a_time():
 
 class Slow(Model):
     """Answers when it is told to."""
+
     def __init__(self):
         super().__init__()
         self.waiting = []
 
-    def submit(self, requests, heard=None):
+    def submit(self, requests):
         futures = [Future() for _ in requests]
         self.waiting += zip(futures, requests)
         return futures
@@ -189,19 +212,22 @@ def test_what_is_asked_at_the_same_time_is_under_way_together():
     one, model = Judge(slow := Slow(), protocol="instruct"), slow
     with ThreadPoolExecutor(9) as pool:
         many = pool.submit(one.compare_all, [("q", f"is {n}", "is 50") for n in range(100)], 2)
-        until(lambda: len(model.waiting) == 198)                        # 50 against 50 is a tie
+        until(lambda: len(model.waiting) == 198)  # 50 against 50 is a tie
         same = [pool.submit(one.compare, "q", f"is {n}", "is 50", 2) for n in range(4, 12)]
         until(lambda: len(one.under_way) == 198 and sum(f.running() for f in same) == 8)
         time.sleep(0.05)
         model.go_on()
         found = many.result()
         assert [f.result().verdict for f in same] == [c.verdict for c in found[4:12]]
-    assert [c.verdict for c in found] == ["A" if n > 50 else "tie" if n == 50 else "B" for n in range(100)]
+    assert [c.verdict for c in found] == [
+        "A" if n > 50 else "tie" if n == 50 else "B" for n in range(100)
+    ]
     assert len(model.asked) == 198
 
 
 def test_who_leaves_loses_no_judgment():
     """A caller that is cancelled: what it asked for is in the journal when it comes again, and others still get it."""
+
     async def go():
         one = Judge(model := Slow(), protocol="instruct")
         first, second = (asyncio.create_task(one.acompare("q", "is 5", "is 3")) for _ in range(2))
@@ -211,11 +237,13 @@ def test_who_leaves_loses_no_judgment():
         model.go_on()
         assert (await second).verdict == (await one.acompare("q", "is 5", "is 3")).verdict == "A"
         assert first.cancelled() and len(model.asked) == 2
+
     asyncio.run(go())
 
 
 def test_what_several_want_costs_once():
     """Two callers at once, and one who comes later: all tokens are the first one's, as the judge counts them."""
+
     async def go():
         one = Judge(model := Slow(), protocol="instruct")
         both = [asyncio.create_task(one.acompare("q", "is 5", "is 3")) for _ in range(2)]
@@ -224,9 +252,21 @@ def test_what_several_want_costs_once():
         model.go_on()
         found = [await both[0], await both[1], await one.acompare("q", "is 5", "is 3")]
         costs = [usage(c.votes) for c in found]
-        assert [(c["judgments"], c["shared"], c["cached"]) for c in costs] == [(2, 0, 0), (2, 2, 0), (2, 0, 2)]
-        assert [c["completion_tokens"] for c in costs] == [14, 0, 0] and costs[0]["prompt_tokens"] == 22
-        assert one.used == {"judgments": 2, "cached": 2, "prompt_tokens": 22, "completion_tokens": 14}
+        assert [(c["judgments"], c["shared"], c["cached"]) for c in costs] == [
+            (2, 0, 0),
+            (2, 2, 0),
+            (2, 0, 2),
+        ]
+        assert [c["completion_tokens"] for c in costs] == [14, 0, 0] and costs[0][
+            "prompt_tokens"
+        ] == 22
+        assert one.used == {
+            "judgments": 2,
+            "cached": 2,
+            "prompt_tokens": 22,
+            "completion_tokens": 14,
+        }
+
     asyncio.run(go())
 
 
@@ -253,6 +293,7 @@ def test_many_groups_leave_the_loop_to_others():
         other.cancel()
         await asyncio.sleep(0)
         assert asyncio.all_tasks() == {asyncio.current_task()}
+
     asyncio.run(go())
 
 
@@ -260,6 +301,7 @@ def test_a_failure_reaches_everybody_who_waits():
     class Broken:
         def submit(self, requests):
             raise ConnectionError("gone")
+
     one = Judge(Broken(), protocol="instruct")
     for _ in range(2):
         with pytest.raises(ConnectionError, match="gone"):
@@ -274,7 +316,9 @@ def test_a_journal_is_asked_before_the_model(tmp_path):
     one, model = judge(noisy, journal=path)
     ranked = one.rank("q", texts)
     lines = path.read_text().splitlines()
-    assert len(lines) == len(model.asked) == len(ranked.votes) and json.loads(lines[0])["tokens"] == 7
+    assert (
+        len(lines) == len(model.asked) == len(ranked.votes) and json.loads(lines[0])["tokens"] == 7
+    )
     path.write_text("\n".join(lines[:-1]) + "\n" + lines[-1][:20])
     again, model = judge(noisy, journal=path)
     assert again.rank("q", texts).reward == ranked.reward and len(model.asked) == 1
@@ -284,66 +328,182 @@ def test_a_journal_is_asked_before_the_model(tmp_path):
         assert len(model.asked) == len(lines)
 
 
+def test_a_journal_of_another_version_is_refused(tmp_path):
+    """Its answers could not be found, and all would be bought again. The file stays as it is."""
+    answer = {"text": "x", "finish": "stop", "tokens": 1, "prompt_tokens": 1}
+    for key in ({"asked": "0123"}, {"key": ["p0", 1, 0], "asked": "0123"}, {"key": ["p0", 1, 0]}):
+        path = tmp_path / "journal.jsonl"
+        lines = json.dumps({"request": "4567", **answer}) + "\n" + json.dumps(key | answer) + "\n"
+        path.write_text(lines)
+        with pytest.raises(Failure, match="journal.jsonl: a journal of another version") as failure:
+            Journal(path)
+        assert "give another file" in str(failure.value) and path.read_text() == lines
+
+
+def test_a_full_disk_under_the_journal_is_a_failure(tmp_path):
+    class Full:
+        def write(self, _):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    one, _ = judge(journal=tmp_path / "journal.jsonl")
+    one.journal.file = Full()
+    with pytest.raises(Failure, match="journal.jsonl: cannot be written .No space left"):
+        one.compare("q", "is 5", "is 3")
+    assert not one.under_way
+
+
+def test_a_vote_is_handed_out_as_soon_as_it_is_whole():
+    """Numbered as asked for, told of as they come: the second of a round before the first where that is slower."""
+
+    async def go():
+        one = Judge(model := Slow(), protocol="instruct")
+        votes = []
+        task = asyncio.create_task(
+            one.acompare("q", "is 5", "is 3", on_vote=lambda *vote: votes.append(vote))
+        )
+        while len(model.waiting) < 2:
+            await asyncio.sleep(0)
+        (first, request), (second, swapped) = model.waiting
+        second.set_result(model.answer(*swapped))
+        while not votes:
+            await asyncio.sleep(0)
+        assert [number for number, _ in votes] == [1] and not task.done()
+        first.set_result(model.answer(*request))
+        found = await task
+        assert [number for number, _ in votes] == [1, 0]
+        assert [vote for _, vote in sorted(votes, key=lambda v: v[0])] == found.votes
+        assert [(v.first, v.verdict, v.prefers) for v in found.votes] == [
+            (0, "A", "A"),
+            (1, "B", "A"),
+        ]
+
+    asyncio.run(go())
+
+
+def test_votes_are_numbered_over_all_rounds():
+    """Also those from the journal, and each once."""
+    one, _ = judge(lambda a, b, seed: "A")
+    for _ in range(2):
+        votes = {}
+        found = asyncio.run(
+            one.acompare(
+                "q", "is 5", "is 3", budget=6, on_vote=lambda n, vote: votes.update({n: vote})
+            )
+        )
+        assert [votes[n] for n in range(6)] == found.votes and len(votes) == 6
+
+
+def test_a_pair_is_compared_as_its_texts_are():
+    """In a prompt of its own, if it has one; where that cannot be swapped, by one vote."""
+    one, model = judge()
+    context = [{"role": "user", "content": "q"}]
+    pair = Pair("1", context, "is 5", "is 3", "A")
+    assert one.compare(pair) == replace(one.compare("q", "is 5", "is 3"), votes=ANY, vote=ANY)
+    assert len(model.asked) == 2, "the same requests are in the journal"
+    finished = Pair("2", [], "", "", "A", messages=chat_messages(pair))
+    found = one.compare(finished)
+    assert (found.verdict, len(found.votes), found.consistent) == ("A", 1, None)
+
+
 def test_in_a_running_loop_too():
     async def notebook():
         return judge()[0].compare("q", "is 5", "is 3").verdict
+
     assert asyncio.run(notebook()) == "A"
 
 
 # ---------------------------------------------------------------- the command line
 
+
 @pytest.fixture
 def cli(monkeypatch):
     """rmr1.py with the simulated model in place of the one that is named."""
-    monkeypatch.setattr(rmr1, "judge_of", lambda args, *_: Judge(
-        Model(), protocol="instruct", journal=args.journal, seed=args.seed, temperature=args.temperature))
+    monkeypatch.setattr(
+        rmr1,
+        "judge_of",
+        lambda args, *_: Judge(
+            Model(),
+            protocol="instruct",
+            journal=args.journal,
+            seed=args.seed,
+            temperature=args.temperature,
+        ),
+    )
     return lambda *args, ok=True: call(rmr1, *args, "--model", "m", ok=ok)
 
 
 def test_judge_for_programs_and_for_people(cli, tmp_path, monkeypatch):
     """A line of JSON each, or a page without colour where no terminal is, no wider than it."""
     data = tmp_path / "pairs.jsonl"
-    data.write_text("".join(json.dumps({"prompt": "q", "a": f"is {n}", "b": "is 5", "label": "A"}) + "\n"
-                            for n in (7, 3)))
+    data.write_text(
+        "".join(
+            json.dumps({"prompt": "q", "a": f"is {n}", "b": "is 5", "label": "A"}) + "\n"
+            for n in (7, 3)
+        )
+    )
     rows = [json.loads(x) for x in cli("judge", "--data", data, "--json").stdout.splitlines()]
-    assert [r["verdict"] for r in rows] == ["A", "B"] and [v["order"] for v in rows[0]["votes"]] == ["AB", "BA"]
+    assert [r["verdict"] for r in rows] == ["A", "B"] and [
+        v["order"] for v in rows[0]["votes"]
+    ] == ["AB", "BA"]
     monkeypatch.setenv("COLUMNS", "60")
     page = cli("judge", "--question", "word " * 60, "--a", "is 7", "--b", "is 5").stdout
     assert "rubric\n   100 % ████████████████████ Size" in page and "\033" not in page
-    assert "verdict: A, 0.75 of votes to come for A (0.37 to 0.98), judgments: 2, the orders agree" in page
+    assert (
+        "verdict: A, expected win rate of A: 0.75 (0.37 to 0.98), judgments: 2, the orders agree"
+        in page
+    )
     assert max(map(len, page.split("verdict: ")[0].splitlines())) <= 60
 
 
 def test_a_quote_that_is_not_in_its_response_is_flagged(capsys):
-    text = ("<type>Chat</type><rubric>Size 60%: big\nTone 40%</rubric><eval><quote_A>is 7</quote_A> and "
-            "<quote_B>is 9</quote_B></eval><answer>[[A]]</answer>")
+    text = (
+        "<type>Chat</type><rubric>Size 60%: big\nTone 40%</rubric><eval><quote_A>is 7</quote_A> and "
+        "<quote_B>is 9</quote_B></eval><answer>[[A]]</answer>"
+    )
+
     class Quotes(Model):
         def answer(self, *_):
             return Answer(text, "stop", 1, 1)
+
     pair = Pair("1", [{"role": "user", "content": "q"}], "is 7", "is 5", None)
-    rmr1.show(pair, Judge(Quotes(), protocol="instruct").compare_all([pair], budget=1)[0])
+    rmr1.print_comparison(
+        pair, Judge(Quotes(), protocol="instruct").compare_all([pair], budget=1)[0]
+    )
     out = capsys.readouterr().out
     assert "A: is 7\n" in out and "B: is 9  (not in the response)" in out
 
 
 def test_rank_writes_a_line_for_each_and_asks_for_nothing_twice(cli, tmp_path):
     data, journal = tmp_path / "rows.jsonl", tmp_path / "journal.jsonl"
-    data.write_text('{"id": "x", "prompt": "q", "responses": ["is 1", "is 3", "is 2"]}\n'
-                    '{"prompt": "q", "responses": ["is 5", "is 4"]}\n')
+    data.write_text(
+        '{"id": "x", "prompt": "q", "responses": ["is 1", "is 3", "is 2"]}\n'
+        '{"prompt": "q", "responses": ["is 5", "is 4"]}\n'
+    )
     first = cli("rank", "--data", data, "--journal", journal).stdout
     rows = [json.loads(x) for x in first.splitlines()]
     assert [(r["id"], r["order"]) for r in rows] == [("x", [1, 2, 0]), (2, [0, 1])]
     kept = journal.read_text()
-    assert cli("rank", "--data", data, "--journal", journal).stdout == first and journal.read_text() == kept
+    assert (
+        cli("rank", "--data", data, "--journal", journal).stdout == first
+        and journal.read_text() == kept
+    )
 
 
-@pytest.mark.parametrize("line, complaint", [
-    ('{"prompt": "q", "responses": ["x"]}', "rows.jsonl:1: 1 responses; 2 to 32 are ranked"),
-    (json.dumps({"prompt": "q", "responses": [f"is {n}" for n in range(100)]}),
-     "100 responses; 2 to 32 are ranked (--most), each line asks for up to 400 judgments"),
-    ('{"prompt": "q", "responses": ["x", ""]}', "a response is empty, or not a text"),
-    ('{"prompt": "q", "responses": 3}', "rows.jsonl:1: "), ('{"responses": ["x", "y"]}', "the context is missing"),
-    ("[1]", "one JSON value"), ("nonsense", "not a JSON object")])
+@pytest.mark.parametrize(
+    "line, complaint",
+    [
+        ('{"prompt": "q", "responses": ["x"]}', "rows.jsonl:1: 1 responses; 2 to 32 are ranked"),
+        (
+            json.dumps({"prompt": "q", "responses": [f"is {n}" for n in range(100)]}),
+            "100 responses; 2 to 32 are ranked (--most), each line asks for up to 400 judgments",
+        ),
+        ('{"prompt": "q", "responses": ["x", ""]}', "a response is empty, or not a text"),
+        ('{"prompt": "q", "responses": 3}', "rows.jsonl:1: "),
+        ('{"responses": ["x", "y"]}', "the context is missing"),
+        ("[1]", "one JSON value"),
+        ("nonsense", "not a JSON object"),
+    ],
+)
 def test_bad_lines_get_one_sentence(line, complaint, cli, tmp_path):
     (tmp_path / "rows.jsonl").write_text(line + "\n")
     done = cli("rank", "--data", tmp_path / "rows.jsonl", ok=False)
@@ -359,20 +519,29 @@ def test_equal_responses_on_the_command_line(cli):
 def test_rewards_of_lines_keep_their_order(cli, tmp_path):
     """Groups are runs of one prompt; a bad line goes to the rejects and leaves the rest as it is, or ends the run;
     killed and started again, nothing is judged twice, and other sizes of a batch change nothing."""
-    data, rejects, journal = (tmp_path / x for x in ("rows.jsonl", "rejects.jsonl", "journal.jsonl"))
-    rows = [{"prompt": p, "completion": f"is {n}"} for p, n in zip("ppppqqqr", (1, 4, 2, 3, 9, 8, 7, 5))]
+    data, rejects, journal = (
+        tmp_path / x for x in ("rows.jsonl", "rejects.jsonl", "journal.jsonl")
+    )
+    rows = [
+        {"prompt": p, "completion": f"is {n}"} for p, n in zip("ppppqqqr", (1, 4, 2, 3, 9, 8, 7, 5))
+    ]
     lines = [*map(json.dumps, rows)]
-    data.write_text("\n".join([*lines[:2], '{"prompt": "p", "completion": " "}', *lines[2:], "nonsense"]) + "\n")
+    data.write_text(
+        "\n".join([*lines[:2], '{"prompt": "p", "completion": " "}', *lines[2:], "nonsense"]) + "\n"
+    )
     with pytest.warns(UserWarning, match="nothing to compare it with"):
         first = cli("reward", "--data", data, "--rejects", rejects, "--journal", journal).stdout
     got = {r["line"]: r["reward"] for r in map(json.loads, first.splitlines())}
     assert list(got) == [1, 2, 4, 5, 6, 7, 8, 9] and got[9] is None
     assert got[1] < got[4] < got[5] < got[2] and got[6] > got[7] > got[8]
-    assert [(r["line"], r["reason"]) for r in map(json.loads, rejects.read_text().splitlines())] == [
-        (3, "a response is empty, or not a text"), (10, "not a JSON object")]
+    assert [
+        (r["line"], r["reason"]) for r in map(json.loads, rejects.read_text().splitlines())
+    ] == [(3, "a response is empty, or not a text"), (10, "not a JSON object")]
     kept = journal.read_text()
     with pytest.warns(UserWarning):
-        again = cli("reward", "--data", data, "--rejects", rejects, "--journal", journal, "--at-once", 1).stdout
+        again = cli(
+            "reward", "--data", data, "--rejects", rejects, "--journal", journal, "--at-once", 1
+        ).stdout
     assert again == first and journal.read_text() == kept
     done = cli("reward", "--data", data, ok=False)
     assert done.returncode == 2 and "rows.jsonl:3: a response is empty" in done.stderr
@@ -380,7 +549,10 @@ def test_rewards_of_lines_keep_their_order(cli, tmp_path):
 
 def test_standard_input_is_read_as_it_comes(cli, monkeypatch):
     import io
-    lines = "".join(json.dumps({"prompt": "q", "completion": f"is {n}"}) + "\n" for n in (3, 1, 2)).encode()
+
+    lines = "".join(
+        json.dumps({"prompt": "q", "completion": f"is {n}"}) + "\n" for n in (3, 1, 2)
+    ).encode()
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(lines)))
     got = [json.loads(x)["reward"] for x in cli("reward", "--data", "-").stdout.splitlines()]
     assert got[0] > got[2] > got[1]
@@ -388,28 +560,42 @@ def test_standard_input_is_read_as_it_comes(cli, monkeypatch):
 
 def test_pairs_worth_a_label(cli, tmp_path, monkeypatch):
     """Those that the votes dispute come first, near-duplicates once, a tenth by lot; and what people may expect."""
-    monkeypatch.setattr(rmr1, "judge_of", lambda args, *_: Judge(Model(noisy), protocol="instruct", temperature=1.0))
+    monkeypatch.setattr(
+        rmr1, "judge_of", lambda args, *_: Judge(Model(noisy), protocol="instruct", temperature=1.0)
+    )
     data = tmp_path / "pairs.jsonl"
-    pairs = [{"prompt": f"q{n}", "a": f"is {n / 100}", "b": "is 1", "label": "AB"[n < 100]} for n in range(0, 400, 2)
-             if n != 100]
+    pairs = [
+        {"prompt": f"q{n}", "a": f"is {n / 100}", "b": "is 1", "label": "AB"[n < 100]}
+        for n in range(0, 400, 2)
+        if n != 100
+    ]
     pairs += [{"prompt": "Q0!", "a": "is 0.0", "b": "is 1"}, {"prompt": "q", "a": "x", "b": "x"}]
     data.write_text("".join(json.dumps(p) + "\n" for p in pairs))
     done = cli("select", "--data", data, "--count", 30, "--target", 0.8)
     rows = [json.loads(x) for x in done.stdout.splitlines()]
     assert [r["why"] for r in rows] == ["drawn"] * 3 + ["disputed"] * 27
     disputed = [abs(r["win"] - 0.5) for r in rows[3:]]
-    assert disputed == sorted(disputed) and disputed[0] == 0 and len({r["prompt"].lower().strip("!") for r in rows}) == 30
-    assert "199 pairs have a label; with confidence .9, people agree with 0.8 of the verdicts for which at least" \
+    assert (
+        disputed == sorted(disputed)
+        and disputed[0] == 0
+        and len({r["prompt"].lower().strip("!") for r in rows}) == 30
+    )
+    assert (
+        "199 pairs have a label; with 90% confidence, people agree with at least 80% of verdicts that got at least"
         in done.stderr
+    )
 
 
 @pytest.fixture
 def no_key():
     """A server that knows nobody."""
+
     class Closed(Replies):
         def do_GET(self):
             self.reply(401, {"error": {"message": "no such key"}})
+
         do_POST = do_GET
+
     s = ThreadingHTTPServer(("127.0.0.1", 0), Closed)
     threading.Thread(target=s.serve_forever, args=(0.01,), daemon=True).start()
     yield f"http://127.0.0.1:{s.server_port}/v1"
@@ -418,20 +604,77 @@ def no_key():
 
 @pytest.mark.parametrize("command", ["judge", "rank", "reward", "select"])
 def test_a_wrong_key_is_one_sentence(command, no_key, tmp_path):
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(
-        {"prompt": "q", "a": "x", "b": "y", "label": "A", "responses": ["x", "y"], "completion": c}) + "\n" for c in "xy"))
-    done = call(rmr1, command, "--model", "m", "--protocol", "instruct", "--base-url", no_key,
-                "--data", tmp_path / "rows.jsonl", ok=False)
+    (tmp_path / "rows.jsonl").write_text(
+        "".join(
+            json.dumps(
+                {
+                    "prompt": "q",
+                    "a": "x",
+                    "b": "y",
+                    "label": "A",
+                    "responses": ["x", "y"],
+                    "completion": c,
+                }
+            )
+            + "\n"
+            for c in "xy"
+        )
+    )
+    done = call(
+        rmr1,
+        command,
+        "--model",
+        "m",
+        "--protocol",
+        "instruct",
+        "--base-url",
+        no_key,
+        "--data",
+        tmp_path / "rows.jsonl",
+        ok=False,
+    )
     assert done.returncode == 2 and done.stderr.count("error: ") == 1 and not done.stdout
     assert "no such key" in done.stderr and "OPENAI_API_KEY" in done.stderr
 
 
 def test_a_model_that_does_not_say_how_it_wants_to_be_asked(no_key):
-    done = call(rmr1, "judge", "--model", "m", "--base-url", no_key, "--question", "q", "--a", "x", "--b", "y", ok=False)
-    assert done.returncode == 2 and "--model m: no judge.json says how it wants to be asked" in done.stderr
+    done = call(
+        rmr1,
+        "judge",
+        "--model",
+        "m",
+        "--base-url",
+        no_key,
+        "--question",
+        "q",
+        "--a",
+        "x",
+        "--b",
+        "y",
+        ok=False,
+    )
+    assert (
+        done.returncode == 2
+        and "--model m: no judge.json says how it wants to be asked" in done.stderr
+    )
 
 
 def test_what_will_happen_is_said_first(no_key):
-    done = call(rmr1, "judge", "--model", "m", "--protocol", "instruct", "--base-url", no_key, "--question", "q",
-                "--a", "x", "--b", "y", ok=False)
+    done = call(
+        rmr1,
+        "judge",
+        "--model",
+        "m",
+        "--protocol",
+        "instruct",
+        "--base-url",
+        no_key,
+        "--question",
+        "q",
+        "--a",
+        "x",
+        "--b",
+        "y",
+        ok=False,
+    )
     assert done.stderr.startswith(f"1 pairs, up to 8 judgments each, by {no_key}\n")

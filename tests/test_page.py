@@ -1,15 +1,18 @@
 """The report page, as a browser sees it."""
+
 import json
 import shutil
 import subprocess
 
 import pytest
-from conftest import call
 
-import benchmarks as B
 import eval as E
+from conftest import call
+from judge import benchmarks as B
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
 
 
 @pytest.fixture(scope="module")
@@ -25,31 +28,66 @@ def page(tmp_path_factory):
             for c in range(3):
                 for r in range(3):
                     key = f"rm-bench/{d}/0/{c}-{3 + r}"
-                    pairs.append({"id": key, "bench": "rm-bench", "item": d, "subset": d,
-                                  "compare": [c, 3 + r],
-                                  "context": [{"role": "user", "content": f"question {d}"}],
-                                  "swap": False, "label": "A",
-                                  "a": f"right {c} </script><script>document.title='broken'</script>",
-                                  "b": f"wrong {r}"})
+                    pairs.append(
+                        {
+                            "id": key,
+                            "bench": "rm-bench",
+                            "item": d,
+                            "subset": d,
+                            "compare": [c, 3 + r],
+                            "context": [{"role": "user", "content": f"question {d}"}],
+                            "swap": False,
+                            "label": "A",
+                            "a": f"right {c} </script><script>document.title='broken'</script>",
+                            "b": f"wrong {r}",
+                        }
+                    )
                     for order in (0, 1):
                         for vote in range(3):
                             # The showy judge goes by style; both fail to end one judgment.
                             right = name == "plain" or c >= r
-                            verdict = None if d == "code" and c == r == 0 else (
-                                "AB"[order] if right else "BA"[order])
-                            text = (f"<type>Chat</type><rubric>Help 90%: helps\nTone 10%: kind"
-                                    f"<justify>because</justify></rubric>"
-                                    f"<eval><quote_A>right {c}</quote_A> is better</eval>"
-                                    + (f"<answer>[[{verdict}]]</answer>" if verdict else ""))
-                            lines.append({
-                                "id": key, "order": order, "swap": bool(order), "temperature": 1.0,
-                                "vote": vote, "label": "AB"[order], "verdict": verdict,
-                                "reason": "" if verdict else "no answer", "official": verdict or "error",
-                                "finish": "stop", "tokens": 40, "prompt_tokens": 90, "prompt": "0",
-                                "type": "Chat", "rubric": [["Help", 90], ["Tone", 10]], "quotes": [1, 1],
-                                "text": text})
-        (out / "config.json").write_text(json.dumps({"model": f"models/{name}", "protocol": "instruct",
-                                                     "scalar": False}))
+                            verdict = (
+                                None
+                                if d == "code" and c == r == 0
+                                else ("AB"[order] if right else "BA"[order])
+                            )
+                            text = (
+                                f"<type>Chat</type><rubric>Help 90%: helps\nTone 10%: kind"
+                                f"<justify>because</justify></rubric>"
+                                f"<eval><quote_A>right {c}</quote_A> is better</eval>"
+                                + (f"<answer>[[{verdict}]]</answer>" if verdict else "")
+                            )
+                            lines.append(
+                                {
+                                    "id": key,
+                                    "order": order,
+                                    "swap": bool(order),
+                                    "temperature": 1.0,
+                                    "vote": vote,
+                                    "label": "AB"[order],
+                                    "verdict": verdict,
+                                    "reason": "" if verdict else "no answer",
+                                    "official": verdict or "error",
+                                    "finish": "stop",
+                                    "tokens": 40,
+                                    "prompt_tokens": 90,
+                                    "prompt": "0",
+                                    "type": "Chat",
+                                    "rubric": [["Help", 90], ["Tone", 10]],
+                                    "quotes": [1, 1],
+                                    "text": text,
+                                }
+                            )
+        (out / "config.json").write_text(
+            json.dumps(
+                {
+                    "format": 2,
+                    "model": f"models/{name}",
+                    "protocol": "instruct",
+                    "scalar": False,
+                }
+            )
+        )
         for file, rows in (("pairs", pairs), ("judgments", lines)):
             (out / f"{file}.jsonl").write_text("".join(json.dumps(x) + "\n" for x in rows))
     call(E, "report", root / "eval-plain", root / "eval-showy", "--out", root)
@@ -57,20 +95,43 @@ def page(tmp_path_factory):
 
 
 def dom(page, tmp_path, part=""):
-    done = subprocess.run([CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu",
-                           "--disable-background-networking", f"--user-data-dir={tmp_path / 'profile'}",
-                           "--virtual-time-budget=3000", "--dump-dom", f"file://{page}{part}"],
-                          capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [
+            CHROMIUM,
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--disable-background-networking",
+            f"--user-data-dir={tmp_path / 'profile'}",
+            "--virtual-time-budget=3000",
+            "--dump-dom",
+            f"file://{page}{part}",
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     return done.stdout
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
 def test_a_browser_shows_every_part(page, tmp_path):
     html = dom(page, tmp_path)
-    assert "<title>Judges, measured</title>" in html                     # no response has run as a script
-    body = html[html.index('id="page"'):html.index("<script>", html.index('id="page"'))]
-    for part in ("Scores", "RM-R1-Qwen-Instruct-32B", "79.1", 'id="heat"', 'id="votes"', "says A",
-                 "no answer", "<mark>right", '<span class="weight">90%</span>', "why these", "models/showy"):
+    assert "<title>Judges, measured</title>" in html  # no response has run as a script
+    body = html[html.index('id="page"') : html.index("<script>", html.index('id="page"'))]
+    for part in (
+        "Scores",
+        "RM-R1-Qwen-Instruct-32B",
+        "79.1",
+        'id="heat"',
+        'id="votes"',
+        "says A",
+        "no answer",
+        "<mark>right",
+        '<span class="weight">90%</span>',
+        "why these",
+        "models/showy",
+    ):
         assert part in body, part
     assert body.count("<article>") == 10 and "36 of 36" in body
     assert "&lt;/script&gt;" in body
@@ -78,11 +139,16 @@ def test_a_browser_shows_every_part(page, tmp_path):
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
 def test_the_browser_of_judgments_filters(page, tmp_path):
-    """The showy judge: 12 of 36 wrong (three cells above the diagonal in four domains), one unread; the plain
+    """The showy judge: 12 of 36 wrong (three cells above the diagonal in four domains), one without a verdict; the plain
     one none."""
-    for part, count in (("#kind=wrong", 12), ("#kind=unread", 1), ("#kind=right", 23),
-                        ("#kind=wrong&run=0", 0), ("#kind=wrong&subset=rm-bench / math", 3),
-                        ("#search=question safety", 9)):
+    for part, count in (
+        ("#kind=wrong", 12),
+        ("#kind=no_verdict", 1),
+        ("#kind=right", 23),
+        ("#kind=wrong&run=0", 0),
+        ("#kind=wrong&subset=rm-bench / math", 3),
+        ("#search=question safety", 9),
+    ):
         assert f'id="count">{count} of 36<' in dom(page, tmp_path, part), part
 
 

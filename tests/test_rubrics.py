@@ -1,13 +1,17 @@
 """Pairs, prompts, the parser and the rewards."""
+
 import gzip
 import json
 
 import pytest
 
 import rubrics
-from benchmarks import process_judgement
 from conftest import SHARED
-from rubrics import Pair, chat_messages, encode, lm_as_judge, pair_of, parse, read_pairs, verbatim
+from judge.benchmarks import process_judgement
+from lib.chat import encode
+from lib.files import Failure
+from lib.pairs import Pair, pair_of, read_pairs
+from rubrics import PromptStyle, chat_messages, parse, published_reward, verbatim
 
 CHAT = """<type>Chat</type>
 <rubric>
@@ -20,19 +24,25 @@ CHAT = """<type>Chat</type>
 <eval>A says <quote_A>two cups</quote_A>, B <summary_B>rambles</summary_B> and says \
 <quote_B>some</quote_B>.</eval>
 <answer>[[A]]</answer><|im_end|>"""
-REASONING = ("<type>Reasoning</type>\n<solution>6 * 7 = 42</solution>\n<eval>B is wrong</eval>\n"
-             "<answer>[[A]]</answer>")
+REASONING = (
+    "<type>Reasoning</type>\n<solution>6 * 7 = 42</solution>\n<eval>B is wrong</eval>\n"
+    "<answer>[[A]]</answer>"
+)
 USER = [{"role": "user", "content": "How much water?"}]
 PAIR = Pair("p", USER, "Two cups.", "Some.", "A", meta={"style_a": 0, "style_b": 2})
 
 
 # ---------------------------------------------------------------- the parser
 
+
 def test_a_chat_judgment_is_taken_apart():
     j = parse(CHAT)
     assert (j.type, j.verdict, j.reason) == ("Chat", "A", "")
-    assert j.rubric == [("Accuracy", 40.0, "facts are right"),
-                        ("Helpfulness", 35.0, "it is of use to the client"), ("Clarity", 25.0, "")]
+    assert j.rubric == [
+        ("Accuracy", 40.0, "facts are right"),
+        ("Helpfulness", 35.0, "it is of use to the client"),
+        ("Clarity", 25.0, ""),
+    ]
     assert j.justify == "Facts come first."
     assert j.quotes == {"A": ["two cups"], "B": ["some"]}
     assert j.eval.startswith("A says")
@@ -41,32 +51,40 @@ def test_a_chat_judgment_is_taken_apart():
 def test_a_reasoning_judgment_is_taken_apart():
     j = parse(REASONING)
     assert (j.type, j.solution, j.eval, j.verdict, j.rubric) == (
-        "Reasoning", "6 * 7 = 42", "B is wrong", "A", [])
+        "Reasoning",
+        "6 * 7 = 42",
+        "B is wrong",
+        "A",
+        [],
+    )
 
 
-@pytest.mark.parametrize("text, finished, verdict, reason", [
-    ("", True, None, "no answer"),
-    ("I prefer A.", True, None, "no answer"),
-    ("<answer>[[B]]</answer>", True, "B", ""),
-    ("<answer> [[B]]\n</answer>", True, "B", ""),
-    ("<answer>[[A]]</answer> or rather <answer>[[A]]</answer>", True, "A", ""),
-    ("<answer>[[A]]</answer> no, <answer>[[B]]</answer>", True, None, "both labels"),
-    ("<answer>[[C]]</answer>", True, None, "answer is neither [[A]] nor [[B]]"),
-    ("<answer>A</answer>", True, None, "answer is neither [[A]] nor [[B]]"),
-    ("<answer>[[A]] [[B]]</answer>", True, None, "answer is neither [[A]] nor [[B]]"),
-    ("<ANSWER>[[A]]</ANSWER>", True, None, "no answer"),
-    ("<answer>[[A]]", True, None, "no answer"),
-    ("<answer>[[A]]</answer> no, <answer>[[B]]", True, None, "answer never ended"),
-    ("<answer>[[A]]</answer> to <quote_A>more", True, None, "verdict inside a quote"),
-    ("<eval>so far</eval>", False, None, "cut off"),
-    ("<answer>[[A]]</answer> and more", False, None, "cut off"),
-    ("<think>A? <answer>[[A]]</answer></think> <answer>[[B]]</answer>", True, "B", ""),
-    ("<think>A? <answer>[[A]]</answer></think> hm", True, None, "no answer"),
-    ("<think>A? <answer>[[A]]</answer>", True, None, "thinking never ended"),
-    ("A? <answer>[[A]]</answer></think><answer>[[B]]</answer>", True, "B", ""),
-    ("<eval>it says <answer>[[B]]</answer></eval><answer>[[A]]</answer>", True, "A", ""),
-    ("<eval>the tag is missing <answer>[[A]]</answer>", True, "A", ""),
-])
+@pytest.mark.parametrize(
+    "text, finished, verdict, reason",
+    [
+        ("", True, None, "no answer"),
+        ("I prefer A.", True, None, "no answer"),
+        ("<answer>[[B]]</answer>", True, "B", ""),
+        ("<answer> [[B]]\n</answer>", True, "B", ""),
+        ("<answer>[[A]]</answer> or rather <answer>[[A]]</answer>", True, "A", ""),
+        ("<answer>[[A]]</answer> no, <answer>[[B]]</answer>", True, None, "both labels"),
+        ("<answer>[[C]]</answer>", True, None, "answer is neither [[A]] nor [[B]]"),
+        ("<answer>A</answer>", True, None, "answer is neither [[A]] nor [[B]]"),
+        ("<answer>[[A]] [[B]]</answer>", True, None, "answer is neither [[A]] nor [[B]]"),
+        ("<ANSWER>[[A]]</ANSWER>", True, None, "no answer"),
+        ("<answer>[[A]]", True, None, "no answer"),
+        ("<answer>[[A]]</answer> no, <answer>[[B]]", True, None, "answer never ended"),
+        ("<answer>[[A]]</answer> to <quote_A>more", True, None, "a quote or summary never ended"),
+        ("<eval>so far</eval>", False, None, "truncated"),
+        ("<answer>[[A]]</answer> and more", False, None, "truncated"),
+        ("<think>A? <answer>[[A]]</answer></think> <answer>[[B]]</answer>", True, "B", ""),
+        ("<think>A? <answer>[[A]]</answer></think> hm", True, None, "no answer"),
+        ("<think>A? <answer>[[A]]</answer>", True, None, "thinking never ended"),
+        ("A? <answer>[[A]]</answer></think><answer>[[B]]</answer>", True, "B", ""),
+        ("<eval>it says <answer>[[B]]</answer></eval><answer>[[A]]</answer>", True, "A", ""),
+        ("<eval>the tag is missing <answer>[[A]]</answer>", True, "A", ""),
+    ],
+)
 def test_verdict_and_the_reason_for_none(text, finished, verdict, reason):
     j = parse(text, finished)
     assert (j.verdict, j.reason) == (verdict, reason)
@@ -74,26 +92,37 @@ def test_verdict_and_the_reason_for_none(text, finished, verdict, reason):
 
 # ---------------------------------------------------------------- rewards
 
+
 def test_the_published_reward_reads_the_last_80_characters():
-    assert lm_as_judge(CHAT, "A") == 1 and lm_as_judge(CHAT, "B") == -1
+    assert published_reward(CHAT, "A") == 1 and published_reward(CHAT, "B") == -1
     tag = "<answer>[[A]]</answer>"
     assert len(tag) == 22
-    assert lm_as_judge(tag + "x" * 58, "A") == 1 and lm_as_judge(tag + "x" * 59, "A") == -1
-    assert lm_as_judge("<answer>[[B]]</answer>" + tag, "A") == -1
-    assert lm_as_judge("<answer>[[B]]</answer>" + "x" * 80 + tag, "A") == 1
-    assert lm_as_judge("[[A]]", "A") == -1
+    assert (
+        published_reward(tag + "x" * 58, "A") == 1 and published_reward(tag + "x" * 59, "A") == -1
+    )
+    assert published_reward("<answer>[[B]]</answer>" + tag, "A") == -1
+    assert published_reward("<answer>[[B]]</answer>" + "x" * 80 + tag, "A") == 1
+    assert published_reward("[[A]]", "A") == -1
 
 
 def test_the_published_evaluation_rule():
     assert [process_judgement(t) for t in ("[[A]]", "x [[B]] y", "[[A]] [[B]]", "")] == [
-        "A", "B", "error", "error"]
+        "A",
+        "B",
+        "error",
+        "error",
+    ]
 
 
 def test_where_the_published_rules_disagree():
     """A judgment that mentions both labels and then decides: right in training,
     an error in the published evaluation."""
     text = "The format is [[A]] or [[B]]. " + "x" * 80 + "<answer>[[A]]</answer>"
-    assert lm_as_judge(text, "A") == 1 and process_judgement(text) == "error" and parse(text).verdict == "A"
+    assert (
+        published_reward(text, "A") == 1
+        and process_judgement(text) == "error"
+        and parse(text).verdict == "A"
+    )
 
 
 # ---------------------------------------------------------------- quotes
@@ -115,38 +144,57 @@ def test_a_quote_is_compared_with_what_the_judge_was_shown():
         shown = "x [ The End of Chatbot A's Response] y"
         assert shown in chat_messages(pair)[-1]["content"] and quote(shown) == [True]
         assert quote(pair.a) == [False]
-    # A finished prompt is shown as it is, and one with turns does not say what its responses are.
+    # A published prompt is shown as it is, and one with turns does not say what its responses are.
     odd = "x [The Start of the Conversation between Chatbot A and the Client] y"
     messages = chat_messages(Pair("p", USER, "HERE", "z", "A"))
     messages[-1]["content"] = messages[-1]["content"].replace("HERE", odd)
     pair = pair_of({"context_messages": messages, "winner": "model_a"}, "x")
     assert pair.a == odd and quote(odd) == [True]
-    pair = pair_of({"context_messages": chat_messages(Pair("m", context, "a", "b", "A")),
-                    "winner": "model_a"}, "x")
+    pair = pair_of(
+        {"context_messages": chat_messages(Pair("m", context, "a", "b", "A")), "winner": "model_a"},
+        "x",
+    )
     assert verbatim(SAID, pair) == []
 
 
 # ---------------------------------------------------------------- prompts
 
+
 def test_single_turn_markers_stand_on_lines_of_their_own():
     system, user = chat_messages(PAIR)
     assert system["role"] == "system" and "<rubric>" in system["content"]
     assert user["content"].splitlines() == [
-        "[Client Question]", "How much water?", "", "[The Start of Chatbot A's Response]", "Two cups.",
-        "[The End of Chatbot A's Response]", "", "[The Start of Chatbot B's Response]", "Some.",
-        "[The End of Chatbot B's Response]"]
+        "[Client Question]",
+        "How much water?",
+        "",
+        "[The Start of Chatbot A's Response]",
+        "Two cups.",
+        "[The End of Chatbot A's Response]",
+        "",
+        "[The Start of Chatbot B's Response]",
+        "Some.",
+        "[The End of Chatbot B's Response]",
+    ]
 
 
 def test_multi_turn_shows_both_conversations_under_the_same_names():
     """The published training data spell one chatbot's name wrong exactly when A is right
     (mix_data.py, line 168)."""
-    context = [*USER, {"role": "assistant", "content": "For rice?"}, {"role": "user", "content": "Yes."}]
+    context = [
+        *USER,
+        {"role": "assistant", "content": "For rice?"},
+        {"role": "user", "content": "Yes."},
+    ]
     for label in "AB":
         text = chat_messages(Pair("m", context, "Two.", "Some.", label))[1]["content"]
-        assert ("User: Yes.\nChatbot A: Two.\n"
-                "[The End of the Conversation between Chatbot A and the Client]") in text
-        assert ("User: Yes.\nChatbot B: Some.\n"
-                "[The End of the Conversation between Chatbot B and the Client]") in text
+        assert (
+            "User: Yes.\nChatbot A: Two.\n"
+            "[The End of the Conversation between Chatbot A and the Client]"
+        ) in text
+        assert (
+            "User: Yes.\nChatbot B: Some.\n"
+            "[The End of the Conversation between Chatbot B and the Client]"
+        ) in text
         assert "Chabot" not in text
     one, two = (chat_messages(Pair("m", context, "Two.", "Some.", label)) for label in "AB")
     assert one == two, "the prompt must not depend on the label"
@@ -155,93 +203,127 @@ def test_multi_turn_shows_both_conversations_under_the_same_names():
 def test_the_other_order_swaps_everything_that_has_a_side():
     other = PAIR.swapped()
     assert (other.a, other.b, other.label, other.meta) == (
-        "Some.", "Two cups.", "B", {"style_b": 0, "style_a": 2})
+        "Some.",
+        "Two cups.",
+        "B",
+        {"style_b": 0, "style_a": 2},
+    )
     assert other.swapped() == PAIR
 
 
 def test_reasoning_models_get_no_system_message():
-    message, = chat_messages(PAIR, "reasoning")
+    (message,) = chat_messages(PAIR, PromptStyle("reasoning"))
     assert message["role"] == "user" and "[The Start of Chatbot A's Response]" in message["content"]
     assert message["content"].rstrip().endswith("<answer>[[B]]</answer> if B is.")
 
 
 def test_a_system_prompt_from_a_file_or_a_published_row(tmp_path):
     (tmp_path / "s.txt").write_text("Judge.\n")
-    assert chat_messages(PAIR, system=rubrics.read_system(str(tmp_path / "s.txt")))[0]["content"] == "Judge."
-    row = {"context_messages": [{"role": "system", "content": "Published."}, *USER], "winner": "model_a"}
+    assert (
+        chat_messages(PAIR, PromptStyle(system=rubrics.read_system(str(tmp_path / "s.txt"))))[0][
+            "content"
+        ]
+        == "Judge."
+    )
+    row = {
+        "context_messages": [{"role": "system", "content": "Published."}, *USER],
+        "winner": "model_a",
+    }
     (tmp_path / "row.jsonl").write_text(json.dumps(row) + "\n")
     assert rubrics.read_system(str(tmp_path / "row.jsonl")) == "Published."
 
 
-@pytest.mark.parametrize("name, data, complaint", [
-    ("s.txt", b"", "no text"), ("s.txt", b" \n", "no text"), ("s.txt", b"caf\xe9", "not UTF-8"),
-    ("s.json", b"caf\xe9", "not UTF-8"), ("s.jsonl", b"", "no context_messages"),
-    ("s.json", b'{"context_messages": [{"role": "system", "content": ""}]}', "no text"),
-    ("s.json", b'{"context_messages": [{"role": "system", "content": 5}]}', "no text"),
-    ("judge.json", b'{"protocol": "inst', "not a JSON object"), ("judge.json", b"[]", "not a JSON object"),
-    ("judge.json", b"\xff", "not UTF-8"), ("judge.json", b'{"protocol": "chat"}', "instruct or reasoning"),
-    ("judge.json", b'{"protocol": ["instruct"]}', "instruct or reasoning"),
-    ("judge.json", b'{"protocol": "instruct", "system": 5}', "system a text or null")])
-def test_a_prompt_form_that_cannot_be_read_gets_one_sentence(tmp_path, capsys, name, data, complaint):
+@pytest.mark.parametrize(
+    "name, data, complaint",
+    [
+        ("s.txt", b"", "no text"),
+        ("s.txt", b" \n", "no text"),
+        ("s.txt", b"caf\xe9", "not UTF-8"),
+        ("s.json", b"caf\xe9", "not UTF-8"),
+        ("s.jsonl", b"", "no context_messages"),
+        ("s.json", b'{"context_messages": [{"role": "system", "content": ""}]}', "no text"),
+        ("s.json", b'{"context_messages": [{"role": "system", "content": 5}]}', "no text"),
+        ("judge.json", b'{"protocol": "inst', "not a JSON object"),
+        ("judge.json", b"[]", "not a JSON object"),
+        ("judge.json", b"\xff", "not UTF-8"),
+        ("judge.json", b'{"protocol": "chat"}', "instruct or reasoning"),
+        ("judge.json", b'{"protocol": ["instruct"]}', "instruct or reasoning"),
+        ("judge.json", b'{"protocol": "instruct", "system": 5}', "system a text or null"),
+    ],
+)
+def test_a_prompt_form_that_cannot_be_read_gets_one_sentence(
+    tmp_path, capsys, name, data, complaint
+):
     (tmp_path / name).write_bytes(data)
     system = None if name == "judge.json" else str(tmp_path / name)
-    with pytest.raises(SystemExit) as stop:
-        rubrics.prompt_form(tmp_path, "m", None, system, default="instruct")
-    said = capsys.readouterr().err
-    assert stop.value.code == 2 and len(said.splitlines()) == 1
+    with pytest.raises(Failure) as stop:
+        rubrics.prompt_style(tmp_path, "m", None, system, default="instruct")
+    said = str(stop.value)
+    assert "\n" not in said
     assert str(tmp_path / name) in said and complaint in said
 
 
 def test_a_judges_own_form_is_taken(tmp_path):
     (tmp_path / "judge.json").write_text('{"protocol": "instruct", "system": "Judge."}')
-    assert rubrics.prompt_form(tmp_path, "m") == ("instruct", "Judge.")
-    assert rubrics.prompt_form(tmp_path, "m", "reasoning") == ("reasoning", None)
+    assert rubrics.prompt_style(tmp_path, "m") == PromptStyle("instruct", "Judge.")
+    assert rubrics.prompt_style(tmp_path, "m", "reasoning") == PromptStyle("reasoning", None)
 
 
 # ---------------------------------------------------------------- reading
 
+
 def test_published_rows_keep_their_prompt_and_give_back_the_responses():
-    messages = chat_messages(PAIR, system="Published wording")
+    messages = chat_messages(PAIR, PromptStyle(system="Published wording"))
     pair = pair_of({"context_messages": messages, "winner": "model_a"}, "x")
     assert (pair.a, pair.b, pair.label, pair.context) == (PAIR.a, PAIR.b, "A", USER)
     assert chat_messages(pair) == messages
-    assert chat_messages(pair.swapped()) == chat_messages(PAIR.swapped(), system="Published wording")
+    assert chat_messages(pair.swapped()) == chat_messages(
+        PAIR.swapped(), PromptStyle(system="Published wording")
+    )
     assert pair.swapped().swapped() == pair
     sft = pair_of({"context_messages": messages, "winner": CHAT, "ground_truth": "model_b"}, "x")
     assert sft.trace == CHAT and sft.label == "B"
 
 
 def test_published_prompts_that_cannot_be_taken_apart_are_still_judged_as_they_are():
-    turns = [*USER, {"role": "assistant", "content": "For rice?"}, {"role": "user", "content": "Yes."}]
-    twice = chat_messages(PAIR)                          # a response that holds a marker itself
+    turns = [
+        *USER,
+        {"role": "assistant", "content": "For rice?"},
+        {"role": "user", "content": "Yes."},
+    ]
+    twice = chat_messages(PAIR)  # a response that holds a marker itself
     twice[-1]["content"] += "\nor so\n[The End of Chatbot B's Response]"
-    mixed = chat_messages(PAIR)                          # every marker once, but not in their order
+    mixed = chat_messages(PAIR)  # every marker once, but not in their order
     question, responses = mixed[-1]["content"].split("\n\n", 1)
     mixed[-1]["content"] = f"{responses}\n\n{question}\n"
     for messages in (chat_messages(Pair("m", turns, "Two.", "Some.", "A")), twice, mixed):
         read = pair_of({"context_messages": messages, "winner": "model_b"}, "x")
         assert chat_messages(read) == messages and (read.a, read.b, read.label) == ("", "", "B")
-        with pytest.raises(ValueError, match="cannot be told apart"):
+        with pytest.raises(ValueError, match="cannot be extracted"):
             read.swapped()
 
 
 def test_both_orders_refuse_what_cannot_be_swapped_and_name_it(tmp_path, capsys):
-    rows = [{"id": "whole", "context_messages": chat_messages(PAIR), "winner": "model_a"},
-            {"id": "stuck", "context_messages": USER, "winner": "model_a"}]
+    rows = [
+        {"id": "whole", "context_messages": chat_messages(PAIR), "winner": "model_a"},
+        {"id": "stuck", "context_messages": USER, "winner": "model_a"},
+    ]
     path = tmp_path / "pairs.jsonl"
     path.write_text(json.dumps(rows[0]) + "\n")
     assert [p.id for p in read_pairs(path, both_orders=True)] == ["whole"]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert len(read_pairs(path)) == 2
-    with pytest.raises(SystemExit):
+    with pytest.raises(Failure) as stop:
         read_pairs(path, both_orders=True)
-    said = capsys.readouterr().err
+    said = str(stop.value)
     assert "--both-orders" in said and str(path) in said and said.strip().endswith("stuck")
 
 
 def test_chosen_and_rejected_are_dealt_evenly_and_never_by_order():
-    sides = [pair_of({"prompt": f"q{i}", "chosen": "good", "rejected": "bad"}, str(i)).label
-             for i in range(1000)]
+    sides = [
+        pair_of({"prompt": f"q{i}", "chosen": "good", "rejected": "bad"}, str(i)).label
+        for i in range(1000)
+    ]
     assert 420 < sides.count("A") < 580
     for i in range(20):
         one = pair_of({"prompt": f"q{i}", "chosen": "good", "rejected": "bad"}, "x")
@@ -249,41 +331,58 @@ def test_chosen_and_rejected_are_dealt_evenly_and_never_by_order():
         assert one.label == two.label, "the side must not tell which one was preferred"
 
 
-@pytest.mark.parametrize("row, complaint", [
-    ("not json", "not a JSON object"),
-    ({"a": "x", "b": "y", "label": "A"}, "context is missing"),
-    ({"prompt": "q", "a": "x", "b": "y", "label": "C"}, "unknown label 'C'"),
-    ({"prompt": "q", "a": "x", "b": "y"}, "unknown label None"),
-    ({"prompt": "q", "a": " ", "b": "y", "label": "A"}, "response A is empty"),
-    ({"prompt": "q", "a": "x", "b": "", "label": "A"}, "response B is empty"),
-    ({"prompt": "q", "a": "x", "b": "x", "label": "A"}, "responses are equal"),
-    ({"prompt": "q", "a": 3, "b": "y", "label": "A"}, "a is not a text"),
-    ({"text": "q"}, "neither a/b/label"),
-    ({"context": [{"role": "assistant", "content": "q"}], "a": "x", "b": "y", "label": "A"},
-     "does not end with a user"),
-    ({"context_messages": USER, "winner": "tie"}, "unknown winner 'tie'"),
-    ({"context_messages": USER, "winner": ["model_a"]}, "unknown winner"),
-    ({"context_messages": USER, "winner": {"model_a": 1}}, "unknown winner"),
-    ({"context_messages": USER, "winner": [], "ground_truth": "model_a"}, "trace is not a text"),
-    *(({"prompt": "q", "a": "x", "b": "y", "label": "A", key: value}, f"{key} is not a")
-      for key, values in {"id": ([1], {"n": 1}, 1.5), "type": (3, ["chat"], {}), "source": (0, [], {"x": 1}),
-                          "meta": ([1], "text", 7), "trace": (5, ["x"])}.items() for value in values),
-    ({"prompt": "q", "a": "x", "b": "y", "label": ["A"]}, "unknown label ['A']"),
-    ({"prompt": "q", "a": "x", "b": "y", "label": None}, "unknown label None"),
-    ({"prompt": "q", "chosen": "x", "rejected": "y", "type": 3}, "type is not a text"),
-    ("[" * 100_000, "not a JSON object"),
-    ('{"prompt": "caf\udce9", "a": "x", "b": "y", "label": "A"}', "not UTF-8 text"),
-])
+@pytest.mark.parametrize(
+    "row, complaint",
+    [
+        ("not json", "not a JSON object"),
+        ({"a": "x", "b": "y", "label": "A"}, "context is missing"),
+        ({"prompt": "q", "a": "x", "b": "y", "label": "C"}, "unknown label 'C'"),
+        ({"prompt": "q", "a": "x", "b": "y"}, "unknown label None"),
+        ({"prompt": "q", "a": " ", "b": "y", "label": "A"}, "response A is empty"),
+        ({"prompt": "q", "a": "x", "b": "", "label": "A"}, "response B is empty"),
+        ({"prompt": "q", "a": "x", "b": "x", "label": "A"}, "responses are equal"),
+        ({"prompt": "q", "a": 3, "b": "y", "label": "A"}, "a is not a text"),
+        ({"text": "q"}, "neither a/b/label"),
+        (
+            {"context": [{"role": "assistant", "content": "q"}], "a": "x", "b": "y", "label": "A"},
+            "does not end with a user",
+        ),
+        ({"context_messages": USER, "winner": "tie"}, "unknown winner 'tie'"),
+        ({"context_messages": USER, "winner": ["model_a"]}, "unknown winner"),
+        ({"context_messages": USER, "winner": {"model_a": 1}}, "unknown winner"),
+        (
+            {"context_messages": USER, "winner": [], "ground_truth": "model_a"},
+            "trace is not a text",
+        ),
+        *(
+            ({"prompt": "q", "a": "x", "b": "y", "label": "A", key: value}, f"{key} is not a")
+            for key, values in {
+                "id": ([1], {"n": 1}, 1.5),
+                "type": (3, ["chat"], {}),
+                "source": (0, [], {"x": 1}),
+                "meta": ([1], "text", 7),
+                "trace": (5, ["x"]),
+            }.items()
+            for value in values
+        ),
+        ({"prompt": "q", "a": "x", "b": "y", "label": ["A"]}, "unknown label ['A']"),
+        ({"prompt": "q", "a": "x", "b": "y", "label": None}, "unknown label None"),
+        ({"prompt": "q", "chosen": "x", "rejected": "y", "type": 3}, "type is not a text"),
+        ("[" * 100_000, "not a JSON object"),
+        ('{"prompt": "caf\udce9", "a": "x", "b": "y", "label": "A"}', "not UTF-8 text"),
+    ],
+)
 def test_a_bad_line_is_named_counted_and_never_dropped_in_silence(row, complaint, tmp_path, capsys):
     path = tmp_path / "pairs.jsonl"
     good = json.dumps({"prompt": "q", "a": "x", "b": "y", "label": "B"})
-    path.write_text("\n".join([good, "", row if isinstance(row, str) else json.dumps(row), good]) + "\n",
-                    errors="surrogateescape")
-    with pytest.raises(SystemExit) as stop:
+    path.write_text(
+        "\n".join([good, "", row if isinstance(row, str) else json.dumps(row), good]) + "\n",
+        errors="surrogateescape",
+    )
+    with pytest.raises(Failure) as stop:
         read_pairs(path)
-    assert stop.value.code == 2
-    said = capsys.readouterr().err
-    assert f"{path}:3: " in said and complaint in said and len(said.splitlines()) == 1
+    said = str(stop.value)
+    assert f"{path}:3: " in said and complaint in said and "\n" not in said
     assert len(read_pairs(path, skip_bad=True)) == 2
     said = capsys.readouterr().err
     assert f"{path}:3: " in said and "1 bad lines of 3" in said
@@ -292,69 +391,117 @@ def test_a_bad_line_is_named_counted_and_never_dropped_in_silence(row, complaint
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
 def test_what_is_null_is_absent(tmp_path, suffix):
     """As parquet and pandas write a field that only some rows have."""
-    row = {"id": None, "prompt": "q", "context": None, "a": "x", "b": "y", "label": "A", "type": None,
-           "source": None, "meta": None, "trace": None, "chosen": None, "rejected": None,
-           "context_messages": None, "winner": None}
-    rows = [row, {**row, "type": "chat"},
-            {**row, "a": None, "b": None, "chosen": "x", "rejected": "y", "id": "7"}]
+    row = {
+        "id": None,
+        "prompt": "q",
+        "context": None,
+        "a": "x",
+        "b": "y",
+        "label": "A",
+        "type": None,
+        "source": None,
+        "meta": None,
+        "trace": None,
+        "chosen": None,
+        "rejected": None,
+        "context_messages": None,
+        "winner": None,
+    }
+    rows = [
+        row,
+        {**row, "type": "chat"},
+        {**row, "a": None, "b": None, "chosen": "x", "rejected": "y", "id": "7"},
+    ]
     path = tmp_path / f"pairs.{suffix}"
     if suffix == "parquet":
         import pyarrow
         import pyarrow.parquet
+
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
     else:
         path.write_text("\n".join(map(json.dumps, rows)))
     one, two, three = read_pairs(path)
     assert one == Pair("pairs-1", [{"role": "user", "content": "q"}], "x", "y", "A")
-    assert (two.id, two.type, three.id, three.meta, three.trace) == ("pairs-2", "chat", "7", {}, None)
+    assert (two.id, two.type, three.id, three.meta, three.trace) == (
+        "pairs-2",
+        "chat",
+        "7",
+        {},
+        None,
+    )
 
 
 ROWS = [{"prompt": f"qu\u00e9 {i}", "a": "x", "b": "y", "label": "AB"[i % 2]} for i in range(3)]
 LINES = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in ROWS)
 
 
-@pytest.mark.parametrize("name, data", [
-    ("p.jsonl", b"\xef\xbb\xbf" + LINES.encode()),
-    ("p.jsonl", LINES.replace("\n", "\r\n").encode()),
-    ("p.jsonl", LINES.replace("\n", "\r").encode()),
-    ("p.json", LINES.encode()),
-    ("p.json", b"\xef\xbb\xbf" + json.dumps(ROWS).encode()),
-    ("p.json", json.dumps(ROWS, indent=1, ensure_ascii=False).encode())])
+@pytest.mark.parametrize(
+    "name, data",
+    [
+        ("p.jsonl", b"\xef\xbb\xbf" + LINES.encode()),
+        ("p.jsonl", LINES.replace("\n", "\r\n").encode()),
+        ("p.jsonl", LINES.replace("\n", "\r").encode()),
+        ("p.json", LINES.encode()),
+        ("p.json", b"\xef\xbb\xbf" + json.dumps(ROWS).encode()),
+        ("p.json", json.dumps(ROWS, indent=1, ensure_ascii=False).encode()),
+    ],
+)
 def test_texts_of_every_make_are_read(tmp_path, name, data):
     (tmp_path / name).write_bytes(data)
-    assert [p.context[0]["content"] for p in read_pairs(tmp_path / name)] == [r["prompt"] for r in ROWS]
+    assert [p.context[0]["content"] for p in read_pairs(tmp_path / name)] == [
+        r["prompt"] for r in ROWS
+    ]
 
 
-@pytest.mark.parametrize("name, data, complaint", [
-    ("p.jsonl", LINES.encode("utf-16"), "UTF-16"), ("p.json", json.dumps(ROWS).encode("utf-16"), "UTF-16"),
-    ("p.jsonl", gzip.compress(LINES.encode()), "compressed"), ("p.jsonl", b"PK\3\4 and so on", "compressed"),
-    ("p.jsonl", json.dumps(ROWS, indent=1).encode(), "name it .json"),
-    ("p.jsonl", json.dumps(ROWS).encode(), "name it .json"),
-    ("p.jsonl", json.dumps(ROWS[0], indent=1).encode(), "name it .json"),
-    ("p.json", json.dumps(ROWS, indent=1, ensure_ascii=False).encode("latin-1"), "not UTF-8 text"),
-    ("p.json", json.dumps(ROWS, indent=1).encode()[:-5], "not a JSON object"),
-    ("p.json", b"", "no pairs"), ("p.parquet", b"PAR1 and so on", "not a parquet file"),
-    ("p.jsonl", None, "is a folder"), ("some/data", None, "is a folder"), ("gone.jsonl", 0, "no such file")])
-def test_a_file_that_cannot_be_read_gets_one_sentence(tmp_path, monkeypatch, capsys, name, data, complaint):
-    monkeypatch.chdir(tmp_path)                        # some/data could be the name of a hub dataset
+@pytest.mark.parametrize(
+    "name, data, complaint",
+    [
+        ("p.jsonl", LINES.encode("utf-16"), "UTF-16"),
+        ("p.json", json.dumps(ROWS).encode("utf-16"), "UTF-16"),
+        ("p.jsonl", gzip.compress(LINES.encode()), "compressed"),
+        ("p.jsonl", b"PK\3\4 and so on", "compressed"),
+        ("p.jsonl", json.dumps(ROWS, indent=1).encode(), "name it .json"),
+        ("p.jsonl", json.dumps(ROWS).encode(), "name it .json"),
+        ("p.jsonl", json.dumps(ROWS[0], indent=1).encode(), "name it .json"),
+        (
+            "p.json",
+            json.dumps(ROWS, indent=1, ensure_ascii=False).encode("latin-1"),
+            "not UTF-8 text",
+        ),
+        ("p.json", json.dumps(ROWS, indent=1).encode()[:-5], "not a JSON object"),
+        ("p.json", b"", "no pairs"),
+        ("p.parquet", b"PAR1 and so on", "not a parquet file"),
+        ("p.jsonl", None, "is a folder"),
+        ("some/data", None, "is a folder"),
+        ("gone.jsonl", 0, "no such file"),
+    ],
+)
+def test_a_file_that_cannot_be_read_gets_one_sentence(
+    tmp_path, monkeypatch, capsys, name, data, complaint
+):
+    monkeypatch.chdir(tmp_path)  # some/data could be the name of a hub dataset
     if data is None:
         (tmp_path / name).mkdir(parents=True)
     elif data != 0:
         (tmp_path / name).write_bytes(data)
-    with pytest.raises(SystemExit) as stop:
+    with pytest.raises(Failure) as stop:
         read_pairs(name)
-    said = capsys.readouterr().err
-    assert stop.value.code == 2 and len(said.splitlines()) == 1 and name in said and complaint in said
+    said = str(stop.value)
+    assert "\n" not in said and name in said and complaint in said
     assert "more bad lines" not in said
 
 
 def test_a_hub_dataset_is_read_by_its_name(monkeypatch):
     """Without a network: the rows that `datasets` would bring are made here, in the published form."""
     import datasets
+
     rows = [{"context_messages": chat_messages(PAIR), "winner": w} for w in ("model_a", "model_b")]
     asked = []
-    monkeypatch.setattr(datasets, "load_dataset",
-                        lambda *a, **kw: asked.append((a, kw)) or datasets.Dataset.from_list(rows))
+    monkeypatch.setattr(
+        datasets,
+        "load_dataset",
+        lambda *a, **kw: asked.append((a, kw)) or datasets.Dataset.from_list(rows),
+    )
     assert [p.label for p in read_pairs("gaotang/RM-R1-after-Distill-RLVR")] == ["A", "B"]
     assert asked == [(("gaotang/RM-R1-after-Distill-RLVR",), {"split": "train", "revision": None})]
 
@@ -373,12 +520,16 @@ def test_a_prompt_has_one_bos():
     both)."""
     from tokenizers.processors import TemplateProcessing
     from transformers import AutoTokenizer
+
     tokenizer = AutoTokenizer.from_pretrained(SHARED / "tokenizers/qwen2.5")
     bos = "<|endoftext|>"
     tokenizer.bos_token, at = bos, tokenizer.convert_tokens_to_ids(bos)
-    tokenizer.chat_template = (SHARED / "tokenizers/deepseek_r1_distill_qwen/chat_template.jinja").read_text()
+    tokenizer.chat_template = (
+        SHARED / "tokenizers/deepseek_r1_distill_qwen/chat_template.jinja"
+    ).read_text()
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-        single=f"{bos} $A", special_tokens=[(bos, at)])
-    assert tokenizer("a text")["input_ids"][0] == at                     # it would
-    ids = encode(tokenizer, chat_messages(PAIR, "reasoning"))
-    assert ids.count(at) == 1 and ids[0] == at and tokenizer.decode(ids).endswith("<think>\n")
+        single=f"{bos} $A", special_tokens=[(bos, at)]
+    )
+    assert tokenizer("a text")["input_ids"][0] == at  # it would
+    ids = encode(tokenizer, chat_messages(PAIR, PromptStyle("reasoning")))
+    assert list(ids).count(at) == 1 and ids[0] == at and tokenizer.decode(ids).endswith("<think>\n")

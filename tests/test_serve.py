@@ -1,5 +1,6 @@
-"""The gateway, in front of a simulated model: formats, cohorts, who may ask, and how it ends. One test starts it as a
-user would, in front of vLLM."""
+"""The gateway, in front of a simulated model: formats, pending groups, who may ask, and how it ends. One test starts
+it as a user would, in front of vLLM."""
+
 import asyncio
 import base64
 import contextlib
@@ -14,7 +15,7 @@ import subprocess
 import sys
 import threading
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from http.server import ThreadingHTTPServer
 
 import httpx
@@ -22,20 +23,26 @@ import psutil
 import pytest
 import torch
 import uvicorn
-
-import gateway as G
-from askers import Answer
-from conftest import ROOT, Replies, environment
-from rmr1 import Judge
 from test_judge import Model, Slow, noisy, until
+
+import serve.__main__
+import serve.groups
+from conftest import ROOT, Replies, call, environment
+from judge.backends import Answer
+from rmr1 import Judge
+from serve import gateway as G
+from serve.groups import Busy, PendingGroups
 
 
 @contextlib.contextmanager
 def gateway(model=None, **more):
     """A gateway in a thread. -> its URL; .gate is what its routes share"""
     gate = G.Gate(Judge(model or Model(), protocol="instruct"), **more)
-    server = uvicorn.Server(uvicorn.Config(G.app_of(gate), port=0, log_level="error", lifespan="off",
-                                           timeout_graceful_shutdown=1))
+    server = uvicorn.Server(
+        uvicorn.Config(
+            G.make_app(gate), port=0, log_level="error", lifespan="off", timeout_graceful_shutdown=1
+        )
+    )
     threading.Thread(target=server.run, daemon=True).start()
     until(lambda: server.started)
     url = Url(f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}")
@@ -61,68 +68,169 @@ def sample(n, group=3, **more):
 
 # ---------------------------------------------------------------- formats
 
+
 def test_compare_rank_and_reward():
     with gateway() as url:
         found = post(url, "/compare", {"prompt": "q", "a": "is 5", "b": "is 3"}).json()
-        assert (found["verdict"], found["consistent"], found["usage"]["judgments"]) == ("A", True, 2)
-        assert [(v["order"], v["verdict"], v["prefers"]) for v in found["votes"]] == [("AB", "A", "a"), ("BA", "B", "a")]
-        assert found["votes"][0]["judgment"]["rubric"] == [{"name": "Size", "weight": 100.0, "text": ""}]
-        ranked = post(url, "/rank", {"prompt": [{"role": "user", "content": "q"}],
-                                     "responses": ["is 1", "is 3", "is 2"]}).json()
-        assert ranked["ranking"] == [1, 2, 0] and ranked["usage"]["judgments"] == len(ranked["comparisons"])
-        rewards = post(url, "/reward", {"prompts": ["q"] * 3 + ["p"] * 2 + ["alone"],
-                                        "completions": ["is 1", "is 3", "is 2", "is 9", "", "is 4"]}).json()["rewards"]
+        assert (found["verdict"], found["consistent"], found["usage"]["judgments"]) == (
+            "A",
+            True,
+            2,
+        )
+        assert [(v["order"], v["verdict"], v["prefers"]) for v in found["votes"]] == [
+            ("AB", "A", "a"),
+            ("BA", "B", "a"),
+        ]
+        assert found["votes"][0]["judgment"]["rubric"] == [
+            {"name": "Size", "weight": 100.0, "text": ""}
+        ]
+        ranked = post(
+            url,
+            "/rank",
+            {"prompt": [{"role": "user", "content": "q"}], "responses": ["is 1", "is 3", "is 2"]},
+        ).json()
+        assert ranked["ranking"] == [1, 2, 0] and ranked["usage"]["judgments"] == len(
+            ranked["comparisons"]
+        )
+        rewards = post(
+            url,
+            "/reward",
+            {
+                "prompts": ["q"] * 3 + ["p"] * 2 + ["alone"],
+                "completions": ["is 1", "is 3", "is 2", "is 9", "", "is 4"],
+            },
+        ).json()["rewards"]
         assert rewards[:3] == ranked["reward"] and rewards[3:] == [None] * 3
-        assert post(url, "/reward", {"prompt": "q", "completion": "is 3", "reference": "is 2"}).json()["reward"] == .75
-
-
-def test_rerank_as_clients_read_it():
-    with gateway() as url:
-        body = {"model": "m", "query": "q", "documents": ["is 1", {"text": "is 3"}, "is 2", " "], "top_n": 3}
-        for path in ("/rerank", "/v1/rerank", "/v2/rerank"):
-            got = post(url, path, body).json()
-            assert [r["index"] for r in got["results"]] == [1, 2, 0] and got["model"] == "m"
-            scores = [r["relevance_score"] for r in got["results"]]
-            assert scores == sorted(scores, reverse=True) and 0 <= scores[-1] <= scores[0] <= 1
-            assert got["results"][0]["document"] == {"text": "is 3"} and "1 documents" in got["meta"]["warnings"][0]
-        assert "document" not in post(url, "/rerank", body | {"return_documents": False}).json()["results"][0]
-        assert post(url, "/rerank", {"query": "q", "documents": ["x"]}).json()["results"][0]["relevance_score"] == .5
+        assert (
+            post(url, "/reward", {"prompt": "q", "completion": "is 3", "reference": "is 2"}).json()[
+                "reward"
+            ]
+            == 0.75
+        )
 
 
 def test_openrlhf_as_its_code_asks():
     """One sample a call, in a chat template, with the token that ends it."""
     prompt = "<|im_start|>system\nbe brief<|im_end|>\n<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n"
-    ask = lambda url, n, **more: post(url, "/get_reward?group=3", {
-        "query": [f"{prompt}is {n}<|im_end|>"], "prompts": [prompt], "labels": ["x"]}).json()
+    ask = lambda url, n, **more: post(
+        url,
+        "/get_reward?group=3",
+        {"query": [f"{prompt}is {n}<|im_end|>"], "prompts": [prompt], "labels": ["x"]},
+    ).json()
     with gateway() as url, ThreadPoolExecutor(3) as pool:
         got = [*pool.map(lambda n: ask(url, n), (1, 2, 3))]
-        assert all(set(x) == {"rewards", "scores", "extra_logs"} and x["rewards"] == x["scores"] for x in got)
+        assert all(
+            set(x) == {"rewards", "scores", "extra_logs"} and x["rewards"] == x["scores"]
+            for x in got
+        )
         rewards = [x["rewards"][0] for x in got]
         assert rewards == sorted(rewards) and got[0]["extra_logs"]["stderr"][0] > 0
-        whole = post(url, "/reward", {"prompts": [[{"role": "system", "content": "be brief"},
-                                                   {"role": "user", "content": "q"}]] * 3,
-                                      "completions": ["is 1", "is 2", "is 3"]}).json()["rewards"]
+        whole = post(
+            url,
+            "/reward",
+            {
+                "prompts": [
+                    [{"role": "system", "content": "be brief"}, {"role": "user", "content": "q"}]
+                ]
+                * 3,
+                "completions": ["is 1", "is 2", "is 3"],
+            },
+        ).json()["rewards"]
         assert whole == rewards
-        several = post(url, "/get_reward", {"query": ["q is 1", "q is 2"], "prompts": ["q", "q"]}).json()
+        several = post(
+            url, "/get_reward", {"query": ["q is 1", "q is 2"], "prompts": ["q", "q"]}
+        ).json()
         assert several["rewards"][0] < several["rewards"][1]
-        assert post(url, "/get_reward?group=3", {"query": [], "prompts": [], "labels": []}).json()["rewards"] == []
+        assert (
+            post(url, "/get_reward?group=3", {"query": [], "prompts": [], "labels": []}).json()[
+                "rewards"
+            ]
+            == []
+        )
     with gateway(Model(lambda *_: "?")) as url:
-        assert post(url, "/get_reward", {"query": ["q is 1", "q is 2"], "prompts": ["q", "q"]}).json()["rewards"] is None
+        assert (
+            post(url, "/get_reward", {"query": ["q is 1", "q is 2"], "prompts": ["q", "q"]}).json()[
+                "rewards"
+            ]
+            is None
+        )
 
 
-def test_templates_are_taken_apart_in_linear_time():
-    start, end = "<|im_start|>", "<|im_end|>"
-    assert G.context_of(f"{start}user\nq{end}\n{start}assistant\nx{end}\n{start}user\nmore{end}\n{start}assistant\n") == [
-        {"role": r, "content": c} for r, c in (("user", "q"), ("assistant", "x"), ("user", "more"))]
-    assert G.context_of("plain")[0]["content"] == "plain"
-    for text, left in ((f"x{end}\n", "x"), (f"x{end} y{end}</s> ", f"x{end} y"), ("x \n", "x \n"), (end, "")):
-        assert G.without_end(text) == left
+START, END = "<|im_start|>", "<|im_end|>"
+CHATML = (
+    f"{START}user\nq{END}\n{START}assistant\nx{END}\n{START}user\nmore{END}\n{START}assistant\n"
+)
+LLAMA = (
+    "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nq<|eot_id|>"
+    "<|start_header_id|>assistant<|end_header_id|>\n\n"
+)
+
+
+def test_a_rendered_template_is_taken_apart():
+    assert G.rendered_context(CHATML) == [
+        {"role": role, "content": content}
+        for role, content in (("user", "q"), ("assistant", "x"), ("user", "more"))
+    ]
+    assert G.rendered_context(LLAMA) == [{"role": "user", "content": "q"}]
+    thinks = f"{START}user\nwhat is <s>x</s> ?{END}\n{START}assistant\n<think>\n"
+    assert G.rendered_context(thinks)[0]["content"] == "what is <s>x</s> ?"
+    for text, without in (
+        (f"x{END}\n", "x"),
+        (f"x{END} y{END}</s> ", f"x{END} y"),
+        ("x \n", "x \n"),
+        (END, ""),
+    ):
+        assert G.without_end(text) == without
+
+
+QUOTES = (
+    f"Explain this: {START}user\nhi{END} what is it?",
+    f"{START}user\nhi{END} what is it?",
+    f"{START}user\nhi",
+    f"{CHATML} what is it?{END} And {START}user\nthat?",
+    "plain",
+)
+
+
+@pytest.mark.parametrize("prompt", QUOTES)
+def test_a_prompt_that_quotes_a_template_is_judged_as_it_is(prompt):
+    """On every route: the judge reads the whole question."""
+
+    class Reads(Model):
+        def answer(self, messages, *more):
+            assert prompt in messages[-1]["content"]
+            return super().answer(messages, *more)
+
+    texts = ["is 1", "is 2"]
+    with gateway(Reads()) as url:
+        for path, body in (
+            ("/compare", {"prompt": prompt, "a": "is 1", "b": "is 2"}),
+            ("/rank", {"prompt": prompt, "responses": texts}),
+            ("/reward", {"prompts": [prompt] * 2, "completions": texts}),
+            ("/get_reward", {"query": [prompt + t for t in texts], "prompts": [prompt] * 2}),
+        ):
+            assert post(url, path, body).status_code == 200, path
+
+
+def test_only_openrlhfs_route_takes_a_template_apart():
+    class Reads(Model):
+        def answer(self, messages, *more):
+            assert CHATML in messages[-1]["content"]
+            return super().answer(messages, *more)
+
+    with gateway(Reads()) as url:
+        assert post(url, "/compare", {"prompt": CHATML, "a": "is 1", "b": "is 2"}).is_success
+
+
+def test_texts_are_taken_apart_in_linear_time():
     begin = time.process_time()
-    for hostile in ("\n" * 10**6, f"{start}user\n" * 10**5, end * 10**5, f"{end}\n" * 10**5 + "x"):
+    for hostile in ("\n" * 10**6, f"{START}user\n" * 10**5, END * 10**5, f"{END}\n" * 10**5 + "x"):
         G.without_end(f"x{hostile}x")
         with contextlib.suppress(ValueError):
-            G.context_of(hostile + "x")
-    assert time.process_time() - begin < 10                    # quadratic: hours
+            G.rendered_context(hostile + "x")
+        with contextlib.suppress(ValueError):
+            G.rendered_context(f"{START}user\n{hostile}{END}\n" * 3)
+    assert time.process_time() - begin < 10  # quadratic: hours
 
 
 def events(url, body):
@@ -135,40 +243,38 @@ def events(url, body):
                 yield name, json.loads(line[6:])
 
 
-class Writing(Model):
-    """Says what it writes, word by word; the first time it breaks off, and begins again."""
-    def submit(self, requests, heard=None):
-        futures = [Future() for _ in requests]
-        for n, (future, request) in enumerate(zip(futures, requests)):
-            answer = self.answer(*request)
-            for text in ("<type>Ch", "", *(answer.text[:k] for k in range(0, len(answer.text) + 1, 7)), answer.text):
-                if heard:
-                    heard(n, text)
-            future.set_result(answer)
-        return futures
+def test_votes_appear_one_by_one():
+    """The second vote is whole before the first is: it is sent at once, with its number."""
+    body = {"prompt": "q", "a": "is 5", "b": "is 3"}
+    with gateway(model := Slow()) as url:
+        stream = events(url, body)
+        with ThreadPoolExecutor(1) as pool:
+            next_event = pool.submit(next, stream)
+            until(lambda: len(model.waiting) == 2)
+            (first, first_request), (second, second_request) = model.waiting
+            second.set_result(model.answer(*second_request))
+            name, vote = next_event.result(20)
+            assert (name, vote["number"], vote["order"], vote["prefers"]) == ("vote", 1, "BA", "a")
+            assert vote["judgment"]["rubric"] == [{"name": "Size", "weight": 100.0, "text": ""}]
+            first.set_result(model.answer(*first_request))
+            events_after = pool.submit(list, stream).result(20)
+        assert [name for name, _ in events_after] == ["vote", "done"]
+        votes = [events_after[0][1], vote]
+        comparison = events_after[-1][1]
+        assert [{"number": n} | v for n, v in enumerate(comparison["votes"])] == votes
+        again = post(url, "/compare", body).json()
+        assert again | {"usage": 0} == comparison | {"usage": 0}
+        assert (comparison["usage"]["judgments"], comparison["usage"]["cached"]) == (2, 0)
 
 
-def test_a_comparison_while_it_is_written():
-    with gateway(Writing()) as url:
-        got = [*events(url, {"prompt": "q", "a": "is 5", "b": "is 3"})]
-        texts = {0: "", 1: ""}
-        for name, data in got:
-            if name == "start":
-                texts[data["vote"]] = ""
-            elif name == "text":
-                texts[data["vote"]] += data["text"]
-        ends = {d["vote"]: d for n, d in got if n == "end"}
-        assert texts == {k: ends[k]["text"] for k in (0, 1)} and got[-1][0] == "done"
-        assert got[-1][1] == post(url, "/compare", {"prompt": "q", "a": "is 5", "b": "is 3"}).json() | {
-            "usage": got[-1][1]["usage"]}
-        judged = [d["judgment"]["rubric"] for n, d in got if n == "judgment" and d["vote"] == 0]
-        assert judged[0] == [] and judged[-1][0]["name"] == "Size"
-        assert [n for n, d in got if n == "start" and d["vote"] == 0] == ["start"] * 2
+def test_a_comparison_in_events_that_fails():
+    with gateway() as url:
         name, data = [*events(url, {"prompt": "q", "a": "is five", "b": "is 3"})][-1]
         assert name == "error" and "five" in data["error"]["message"]
 
 
-# ---------------------------------------------------------------- cohorts
+# ---------------------------------------------------------------- pending groups
+
 
 async def wait_for(url, *bodies, order=None):
     async with httpx.AsyncClient(timeout=30) as client:
@@ -184,51 +290,68 @@ def test_the_same_rewards_in_any_order_of_arrival():
             got = asyncio.run(wait_for(url, *(sample(numbers[i], 8) for i in order)))
             seen.add(tuple(r for _, r in sorted(zip(order, got))))
     assert len(seen) == 1
-    rewards, = seen
+    (rewards,) = seen
     assert rewards[2] == rewards[5] and rewards[6] > rewards[3]
 
 
 def test_a_sample_that_never_comes_and_one_alone():
     with gateway(group_timeout=0.3) as url:
         start = time.time()
-        got = asyncio.run(wait_for(url, sample(1), sample(2), sample(9, cohort="other")))
+        got = asyncio.run(wait_for(url, sample(1), sample(2), sample(9, group_id="other")))
         assert got[0] < got[1] and got[2] is None and 0.2 < time.time() - start < 10
-        assert "rmr1_waiting_samples 0.0" in httpx.get(url + "/metrics").text
+        assert url.gate.pending_groups.waiting == 0
 
 
 def test_who_leaves_stays_a_member_and_finds_its_reward_again():
     """Three samples, two of whose callers leave before the third comes. By id, and without one by the text."""
     with gateway() as url:
         for more in ({"rollout": "a"}, {}):
-            first, second = sample(1, cohort=str(more), **more), sample(2, cohort=str(more))
+            first, second = sample(1, group_id=str(more), **more), sample(2, group_id=str(more))
             for body in (first, second):
                 with pytest.raises(httpx.ReadTimeout):
                     httpx.post(url + "/reward", json=body, timeout=0.3)
-            until(lambda: url.gate.cohorts.waiting == 0)
+            until(lambda: url.gate.pending_groups.waiting == 0)
             with ThreadPoolExecutor(2) as pool:
                 again = pool.submit(post, url, "/reward", first)
-                until(lambda: url.gate.cohorts.waiting == 1)
-                last = post(url, "/reward", sample(3, cohort=str(more))).json()["reward"]
-                assert again.result().json()["reward"] < post(url, "/reward", second).json()["reward"] < last
+                until(lambda: url.gate.pending_groups.waiting == 1)
+                last = post(url, "/reward", sample(3, group_id=str(more))).json()["reward"]
+                assert (
+                    again.result().json()["reward"]
+                    < post(url, "/reward", second).json()["reward"]
+                    < last
+                )
 
 
 def test_a_retry_that_overtakes_its_callers_leaving():
     """It comes at once, over another connection, without an id: still one sample, so that the group gets whole."""
+
     async def go(url):
         async with httpx.AsyncClient(timeout=30) as client:
+
             async def sends(body):
                 with contextlib.suppress(httpx.ReadTimeout):
                     await client.post(url + "/reward", json=body, timeout=0.2)
                 return await client.post(url + "/reward", json=body)
+
             async def late(body):
                 await asyncio.sleep(0.5)
                 return await client.post(url + "/reward", json=body)
-            return await asyncio.gather(*[sends(sample(n, 12)) for n in range(10)], *[
-                late(sample(n, 12)) for n in (10, 11)])
+
+            return await asyncio.gather(
+                *[sends(sample(n, 12)) for n in range(10)], *[late(sample(n, 12)) for n in (10, 11)]
+            )
+
     with gateway(Model(), group_timeout=20) as url:
         rewards = [r.json()["reward"] for r in asyncio.run(go(url))]
-        assert url.gate.cohorts.kept == 12 and rewards == post(url, "/reward", {
-            "prompts": ["q"] * 12, "completions": [f"is {n}" for n in range(12)]}).json()["rewards"]
+        assert (
+            url.gate.pending_groups.sample_count == 12
+            and rewards
+            == post(
+                url,
+                "/reward",
+                {"prompts": ["q"] * 12, "completions": [f"is {n}" for n in range(12)]},
+            ).json()["rewards"]
+        )
 
 
 def test_an_id_makes_a_retry_harmless():
@@ -236,14 +359,17 @@ def test_an_id_makes_a_retry_harmless():
     with gateway() as url:
         same = sample(1, rollout="a")
         got = asyncio.run(wait_for(url, same, same, sample(2, rollout="b"), sample(3, rollout="c")))
-        assert got[0] == got[1] < got[2] < got[3] and post(url, "/reward", same).json()["reward"] == got[0]
-        twins = asyncio.run(wait_for(url, *[sample(1, cohort="x")] * 2, sample(2, cohort="x")))
+        assert (
+            got[0] == got[1] < got[2] < got[3]
+            and post(url, "/reward", same).json()["reward"] == got[0]
+        )
+        twins = asyncio.run(wait_for(url, *[sample(1, group_id="x")] * 2, sample(2, group_id="x")))
         assert twins[0] == twins[1] < twins[2]
 
 
 def test_the_same_prompt_in_two_groups_at_once():
     with gateway() as url:
-        got = asyncio.run(wait_for(url, *[sample(n, cohort=c) for n in (1, 2, 3) for c in "xy"]))
+        got = asyncio.run(wait_for(url, *[sample(n, group_id=c) for n in (1, 2, 3) for c in "xy"]))
         assert got[0] == got[1] < got[2] == got[3] < got[4] == got[5]
 
 
@@ -251,31 +377,132 @@ def test_a_failure_reaches_every_sample():
     class Broken(Model):
         def answer(self, *_):
             raise ValueError("no such thing")
+
     with gateway(Broken()) as url:
         got = asyncio.run(wait_for(url, *(sample(n) for n in (1, 2, 3))))
         assert [x["error"]["message"] for x in got] == ["no such thing"] * 3
 
 
+@pytest.mark.parametrize("ids", [{}, {"rollout": "a"}])
+def test_a_group_that_failed_is_judged_anew(ids):
+    """The judge fails once. Retries find no trace of that, with an id or without."""
+
+    class FailsOnce(Model):
+        has_failed = False
+
+        def answer(self, *request):
+            if not self.has_failed:
+                self.has_failed = True
+                raise ValueError("not now")
+            return super().answer(*request)
+
+    bodies = [sample(n, 2, **ids) for n in (1, 2)]
+    with gateway(FailsOnce()) as url:
+        errors = asyncio.run(wait_for(url, *bodies))
+        assert [x["error"]["message"] for x in errors] == ["not now"] * 2
+        groups = url.gate.pending_groups
+        assert not groups.groups and groups.sample_count == groups.byte_count == 0
+        rewards = asyncio.run(wait_for(url, *bodies))
+        assert rewards[0] < rewards[1]
+
+
+class GroupJudge:
+    """Rewards a response by its length, and remembers the groups that it was given."""
+
+    def __init__(self):
+        self.groups = []
+
+    async def agroup(self, prompt, responses):
+        self.groups.append(responses)
+        return [(float(len(response)), 0.0) for response in responses], []
+
+
+PROMPT = [{"role": "user", "content": "q"}]
+
+
+async def leave(groups, text, **more):
+    """A caller that leaves before its group is whole."""
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(groups.reward(PROMPT, text, 3, **more), 0.01)
+
+
+@pytest.mark.parametrize("passes", ["another group", "a minute"])
+def test_a_sample_that_was_left_answers_no_later_step(passes, monkeypatch):
+    """A caller leaves for good. A later step's sample with the same text belongs to its own group."""
+
+    async def go():
+        groups = PendingGroups(judge := GroupJudge(), timeout=20)
+        ask = lambda *texts: asyncio.gather(*[groups.reward(PROMPT, t, 3) for t in texts])
+        await leave(groups, "left")
+        await ask("b", "cc")
+        if passes == "a minute":
+            monkeypatch.setattr(serve.groups, "RETRY_SECONDS", 0)
+            later = ["left", "d", "ee"]
+        else:
+            later = ["d", "left", "ee"]
+        assert await ask(*later) == [(float(len(t)), 0.0) for t in later]
+        assert judge.groups == [["left", "b", "cc"], later]
+
+    asyncio.run(go())
+
+
+def test_a_retry_finds_a_judged_place_until_another_group_begins():
+    async def go():
+        groups = PendingGroups(judge := GroupJudge(), timeout=0.1)
+        await leave(groups, "left")
+        await leave(groups, "left with an id", sample_id="x")
+        assert await groups.reward(PROMPT, "b", 3) == (1.0, 0.0)
+        assert await groups.reward(PROMPT, "left", 3) == (4.0, 0.0)
+        assert await groups.reward(PROMPT, "other", 3) == (5.0, 0.0)
+        assert await groups.reward(PROMPT, "left with an id", 3, sample_id="x") == (15.0, 0.0)
+        assert judge.groups == [["left", "left with an id", "b"], ["other"]]
+
+    asyncio.run(go())
+
+
+def test_samples_that_wait_are_bounded_by_number_and_by_bytes():
+    async def go(**bounds):
+        groups = PendingGroups(GroupJudge(), timeout=20, **bounds)
+        waits = [asyncio.ensure_future(groups.reward(PROMPT, t, 3)) for t in ("é" * 10, "b")]
+        await asyncio.sleep(0.01)
+        assert groups.byte_count == 2 * 10 + 1 + 2  # the prompt's byte twice
+        with pytest.raises(Busy, match="no more of them"):
+            await groups.reward(PROMPT, "c", 3)
+        groups.max_samples = groups.max_bytes = 100
+        assert await groups.reward(PROMPT, "c", 3) == (1.0, 0.0)
+        assert await asyncio.gather(*waits) == [(10.0, 0.0), (1.0, 0.0)]
+        assert groups.byte_count == 0 and groups.sample_count == 3
+
+    asyncio.run(go(max_samples=2))
+    asyncio.run(go(max_bytes=24))
+
+
 class Away(Model):
     """A server that could not be reached, or a prompt without room: no text."""
+
     why = "no answer from the server: gone"
 
     def answer(self, *_):
         return Answer("", self.why, failed=True)
 
 
-@pytest.mark.parametrize("why, status", [(Away.why, 502), ("prompt longer than the window of 9 tokens", 400)])
+@pytest.mark.parametrize(
+    "why, status", [(Away.why, 502), ("prompt longer than the window of 9 tokens", 400)]
+)
 def test_what_has_no_text_is_an_error_and_not_a_number(why, status, monkeypatch):
     monkeypatch.setattr(Away, "why", why)
     pair, some = {"prompt": "q", "a": "is 1", "b": "is 2"}, ["is 1", "is 2"]
     with gateway(Away()) as url, ThreadPoolExecutor(2) as pool:
-        for path, body in (("/compare", pair), ("/rank", {"prompt": "q", "responses": some}),
-                           ("/reward", {"prompts": ["q"] * 2, "completions": some}),
-                           ("/rerank", {"query": "q", "documents": some})):
+        for path, body in (
+            ("/compare", pair),
+            ("/rank", {"prompt": "q", "responses": some}),
+            ("/reward", {"prompts": ["q"] * 2, "completions": some}),
+        ):
             r = post(url, path, body)
             assert r.status_code == status and r.json()["error"]["message"] == why
-        assert [r.status_code for r in pool.map(
-            lambda n: post(url, "/reward", sample(n, 2)), (1, 2))] == [status] * 2
+        assert [
+            r.status_code for r in pool.map(lambda n: post(url, "/reward", sample(n, 2)), (1, 2))
+        ] == [status] * 2
         assert [*events(url, pair)][-1][1]["error"]["message"] == why
 
 
@@ -283,8 +510,17 @@ def test_when_it_closes_nobody_is_left_hanging():
     """A group that is not whole is refused at once; what is judged already has its time, and then is refused."""
     with gateway(model := Slow()) as url, ThreadPoolExecutor(3) as pool:
         waits = pool.submit(post, url, "/reward", sample(1))
-        judged, late = (pool.submit(post, url, "/compare", {"prompt": p, "a": "is 5", "b": "is 3"}) for p in "qp")
-        until(lambda: len(model.waiting) == 4 and url.gate.cohorts and url.gate.cohorts.waiting == 1)
+        judged, late = (
+            pool.submit(post, url, "/compare", {"prompt": p, "a": "is 5", "b": "is 3"})
+            for p in "qp"
+        )
+        until(
+            lambda: (
+                len(model.waiting) == 4
+                and url.gate.pending_groups
+                and url.gate.pending_groups.waiting == 1
+            )
+        )
         url.loop.call_soon_threadsafe(url.gate.close, 2)
         assert waits.result().status_code == 503 and "shutting down" in waits.result().text
         assert post(url, "/rank", {"prompt": "q", "responses": ["is 1", "is 2"]}).status_code == 503
@@ -297,78 +533,166 @@ def test_when_it_closes_nobody_is_left_hanging():
 
 # ---------------------------------------------------------------- who may ask, and what
 
-PATHS = ("/", "/metrics", "/openapi.json", "/compare", "/rank", "/reward", "/get_reward", "/rerank", "/v1/rerank",
-         "/v2/rerank", "/nowhere")
+PATHS = ("/", "/openapi.json", "/compare", "/rank", "/reward", "/get_reward", "/nowhere")
 
 
 def test_a_key_guards_everything_but_health():
-    basic = lambda key: {"Authorization": "Basic " + base64.b64encode(f"me:{key}".encode()).decode()}
+    basic = lambda key: {
+        "Authorization": "Basic " + base64.b64encode(f"me:{key}".encode()).decode()
+    }
     with gateway(key="secret") as url:
         for path in PATHS:
-            for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "Basic !"}, basic("wrong")):
+            for headers in (
+                {},
+                {"Authorization": "Bearer wrong"},
+                {"Authorization": "Basic !"},
+                basic("wrong"),
+            ):
                 for method in ("GET", "POST"):
                     r = httpx.request(method, url + path, headers=headers, content=b"{}")
                     assert r.status_code == 401 and r.json()["error"]["code"] == 401, path
         assert httpx.get(url + "/health").status_code == 200
         for headers in ({"Authorization": "Bearer secret"}, basic("secret")):
             assert httpx.get(url, headers=headers).status_code == 200
-            assert post(url, "/compare", {"prompt": "q", "a": "is 5", "b": "is 3"}, headers=headers).status_code == 200
+            assert (
+                post(
+                    url, "/compare", {"prompt": "q", "a": "is 5", "b": "is 3"}, headers=headers
+                ).status_code
+                == 200
+            )
 
 
 def test_a_page_of_another_origin_can_neither_read_nor_post():
     body = {"prompt": "q", "a": "is 5", "b": "is 3"}
     with gateway() as url:
-        for headers in ({"Origin": "http://evil.example"}, {"Origin": "null"}, {"Host": "evil.example"}):
+        for headers in (
+            {"Origin": "http://evil.example"},
+            {"Origin": "null"},
+            {"Host": "evil.example"},
+        ):
             r = httpx.post(url + "/compare", json=body, headers=headers)
             assert r.status_code == 403 and "access-control-allow-origin" not in r.headers
-            assert httpx.get(url + "/metrics", headers=headers).status_code == 403
-        simple = httpx.post(url + "/compare", content=json.dumps(body), headers={"Content-Type": "text/plain"})
+            assert httpx.get(url, headers=headers).status_code == 403
+        simple = httpx.post(
+            url + "/compare", content=json.dumps(body), headers={"Content-Type": "text/plain"}
+        )
         assert simple.status_code == 415
-        assert httpx.options(url + "/compare", headers={"Origin": "http://evil.example",
-                                                        "Access-Control-Request-Method": "POST"}).status_code == 403
+        assert (
+            httpx.options(
+                url + "/compare",
+                headers={"Origin": "http://evil.example", "Access-Control-Request-Method": "POST"},
+            ).status_code
+            == 403
+        )
         assert httpx.post(url + "/compare", json=body, headers={"Origin": url}).status_code == 200
 
 
-@pytest.mark.parametrize("path, body, status, complaint", [
-    ("/compare", b"", 400, "body: Field required"), ("/compare", b"{", 400, "JSON"), ("/compare", b"[" * 50_000, 400, ""),
-    ("/compare", b"\xff", 400, ""), ("/compare", {"prompt": "q", "a": "x"}, 400, "b: Field required"),
-    ("/compare", {"prompt": "q", "a": "", "b": "y"}, 400, "a response is empty"),
-    ("/compare", {"prompt": [], "a": "x", "b": "y"}, 400, "the context is missing"),
-    ("/compare", {"prompt": "q", "a": "is 1", "b": "is 2", "budget": 10**30}, 400, "budget"),
-    ("/compare", b'{"prompt": "q", "a": "\\ud800", "b": "is 2"}', 400, ""),
-    ("/rank", {"prompt": "q", "responses": ["x"]}, 400, "responses"),
-    ("/rank", {"prompt": "q", "responses": ["is 1"] * 100}, 413, "100 responses: 32 of one prompt are compared at most; "
-                                                              "these would ask for up to 400 judgments"),
-    ("/rerank", {"query": "q", "documents": ["is 1"] * 33}, 413, "132 judgments"),
-    ("/reward", {"prompts": ["q"], "completions": []}, 400, "as many of each"),
-    ("/reward", {"prompt": "q", "completion": "x"}, 400, "group"),
-    ("/reward", {"prompts": ["q"] * 33, "completions": ["is 1"] * 33}, 413, "33 responses"),
-    ("/reward", {"prompt": "q", "completion": "x", "group": 33}, 413, "33 responses"),
-    ("/get_reward", {"query": ["q x"], "prompts": ["q"]}, 400, "?group=8"),
-    ("/get_reward", {"query": ["x"], "prompts": ["q"]}, 400, "each query must be its prompt"),
-    ("/get_reward?group=1", {"query": ["q x"], "prompts": ["q"]}, 400, "greater than or equal to 2"),
-    ("/get_reward?group=x", {"query": ["q x"], "prompts": ["q"]}, 400, "group"),
-    ("/compare", {"prompt": "x" * 200_000, "a": "x", "b": "y"}, 413, "100,000 bytes"),
-    ("/nowhere", {}, 404, "Not Found")])
+@pytest.mark.parametrize(
+    "host, status",
+    [
+        ("localhost:8080", 200),
+        ("127.0.0.1", 200),
+        ("[::1]:8080", 200),
+        ("judge.internal", 200),
+        ("192.168.1.7:8080", 403),
+        ("0.0.0.0", 403),
+        ("evil.example", 403),
+        ("[", 403),
+    ],
+)
+def test_without_a_key_this_machine_is_answered_only(host, status):
+    with gateway(host="judge.internal") as url:
+        assert httpx.get(url, headers={"Host": host}).status_code == status
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.7"])
+def test_an_address_for_everybody_needs_a_key(host, monkeypatch):
+    monkeypatch.delenv("RMR1_API_KEY", raising=False)
+    done = call(serve.__main__, "--model", "none", "--host", host, ok=False)
+    assert done.returncode == 2 and done.stderr.startswith(f"error: --host {host}: ")
+    assert "RMR1_API_KEY" in done.stderr and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "path, body, status, complaint",
+    [
+        ("/compare", b"", 400, "body: Field required"),
+        ("/compare", b"{", 400, "JSON"),
+        ("/compare", b"[" * 50_000, 400, ""),
+        ("/compare", b"\xff", 400, ""),
+        ("/compare", {"prompt": "q", "a": "x"}, 400, "b: Field required"),
+        ("/compare", {"prompt": "q", "a": "", "b": "y"}, 400, "a response is empty"),
+        ("/compare", {"prompt": [], "a": "x", "b": "y"}, 400, "the context is missing"),
+        ("/compare", {"prompt": "q", "a": "is 1", "b": "is 2", "budget": 10**30}, 400, "budget"),
+        ("/compare", b'{"prompt": "q", "a": "\\ud800", "b": "is 2"}', 400, ""),
+        ("/rank", {"prompt": "q", "responses": ["x"]}, 400, "responses"),
+        (
+            "/rank",
+            {"prompt": "q", "responses": ["is 1"] * 100},
+            413,
+            "100 responses: 32 of one prompt are compared at most; "
+            "these would ask for up to 400 judgments",
+        ),
+        ("/reward", {"prompts": ["q"], "completions": []}, 400, "as many of each"),
+        ("/reward", {"prompt": "q", "completion": "x"}, 400, "group"),
+        ("/reward", {"prompts": ["q"] * 33, "completions": ["is 1"] * 33}, 413, "33 responses"),
+        ("/reward", {"prompt": "q", "completion": "x", "group": 33}, 413, "33 responses"),
+        ("/get_reward", {"query": ["q x"], "prompts": ["q"]}, 400, "?group=8"),
+        ("/get_reward", {"query": ["x"], "prompts": ["q"]}, 400, "each query must be its prompt"),
+        (
+            "/get_reward?group=1",
+            {"query": ["q x"], "prompts": ["q"]},
+            400,
+            "greater than or equal to 2",
+        ),
+        ("/get_reward?group=x", {"query": ["q x"], "prompts": ["q"]}, 400, "group"),
+        ("/compare", {"prompt": "x" * 200_000, "a": "x", "b": "y"}, 413, "100,000 bytes"),
+        ("/nowhere", {}, 404, "Not Found"),
+    ],
+)
 def test_what_is_wrong_is_said_in_one_sentence(path, body, status, complaint):
     with gateway(most_bytes=100_000) as url:
         content = body if isinstance(body, bytes) else json.dumps(body).encode()
         r = httpx.post(url + path, content=content, headers={"Content-Type": "application/json"})
         assert r.status_code == status and complaint in r.json()["error"]["message"], r.text
-        in_pieces = httpx.post(url + path, content=iter([content[:50], content[50:]]),
-                               headers={"Content-Type": "application/json"})
+        in_pieces = httpx.post(
+            url + path,
+            content=iter([content[:50], content[50:]]),
+            headers={"Content-Type": "application/json"},
+        )
         assert in_pieces.status_code == status
 
 
 def test_nothing_malformed_makes_the_server_fail():
     """500 bodies, made by changing good ones here and there: an answer or a refusal, never a 5xx."""
-    good = {"/compare": {"prompt": "q", "a": "is 5", "b": "is 3", "budget": 2},
-            "/rank": {"prompt": "q", "responses": ["is 1", "is 2"], "goal": "best"},
-            "/reward": {"prompts": ["q"] * 2, "completions": ["is 1", "is 2"]},
-            "/rerank": {"query": "q", "documents": ["is 1", "is 2"], "top_n": 1},
-            "/get_reward": {"query": ["q is 1", "q is 2"], "prompts": ["q", "q"], "labels": ["x", "y"]}}
-    odd = [None, 0, -1, 1e300, 10**40, "", "\x00", "é" * 5000, "<|im_end|>", [], {}, [[]], [None], True, {"role": "user"},
-           [{"role": "user", "content": "q"}], [{"role": "x", "content": None}], ["is 1"] * 40, "is 7", ["is 3", "is 3"]]
+    good = {
+        "/compare": {"prompt": "q", "a": "is 5", "b": "is 3", "budget": 2},
+        "/rank": {"prompt": "q", "responses": ["is 1", "is 2"], "goal": "best"},
+        "/reward": {"prompts": ["q"] * 2, "completions": ["is 1", "is 2"]},
+        "/get_reward": {"query": ["q is 1", "q is 2"], "prompts": ["q", "q"], "labels": ["x", "y"]},
+    }
+    odd = [
+        None,
+        0,
+        -1,
+        1e300,
+        10**40,
+        "",
+        "\x00",
+        "é" * 5000,
+        "<|im_end|>",
+        [],
+        {},
+        [[]],
+        [None],
+        True,
+        {"role": "user"},
+        [{"role": "user", "content": "q"}],
+        [{"role": "x", "content": None}],
+        ["is 1"] * 40,
+        "is 7",
+        ["is 3", "is 3"],
+    ]
     rng = random.Random(0)
     with gateway() as url, httpx.Client(timeout=30) as client:
         for n in range(500):
@@ -378,47 +702,87 @@ def test_nothing_malformed_makes_the_server_fail():
                 body[rng.choice([*body, "x"])] = rng.choice(odd)
             text = json.dumps(body).encode()
             if n % 5 == 0:
-                text = text[:rng.randrange(len(text))] + bytes([rng.randrange(256)]) + text[rng.randrange(len(text)):]
+                text = (
+                    text[: rng.randrange(len(text))]
+                    + bytes([rng.randrange(256)])
+                    + text[rng.randrange(len(text)) :]
+                )
             r = client.post(url + path, content=text, headers={"Content-Type": "application/json"})
             assert r.status_code < 500, (path, text, r.text)
-            assert r.status_code == 200 or set(r.json()["error"]) == {"message", "type", "param", "code"}
+            assert r.status_code == 200 or set(r.json()["error"]) == {
+                "message",
+                "type",
+                "param",
+                "code",
+            }
 
 
 # ---------------------------------------------------------------- the page's frame
 
+
 def test_the_page_runs_its_own_script_only():
     with gateway() as url:
         r = httpx.get(url)
-        assert r.headers["content-type"].startswith("text/html") and "default-src 'none'" in r.headers[
-            "content-security-policy"]
+        assert (
+            r.headers["content-type"].startswith("text/html")
+            and "default-src 'none'" in r.headers["content-security-policy"]
+        )
         script = re.search(r"<script>(.*?)</script>", r.text, re.S)[1]
-        assert base64.b64encode(G.hash_of(script.encode())).decode() in r.headers["content-security-policy"]
+        assert (
+            base64.b64encode(G.sha256(script.encode())).decode()
+            in r.headers["content-security-policy"]
+        )
 
 
 # ---------------------------------------------------------------- in front of vLLM
 
+
 @pytest.fixture(scope="module")
 def judge_folder(toy, tmp_path_factory):
     from transformers import AutoConfig, AutoModelForCausalLM
+
     out = tmp_path_factory.mktemp("judge") / "model"
     shutil.copytree(toy / "model", out)
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(out)).save_pretrained(out)
     # What a hub's model brings: a server applies it to who says nothing.
-    (out / "generation_config.json").write_text('{"do_sample": true, "top_k": 1, "repetition_penalty": 1.5}')
+    (out / "generation_config.json").write_text(
+        '{"do_sample": true, "top_k": 1, "repetition_penalty": 1.5}'
+    )
     (out / "judge.json").write_text('{"protocol": "instruct", "system": "Judge."}')
     return out
 
 
 @contextlib.contextmanager
 def started(folder, journal, *more):
-    """serve.py as a user starts it, ready. -> the process, its URL"""
+    """The gateway as a user starts it, ready. -> the process, its URL"""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    process = subprocess.Popen([sys.executable, "serve.py", "--model", folder, "--dtype", "float32", "--max-tokens", "16",
-                                "--max-len", "200", "--port", str(port), "--journal", journal, *more], cwd=ROOT,
-                               env=environment(), stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [
+            sys.executable,
+            "-m",
+            "serve",
+            "--model",
+            folder,
+            "--dtype",
+            "float32",
+            "--max-tokens",
+            "16",
+            "--max-len",
+            "200",
+            "--port",
+            str(port),
+            "--journal",
+            journal,
+            *more,
+        ],
+        cwd=ROOT,
+        env=environment(),
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     try:
         said = []
         while "ready" not in (line := process.stderr.readline()):
@@ -447,34 +811,49 @@ def test_a_server_that_is_killed_costs_nobody_an_answer(judge_folder, tmp_path):
     this process. SIGTERM refuses who waits for a group, and leaves nothing running; started again, in front of a
     server that answers nothing, the journal has it all."""
     asked = [{"prompt": f"q{n}", "a": f"{n}", "b": f"{n + 1}"} for n in range(24)]
-    with started(judge_folder, tmp_path / "journal.jsonl") as (process, url), ThreadPoolExecutor(25) as pool:
-        vllm, = psutil.Process(process.pid).children()
+    with (
+        started(judge_folder, tmp_path / "journal.jsonl") as (process, url),
+        ThreadPoolExecutor(25) as pool,
+    ):
+        (vllm,) = psutil.Process(process.pid).children()
         answers = [httpx.post(url + "/compare", json=asked[0], timeout=300)]
         vllm.suspend()
-        rest = pool.map(lambda body: httpx.post(url + "/compare", json=body, timeout=300), asked[1:])
+        rest = pool.map(
+            lambda body: httpx.post(url + "/compare", json=body, timeout=300), asked[1:]
+        )
         time.sleep(1)
         vllm.kill()
         answers += rest
         assert [r.status_code for r in answers] == [200] * 24
         assert not in_group(vllm.pid), "what a killed server leaves would keep its card"
-        again, = psutil.Process(process.pid).children()
+        (again,) = psutil.Process(process.pid).children()
         waits = pool.submit(post, url, "/reward", sample(1))
-        until(lambda: "rmr1_waiting_samples 1.0" in httpx.get(url + "/metrics").text)
+        time.sleep(1)  # until it waits for its group
         process.terminate()
         assert waits.result().status_code == 503 and process.wait(30) in (0, -signal.SIGTERM)
         assert not in_group(again.pid)
     here = Judge(str(judge_folder), dtype="float32", max_tokens=16, max_len=200)
     for body, r in zip(asked[:4], answers):
         texts = [v["text"] for v in r.json()["votes"]]
-        assert [v.judgment.text for v in here.compare(**body).votes] == texts and len(set(texts)) > 2
+        assert [v.judgment.text for v in here.compare(**body).votes] == texts and len(
+            set(texts)
+        ) > 2
 
     class Lists(Replies):
         def do_GET(self):
             self.reply(200, {"data": [{"id": "judge", "max_model_len": 200}]})
+
     other = ThreadingHTTPServer(("127.0.0.1", 0), Lists)
     threading.Thread(target=other.serve_forever, args=(0.01,), daemon=True).start()
-    with started(judge_folder, tmp_path / "journal.jsonl", "--upstream",
-                 f"http://127.0.0.1:{other.server_port}/v1") as (process, url):
+    with started(
+        judge_folder,
+        tmp_path / "journal.jsonl",
+        "--upstream",
+        f"http://127.0.0.1:{other.server_port}/v1",
+    ) as (process, url):
         for body, r in zip(asked, answers):
             got = post(url, "/compare", body).json()
-            assert got | {"usage": 0} == r.json() | {"usage": 0} and got["usage"]["cached"] == got["usage"]["judgments"]
+            assert (
+                got | {"usage": 0} == r.json() | {"usage": 0}
+                and got["usage"]["cached"] == got["usage"]["judgments"]
+            )

@@ -1,0 +1,71 @@
+"""
+The journal: answers on disk, each under the digest of its request.
+"""
+
+import json
+import threading
+
+from judge.backends import Answer
+from lib.files import Failure, read_lines, write_lines
+
+ANSWER_FIELDS = ("text", "finish", "tokens", "prompt_tokens")
+
+
+class Journal:
+    """Cache of answers, one line of JSON each. It also serves to resume a killed run and to count tokens.
+
+    path     the file; without one the journal lasts as long as the process
+    answers  {request: its line}, where a request's key is the digest of all that could change its answer
+    failed   why the last request without an answer got none, for whoever asks to note here
+
+    Raises Failure where the file was written by another version of this project, is damaged, or cannot be
+    written.
+    """
+
+    def __init__(self, path=None):
+        self.path = path
+        self.answers = {}
+        self.failed = ""
+        self.file = None
+        self.lock = threading.Lock()
+        if path:
+            self.answers = read_journal(path)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            # Written anew without a line that a kill has cut short, behind which no line could be added.
+            write_lines(path, map(json.dumps, self.answers.values()))
+            self.file = open(path, "a")
+
+    def find(self, request):
+        """-> the `Answer` to a request, None where there is none"""
+        row = self.answers.get(request)
+        if row is None:
+            return None
+        return Answer(**{name: row[name] for name in ANSWER_FIELDS}, origin="cached")
+
+    def add(self, request, answer, **about):
+        """Add a line, flushed at once. about: what else it says, for people to read."""
+        row = about | {"request": request}
+        row |= {name: getattr(answer, name) for name in ANSWER_FIELDS}
+        self.answers[request] = row
+        if self.file is None:
+            return
+        try:
+            with self.lock:  # several threads may use one judge
+                self.file.write(json.dumps(row) + "\n")
+                self.file.flush()
+        except OSError as e:
+            raise Failure(
+                f"{self.path}: cannot be written ({e.strerror}); the answers in it are kept"
+            )
+
+
+def read_journal(path):
+    """The lines of a journal. -> {request: line}
+
+    An earlier version named the key otherwise, and digested other things. Its answers could not be found, and
+    a run that asks for all of them again would not say so: such a file is refused.
+    """
+    rows = read_lines(path)
+    if not all(isinstance(row, dict) and "request" in row for row in rows):
+        raise Failure(f"{path}: a journal of another version of this project; give another file")
+    return {row["request"]: row for row in rows}
