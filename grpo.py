@@ -15,14 +15,15 @@ What differs from textbook GRPO:
 
 - Every rank samples and learns its part of a step. The weight of a token is fixed for the whole update, before
   the update is split over ranks and micro-batches, and randomness is a function of (seed, step, index). So
-  loss, gradient and samples do not depend on how many ranks there are, or on how a step is cut.
+  loss and gradient agree to rounding, however many ranks there are and however a step is cut; on a CPU the
+  samples are the same.
 - A group of equal rewards has zero advantage, but its KL penalty still acts. With --beta 0 it is left out of
   the forward passes, and still counts in the mean.
 - A reward that raises an error counts as unknown: advantage 0, and no part in the mean of its group.
 - Before the first update of every step, the trainer's log-probs are compared with the sampler's. They
   disagree when the weight sync is broken, and then the run ends (--max-mismatch).
 - Other objectives (GSPO, CISPO, dynamic sampling, ...) are files in forks/, each of which replaces a function
-  of this file. For another reward that is `reward_of`, as in forks/format_reward.py.
+  of this file. To change the reward, replace `reward_of`, as forks/format_reward.py does.
 
 Shapes: P pairs of a step, G judgments a pair, B judgments of an update, T tokens of one judgment, R response
 tokens of a micro-batch, concatenated without padding.
@@ -145,7 +146,7 @@ def flags():
     arg(
         "--engine-cap",
         type=positive,
-        help="multiply by the ratio of trainer to sampler, at most this (truncated importance sampling)",
+        help="multiply a token's gain by trainer / sampler probability, at most this (truncated importance sampling)",
     )
     arg(
         "--engine-memory",
@@ -392,11 +393,11 @@ def sample_groups(
 ):
     """A group of `group_size` rollouts for each row of a batch that every rank knows. A collective.
 
-    Each rank samples and rewards every world-th row, then all gather the results. A text is a function of
-    (seed, step, index, number), so a resumed run, or one on more ranks, samples the same texts.
+    Each rank samples and rewards every world-th row, then all gather the results. The random seed of a text is
+    a function of (seed, step, index, number), so a resumed run, or one on more ranks, samples the same texts.
 
-    first_index  of the rows' indices; forks/dynamic_sampling.py samples a second batch in the same step, with
-                 other seeds
+    first_index  index of the first row; forks/dynamic_sampling.py samples a second batch in the same step,
+                 which needs other seeds
     """
     requests = []  # (row, key of the sample)
     for index in range(rank, len(rows), world):
@@ -460,7 +461,7 @@ def show_first_error(error):
 
 
 def report_errors(step, errors, count):
-    """One line for the rewards of a step that raised an error, [text, ...] of all ranks. The run ends if all did."""
+    """Report the rewards that raised an error in this step; the run ends if all did. errors: of all ranks"""
     if not errors:
         return
     if len(errors) == count:
@@ -482,8 +483,8 @@ def advantages(rewards, kind="grpo"):
     rewards  (P, G) -> (P, G). NaN, a reward that is not known: advantage 0, and no part in its group's mean
     drgrpo   r - mean, without the scale (Dr. GRPO, arXiv 2503.20783)
 
-    Equal rewards have the advantage 0 to the last bit: the mean of 1.3, seven times, is not 1.3, and the
-    division by 1e-6 would make a tenth of the difference.
+    Equal rewards have the advantage 0 to the last bit. In float32 the mean of seven rewards of 1.3 differs from
+    1.3 by 1e-7; divided by 1e-6, that would be an advantage of 0.1.
     """
     known = rewards.isfinite()  # (P, G)
     highest = rewards.where(known, -math.inf).amax(1, keepdim=True)  # (P, 1)
@@ -629,7 +630,7 @@ def token_weights(lengths, total, args):
     total      tokens in the whole update, of all ranks
     sequence   1 / (length x judgments): the mean over judgments of the mean over tokens (paper eq. 9)
     token      1 / total: the mean over tokens; long judgments count more (DAPO, arXiv 2503.14476, eq. 8)
-    constant   1 / (longest x judgments): a token's weight does not depend on the length (Dr. GRPO)
+    constant   1 / (--max-response x judgments): a token's weight does not depend on the length (Dr. GRPO)
     """
     judgments = args.mini_batch * args.group_size
     denominator = {

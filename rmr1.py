@@ -397,8 +397,9 @@ class Judge:
     def verl(self):
         """A `compute_score` for verl, which shows a reward function one sample at a time.
 
-        The score is the share of votes that the sample wins against `ground_truth`, for the prompt in
-        `extra_info["question"]`. read: could a vote be read?
+        score  the sample's expected win rate against `ground_truth`, for the prompt in `extra_info["question"]`;
+               .5 if no vote could be read, 0 for an empty sample
+        read   1 if a vote could be read, else 0
         """
 
         async def compute_score(data_source, solution_str, ground_truth, extra_info, **_):
