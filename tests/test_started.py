@@ -73,7 +73,7 @@ def test_every_script_says_what_it_is_for():
 
 def test_a_bad_flag_on_two_ranks_is_one_sentence():
     """By torchrun, which runs a script by its path, on every rank."""
-    scripts = ["grpo.py", "sft.py", "eval.py", *files_in("forks")[:1]]
+    scripts = ["grpo.py", "eval.py", *files_in("forks")[:1]]
     commands = {path: (*TORCHRUN, path, "--no-such-flag") for path in scripts}
     faults = []
     with turn(ranks=2):
