@@ -729,6 +729,9 @@ def reward_command(args):
             print(json.dumps({"line": line, "reward": reward}), flush=True)
 
     batch = []  # of (line, (prompt, completion))
+    if args.rejects and os.path.exists(args.rejects) and os.path.exists(args.data):
+        if os.path.samefile(args.rejects, args.data):
+            raise Failure(f"--rejects {args.rejects}: is the file of --data, which would be lost")
     with open(args.rejects or os.devnull, "w") as rejects:
         for line, (prompt, completion) in parse_lines(
             args.data, read, rejects if args.rejects else None

@@ -3,10 +3,11 @@ The journal: answers on disk, each under the digest of its request.
 """
 
 import json
+import os
 import threading
 
 from judge.backends import Answer
-from lib.files import Failure, read_lines, write_lines
+from lib.files import Failure, lock_file, read_lines
 
 ANSWER_FIELDS = ("text", "finish", "tokens", "prompt_tokens")
 
@@ -29,11 +30,9 @@ class Journal:
         self.file = None
         self.lock = threading.Lock()
         if path:
+            self.file = open_alone(path)
             self.answers = read_journal(path)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            # Written anew without a line that a kill has cut short, behind which no line could be added.
-            write_lines(path, map(json.dumps, self.answers.values()))
-            self.file = open(path, "a")
+            mend_end(path)
 
     def find(self, request):
         """-> the `Answer` to a request, None where there is none"""
@@ -59,6 +58,37 @@ class Journal:
             )
 
 
+def open_alone(path):
+    """Open a journal to add lines, and keep other processes out of it, whose lines would be lost.
+
+    The file is never replaced, only added to: it may be a link. Raises Failure for what is no plain file.
+    """
+    if path.exists() and not path.is_file():
+        raise Failure(f"--journal {path}: is no plain file")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path, "a", encoding="utf-8")
+    except OSError as e:
+        raise Failure(f"--journal {path}: cannot be written ({e.strerror})")
+    lock_file(path)
+    return file
+
+
+def mend_end(path):
+    """Cut off a last line that a kill has cut short, behind which no line could be added."""
+    content = path.read_bytes()
+    end = content.rfind(b"\n") + 1
+    last = content[end:]
+    if not last:
+        return
+    try:
+        json.loads(last)
+        with open(path, "ab") as file:
+            file.write(b"\n")
+    except ValueError:
+        os.truncate(path, end)
+
+
 def read_journal(path):
     """The lines of a journal. -> {request: line}
 
@@ -66,6 +96,8 @@ def read_journal(path):
     a run that asks for all of them again would not say so: such a file is refused.
     """
     rows = read_lines(path)
-    if not all(isinstance(row, dict) and "request" in row for row in rows):
+    if not rows and path.read_bytes()[:1] not in (b"", b"{"):
+        raise Failure(f"{path}: is no journal; give another file")
+    if not all({"request", *ANSWER_FIELDS} <= set(row) for row in rows):
         raise Failure(f"{path}: a journal of another version of this project; give another file")
     return {row["request"]: row for row in rows}

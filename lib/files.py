@@ -238,6 +238,23 @@ def lock_folder(out):
     LOCKED[folder] = lock
 
 
+def lock_file(path):
+    """Keep other processes out of a file for as long as this process lives. Raises Failure where one has it."""
+    file = Path(path).resolve()
+    if file in LOCKED:
+        return
+    lock = open(file, "a")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise Failure(
+            f"{path}: another process writes there; wait for its end, or give another file"
+        )
+    except OSError:  # a file system without locks
+        pass
+    LOCKED[file] = lock
+
+
 def files_under(folder, above=()):
     """Yield every file under a folder, sorted by name.
 
@@ -319,22 +336,26 @@ def read_object(path):
 
 
 def read_lines(path):
-    """The JSON values of a file that one of our scripts wrote line by line; [] if there is no such file.
+    """The JSON objects of a file that one of our scripts wrote line by line; [] if there is no such file.
 
     A last line that a kill cut short is left out. Raises Failure for any other broken line.
     """
     if not path.is_file():
         return []
     rows = []
-    lines = path.read_text(encoding="utf-8").split("\n")
+    lines = path.read_bytes().split(b"\n")
     for line_number, line in enumerate(lines, 1):
         if not line:
             continue
         try:
-            rows.append(json.loads(line))
-        except ValueError:
+            row = json.loads(line)
+        except ValueError:  # also of bytes that are not UTF-8
             if line_number < len(lines):
                 raise Failure(f"{path}:{line_number}: not a JSON line; the file is damaged")
+            continue
+        if not isinstance(row, dict):
+            raise Failure(f"{path}:{line_number}: not a JSON object; the file is damaged")
+        rows.append(row)
     return rows
 
 

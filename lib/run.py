@@ -142,8 +142,12 @@ def open_run(args, folder, pairs, judge_json):
     if any(out.glob("judgments*.jsonl")):
         raise Failure(f"--out {out}: holds an evaluation; give another folder")
     checkpoints = finished_checkpoints(out / "state")
+    old = read_object(out / "config.json") if (out / "config.json").is_file() else {}
+    if old and "script" not in old and not (checkpoints or read_lines(out / "metrics.jsonl")):
+        raise Failure(
+            f"--out {out}: its config.json is not of a run (of a model?) and would be lost; give another folder"
+        )
     if checkpoints or read_lines(out / "metrics.jsonl"):
-        old = read_object(out / "config.json") if (out / "config.json").is_file() else {}
         refuse_another_run(out, old, config)
     if model.exists() and not checkpoints:
         raise Failure(
@@ -217,7 +221,8 @@ class RunLog:
             (self.out / "stopped").unlink(missing_ok=True)
             for path in (self.out / "metrics.jsonl", self.out / "samples.jsonl"):
                 rows = [row for row in read_lines(path) if row["step"] < first_step]
-                write_lines(path, (json.dumps(row) for row in rows))
+                if path.exists():
+                    write_lines(path, (json.dumps(row) for row in rows))
 
     def phase(self, name):
         """The next phase of a step begins; "" for what is not timed."""

@@ -480,7 +480,7 @@ def test_odd_fields_are_rows_left_out(tmp_path):
             "not those of its pairs",
         ),
         ([{"id": "a", "verdict": "A", "label": "A"}], None, "not those of its pairs"),
-        ([["a", "A"]], [{"id": "a", "item": "a"}], "not those of its pairs"),
+        ([["a", "A"]], [{"id": "a", "item": "a"}], "not a JSON object"),
     ],
 )
 def test_rollouts_of_no_finished_evaluation_get_one_sentence(tmp_path, judgments, pairs, word):
@@ -797,9 +797,9 @@ def test_a_refusal_that_may_pass_is_no_answer(instant, pairs, tmp_path):
         assert len(read(tmp_path / "out/journal.jsonl")) == {0: 0, 10: 20, 20: 30}[traces]
 
 
-@pytest.mark.parametrize("name", ["journal.jsonl", "sft.jsonl"])
-def test_a_full_disk_ends_distilling_with_a_sentence(instant, pairs, tmp_path, name):
+def test_a_full_disk_ends_distilling_with_a_sentence(instant, pairs, tmp_path):
     """What was answered before is kept. The sentence stands below the bar, not behind it."""
+    name = "sft.jsonl"
     (tmp_path / f"{name}.tmp").symlink_to("/dev/full")
     done = call(
         D, "--data", pairs, "--out", tmp_path, "--teacher", "one", "--teacher2", "none", ok=False
@@ -807,7 +807,15 @@ def test_a_full_disk_ends_distilling_with_a_sentence(instant, pairs, tmp_path, n
     refused(done, name, "No space left")
     assert "\nerror: " in done.stderr
     assert not list(tmp_path.glob("*.tmp")) and not (tmp_path / "sft.jsonl").exists()
-    assert name == "journal.jsonl" or len(read(tmp_path / "journal.jsonl")) == 20
+    assert len(read(tmp_path / "journal.jsonl")) == 20
+
+
+def test_a_journal_on_a_device_ends_distilling_with_a_sentence(instant, pairs, tmp_path):
+    (tmp_path / "journal.jsonl").symlink_to("/dev/full")
+    done = call(
+        D, "--data", pairs, "--out", tmp_path, "--teacher", "one", "--teacher2", "none", ok=False
+    )
+    refused(done, "journal.jsonl", "is no plain file")
 
 
 def test_progress_is_not_drawn_at_every_answer(capsys):

@@ -4,18 +4,21 @@ import asyncio
 import errno
 import json
 import re
+import subprocess
+import sys
 import threading
 import time
 import warnings
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from http.server import ThreadingHTTPServer
+from pathlib import Path
 from unittest.mock import ANY
 
 import pytest
 
 import rmr1
-from conftest import Replies, call
+from conftest import ROOT, Replies, call
 from judge.backends import Answer
 from judge.journal import Journal
 from lib.files import Failure
@@ -338,6 +341,43 @@ def test_a_journal_of_another_version_is_refused(tmp_path):
         with pytest.raises(Failure, match="journal.jsonl: a journal of another version") as failure:
             Journal(path)
         assert "give another file" in str(failure.value) and path.read_text() == lines
+
+
+def test_a_journal_is_only_added_to(tmp_path):
+    """A cut line goes, a link stays a link, two users of one process lose nothing, another process is refused."""
+    path, link = tmp_path / "journal.jsonl", tmp_path / "link.jsonl"
+    link.symlink_to(path)
+    one, two = Journal(link), Journal(link)
+    one.add("a", Answer("x", "stop"))
+    two.add("b", Answer("y", "stop"))
+    one.add("c", Answer("z", "stop"))
+    with open(path, "a") as f:
+        f.write('{"request": "d", "te')
+    again = Journal(link)
+    again.add("e", Answer("w", "stop"))
+    assert link.is_symlink() and sorted(Journal(path).answers) == ["a", "b", "c", "e"]
+    command = "import sys; sys.path.insert(0, sys.argv[1]); from judge.journal import *; from pathlib import Path; "
+    command += "Journal(Path(sys.argv[2]))"
+    done = subprocess.run(
+        [sys.executable, "-c", command, str(ROOT), str(path)], capture_output=True, text=True
+    )
+    assert done.returncode and "another process writes there" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "content", ["my only notes", "a line\nand another\n", '{"request": "x"}\n', "[1]\n"]
+)
+def test_what_is_no_journal_is_refused_and_stays(content, tmp_path):
+    path = tmp_path / "notes.txt"
+    path.write_text(content)
+    with pytest.raises(Failure, match="notes.txt"):
+        Journal(path)
+    assert path.read_text() == content
+
+
+def test_a_device_is_no_journal():
+    with pytest.raises(Failure, match="is no plain file"):
+        Journal(Path("/dev/null"))
 
 
 def test_a_full_disk_under_the_journal_is_a_failure(tmp_path):

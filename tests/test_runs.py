@@ -114,6 +114,16 @@ def test_a_fork_goes_on_in_its_own_folder_only(edit, complaint, settings, tmp_pa
         lib_run.open_run(*settings)
 
 
+def test_a_models_folder_is_no_place_for_a_run(settings):
+    """Its config.json stays."""
+    args, folder, *more = settings
+    before = (folder / "config.json").read_text()
+    args.out = str(folder)
+    with pytest.raises(Failure, match="its config.json is not of a run"):
+        lib_run.open_run(args, folder, *more)
+    assert (folder / "config.json").read_text() == before
+
+
 def test_an_evaluation_is_no_place_for_a_run(settings):
     args, *more = settings
     out = R.Path(args.out)
