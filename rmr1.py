@@ -281,15 +281,17 @@ class Judge:
     async def acompare(self, prompt, a=None, b=None, budget=8, on_vote=None):
         """Which of two responses is better? -> `Comparison`
 
-        prompt  a text or messages; or a `Pair`, which is shown in its published prompt if it has one
-        a, b            the responses: texts, or messages that end in one
-        budget          votes at most
-        on_vote         see `collect_votes`
+        prompt   a text or messages; or a `Pair`, which is shown in its published prompt if it has one
+        a, b     the responses: texts, or messages that end in one
+        budget   votes at most, 1 or more
+        on_vote  see `collect_votes`
 
         It asks once in each order, then continues until one side leads by two or the budget is spent. A
         published prompt from which the two responses cannot be extracted cannot be swapped, so it gets one
         vote.
         """
+        if budget < 1:
+            raise ValueError(f"a budget of {budget} votes; give 1 or more")
         pair = prompt
         if not isinstance(pair, Pair):
             pair = Pair("", messages_of(prompt), response_text(a), response_text(b), None)

@@ -375,6 +375,12 @@ def test_what_is_no_journal_is_refused_and_stays(content, tmp_path):
     assert path.read_text() == content
 
 
+def test_a_comparison_wants_a_vote():
+    one, _ = judge()
+    with pytest.raises(ValueError, match="a budget of 0 votes"):
+        one.compare("q", "is 1", "is 2", budget=0)
+
+
 def test_a_device_is_no_journal():
     with pytest.raises(Failure, match="is no plain file"):
         Journal(Path("/dev/null"))
