@@ -221,7 +221,7 @@ class RunLog:
             (self.out / "stopped").unlink(missing_ok=True)
             for path in (self.out / "metrics.jsonl", self.out / "samples.jsonl"):
                 rows = [row for row in read_lines(path) if row["step"] < first_step]
-                if path.exists():
+                if path.exists() or path.name == "metrics.jsonl":  # which every run has
                     write_lines(path, (json.dumps(row) for row in rows))
 
     def phase(self, name):
