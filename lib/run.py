@@ -143,12 +143,12 @@ def open_run(args, folder, pairs, judge_json):
         raise Failure(f"--out {out}: holds an evaluation; give another folder")
     checkpoints = finished_checkpoints(out / "state")
     old = read_object(out / "config.json") if (out / "config.json").is_file() else {}
-    if old and "script" not in old and not (checkpoints or read_lines(out / "metrics.jsonl")):
+    if checkpoints or read_lines(out / "metrics.jsonl"):
+        refuse_another_run(out, old, config)
+    elif old and "script" not in old:
         raise Failure(
             f"--out {out}: its config.json is not of a run (of a model?) and would be lost; give another folder"
         )
-    if checkpoints or read_lines(out / "metrics.jsonl"):
-        refuse_another_run(out, old, config)
     if model.exists() and not checkpoints:
         raise Failure(
             f"--out {out}: holds a finished run, without a checkpoint to go on from; give another folder, "
