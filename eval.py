@@ -11,20 +11,21 @@ How good a judge is: judge benchmarks or any file of pairs, keep every judgment,
 
 Writes DIR/pairs.jsonl (the comparisons), DIR/judgments.jsonl (one line a judgment, as it comes),
 DIR/left_out.jsonl and DIR/config.json; the report computes every number from these files. A run that was
-killed goes on with the same command: it judges what is missing, and what has changed since.
+killed goes on with the same command: it judges what is missing, and what has changed since. What could not be
+judged counts as wrong and is listed.
 """
 
+import contextlib
+import difflib
 import errno
 import hashlib
-import json
+import math
 import os
 import random
 import sys
 from collections import defaultdict
 from dataclasses import dataclass, replace
 from pathlib import Path
-
-from tqdm import tqdm
 
 from judge import benchmarks
 from judge.backends import (
@@ -33,10 +34,13 @@ from judge.backends import (
     backend_flags,
     make_backend,
     read_answer,
-    without_user,
+    read_url,
 )
 from judge.report import (
     EVALUATION_FORMAT,
+    JUDGMENT_FIELDS,
+    LEFT_OUT_FIELDS,
+    PAIR_FIELDS,
     check_format,
     compare,
     key_of,
@@ -45,13 +49,18 @@ from judge.report import (
     read_run,
     report,
     table_text,
+    unjudged_text,
 )
+from lib.chat import prompt_fingerprint
 from lib.files import (
     Failure,
     Flags,
     digest,
+    json_text,
     lock_folder,
     number,
+    output_in_file,
+    progress_bar,
     read_lines,
     read_object,
     run_main,
@@ -157,10 +166,20 @@ def file_command():
     return FILE_COMMANDS.get(sys.argv[1]) if len(sys.argv) > 1 else None
 
 
+def check_command(words):
+    """Refuse a first word that is no flag: a misspelt command, not an evaluation that lacks flags."""
+    for word in words:
+        if not word.startswith("-"):
+            near = difflib.get_close_matches(word, FILE_COMMANDS, 1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise Failure(f"{word}: unknown command, there are {', '.join(FILE_COMMANDS)}{hint}")
+
+
 def main():
     command = file_command()
     if command:
         return command(sys.argv[2:])
+    check_command(sys.argv[1:2])
     args = arguments()
     try:
         evaluate(args)
@@ -174,7 +193,7 @@ def main():
 
 def evaluate(args):
     """Ask for every judgment that the folder lacks, write each one as it comes, and print the table."""
-    from lib.dist import all_sum, barrier, phase, quiet, start_ranks
+    from lib.dist import all_sum, barrier, phase, start_ranks
 
     out = Path(args.out)
     pairs, left_out, origins = collect_pairs(args)
@@ -196,29 +215,28 @@ def evaluate(args):
     # All ranks must build an engine together, or none.
     (work,) = all_sum([len(my_tasks)])
     # Keep a reference until the end: garbage-collecting the engine destroys the process group.
-    backend = build_backend(args) if work and not args.scalar else None
+    backend = None
+    if work and not args.scalar:
+        with output_of_loading(args, rank):
+            backend = build_backend(args)
     lines = judgment_lines(args, backend, my_tasks, style) if work else ()
-    bar = tqdm(total=len(my_tasks), desc="judge", disable=quiet(), smoothing=0)
-    right = failed = 0
-    failure = "no answer on another rank, or the files were changed meanwhile"
+    bar = progress_bar(None, "judge", total=len(my_tasks), smoothing=0)
+    judged = right = 0
     # The ranks of one tensor-parallel engine get the same answers, so the first of them writes.
     writes = rank % args.tp == 0
     with open(out / f"judgments.part{rank}.jsonl" if writes else os.devnull, "a") as file:
-        for line, reason in lines:
-            if line is None:  # there is no answer: another run of this command asks again
-                failed += 1
-                failure = reason
-            else:
-                file.write(json.dumps(line) + "\n")
-                file.flush()
-                right += line["verdict"] is not None and line["verdict"] == line["label"]
+        for line in lines:
+            file.write(json_text(line) + "\n")
+            file.flush()
+            judged += 1
+            right += line["verdict"] is not None and line["verdict"] == line["label"]
             bar.update()
-            bar.set_postfix_str(f"accuracy {right / max(1, bar.n - failed):.3f}", refresh=False)
+            bar.set_postfix_str(f"accuracy {right / judged:.3f}", refresh=False)
     bar.close()
 
     barrier()  # all ranks have written
     if rank == 0:
-        gather(out, tasks, failure)
+        gather(out, tasks)
     barrier()
 
 
@@ -314,11 +332,12 @@ def list_tasks(pairs, args):
 
 
 def tasks_of_engine(tasks, out, engine, engines):
-    """The tasks that fall to an engine, without those that the folder has.
+    """The tasks that fall to an engine, without those that the folder has. A line that failed is asked for again.
 
     All votes on a prompt go to one engine, whose prefix cache then has the prompt.
     """
-    existing = {key_of(line) for line in read_lines(out / "judgments.jsonl")}
+    lines = read_lines(out / "judgments.jsonl", JUDGMENT_FIELDS)
+    existing = {key_of(line) for line in lines if not line.get("failed")}
     prompts = dict.fromkeys((task.fields["id"], task.fields["order"]) for task in tasks)
     place = {prompt: n for n, prompt in enumerate(prompts)}
     return [
@@ -336,9 +355,9 @@ def settings(args, world):
     """What judgments depend on besides their pairs, for config.json: all judgments in a folder share these."""
     from lib.engine import check_tp
 
-    protocol = system = folder = None
+    protocol = system = None
+    folder = None if args.base_url else find_model(args.model)
     if not args.scalar:
-        folder = None if args.base_url else find_model(args.model)
         check_tp(args.tp, world, folder and config_of(folder))
         style = prompt_style(folder, args.model, args.protocol, args.system_prompt)
         protocol, system = style.protocol, style.system
@@ -346,7 +365,8 @@ def settings(args, world):
         "format": EVALUATION_FORMAT,
         "model": args.model,
         "weights": fingerprint(args.model, folder),
-        "base_url": args.base_url and without_user(args.base_url),
+        "tokenizer": prompt_fingerprint(folder),
+        "base_url": args.base_url and read_url(args.base_url)[0],
         "scalar": args.scalar,
         "protocol": protocol,
         "system": system,
@@ -364,6 +384,16 @@ def prompt_of(pair, style):
     return chat_messages(pair, style)
 
 
+def output_of_loading(args, rank):
+    """What libraries print while a model loads goes to a file of the run's folder."""
+    if args.base_url:
+        return contextlib.nullcontext()
+    log = Path(args.out) / f"engine.rank{rank}.log"
+    if rank == 0:
+        print(f"vLLM takes half a minute to start (its messages: {log})", file=sys.stderr)
+    return output_in_file(log)
+
+
 def build_backend(args):
     return make_backend(
         args.model,
@@ -379,7 +409,7 @@ def build_backend(args):
 
 
 def judgment_lines(args, backend, tasks, style):
-    """Yields (line of judgments.jsonl, "") as answers come, or (None, why there is no answer)."""
+    """Yields lines of judgments.jsonl as answers come."""
     if args.scalar:
         yield from scalar_lines(args, tasks, style)
         return
@@ -393,12 +423,9 @@ def judgment_lines(args, backend, tasks, style):
             yield prompt_of(task.pair, style), seed, fields["temperature"]
 
     for place, answer in backend.answers(requests()):
-        if answer.failed:
-            yield None, answer.finish
-        else:
-            task = tasks[place]
-            prompt = prompt_of(task.pair, style)
-            yield task.fields | judgment_line(answer, task.pair, prompt), ""
+        task = tasks[place]
+        prompt = prompt_of(task.pair, style)
+        yield task.fields | judgment_line(answer, task.pair, prompt)
 
 
 def judgment_line(answer, pair, prompt):
@@ -406,10 +433,12 @@ def judgment_line(answer, pair, prompt):
 
     pair    in the order in which the judge saw it
     prompt  see `prompt_of`
+
+    A failed answer has a line too: numbers of the others alone would be too good.
     """
     judgment = read_answer(answer)
     quotes = verbatim(judgment, pair)
-    return {
+    line = {
         "verdict": judgment.verdict,
         "reason": judgment.reason,
         "official": benchmarks.process_judgement(answer.text),
@@ -422,6 +451,7 @@ def judgment_line(answer, pair, prompt):
         "quotes": [sum(quotes), len(quotes)],
         "text": answer.text,
     }
+    return line | {"failed": True} if answer.failed else line
 
 
 def scalar_lines(args, tasks, style):
@@ -443,8 +473,7 @@ def scalar_lines(args, tasks, style):
         for place, side in uses[marks[n]]:
             scores[place][side] = score
             if len(scores[place]) == 2:
-                line = scalar_line(tasks[place], scores[place]["A"], scores[place]["B"], style)
-                yield line, ""
+                yield scalar_line(tasks[place], scores[place]["A"], scores[place]["B"], style)
 
 
 def scalar_line(task, a, b, style):
@@ -455,6 +484,8 @@ def scalar_line(task, a, b, style):
         reason = "longer than the model's window"
     elif a == b:
         reason = "equal scores"
+    elif not (math.isfinite(a) and math.isfinite(b)):
+        reason = "a score is not a number"
     else:
         verdict = "A" if a > b else "B"
     answer = Answer("", reason or "stop")
@@ -480,7 +511,7 @@ def open_folder(out, config):
     check_format(f"--out {out}", old)
     if "script" in old:
         raise Failure(f"--out {out}: holds a training run ({old['script']}); give another folder")
-    if not any(part.stat().st_size for part in out.glob("judgments*.jsonl")):
+    if all(line.get("failed") for line in read_judgments(out).values()):
         return
     for key in config | old:
         was, now = old.get(key, "absent"), config.get(key, "absent")
@@ -496,14 +527,14 @@ def update_folder(args, config, pairs, left_out, style):
     """Write config, pairs and left-out rows of this command to its folder, and drop judgments that have become
     stale: of a text or label that has changed, or of a pair that is no longer in its file."""
     out = Path(args.out)
-    write_lines(out / "config.json", [json.dumps(config, indent=2)])
+    write_lines(out / "config.json", [json_text(config, indent=2)])
 
     # Without --limit we read the whole file, so a saved pair that is not in it was deleted.
     files = {pair.meta["bench"] for pair in pairs.values()} - set(benchmarks.BENCHES)
     whole_files = set() if args.limit else files
     merge(out, keep=lambda line: is_current(line, pairs, whole_files, style))
 
-    rows = {row["id"]: row for row in read_lines(out / "pairs.jsonl")}
+    rows = {row["id"]: row for row in read_lines(out / "pairs.jsonl", PAIR_FIELDS)}
     rows = {key: row for key, row in rows.items() if row["bench"] not in whole_files}
     for pair in pairs.values():
         rows[pair.id] = {
@@ -514,11 +545,11 @@ def update_folder(args, config, pairs, left_out, style):
             "b": pair.b,
             "label": pair.label,
         }
-    write_lines(out / "pairs.jsonl", map(json.dumps, rows.values()))
+    write_lines(out / "pairs.jsonl", map(json_text, rows.values()))
 
-    reasons = read_lines(out / "left_out.jsonl") + left_out
+    reasons = read_lines(out / "left_out.jsonl", LEFT_OUT_FIELDS) + left_out
     unique = {(row["bench"], row["item"]): row for row in reasons}
-    write_lines(out / "left_out.jsonl", map(json.dumps, unique.values()))
+    write_lines(out / "left_out.jsonl", map(json_text, unique.values()))
 
 
 def is_current(line, pairs, whole_files, style):
@@ -555,24 +586,34 @@ def merge(out, order=(), keep=lambda line: True):
         )
     if parts or stale:
         lines = {key: lines[key] for key in [*order, *lines] if key in lines}
-        write_lines(out / "judgments.jsonl", map(json.dumps, lines.values()))
+        write_lines(out / "judgments.jsonl", map(json_text, lines.values()))
     for path in parts:
         path.unlink()
     return lines
 
 
-def gather(out, tasks, failure):
-    """Merge what the ranks have written, in the order of the tasks, and print the table. Raises Failure with
-    the last reason if judgments are missing."""
+def gather(out, tasks):
+    """Merge what the ranks have written, in the order of the tasks. Print the table and what was not judged.
+
+    Raises Failure where asking again may help, with the last reason.
+    """
     keys = [key_of(task.fields) for task in tasks]
     lines = merge(out, keys)
     if lines:
         run = read_run(out)
         print(table_text([(run["name"], measure(run))]))
-    lost = sum(key not in lines for key in keys)
+        print(unjudged_text(run, out), end="")
+    reason = "no answer on another rank, or the files were changed meanwhile"
+    lost = 0
+    for key in keys:
+        line = lines.get(key, {"failed": True, "reason": reason})
+        if line.get("failed"):
+            lost += 1
+            reason = line["reason"]
     if lost:
         raise Failure(
-            f"{lost} of {len(tasks)} judgments: {failure}; the same command asks for them again"
+            f"{lost} of {len(tasks)} judgments: {reason}; they count as wrong, and the same command asks "
+            "for them again"
         )
 
 

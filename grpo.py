@@ -19,7 +19,8 @@ What differs from textbook GRPO:
   samples are the same.
 - A group of equal rewards has zero advantage, but its KL penalty still acts. With --beta 0 it is left out of
   the forward passes, and still counts in the mean.
-- A reward that raises an error counts as unknown: advantage 0, and no part in the mean of its group.
+- A reward that raises an error, or is no finite number, counts as unknown: advantage 0, and no part in the
+  mean of its group.
 - Before the first update of every step, the trainer's log-probs are compared with the sampler's. They
   disagree when the weight sync is broken, and then the run ends (--max-mismatch).
 - Other objectives (GSPO, CISPO, dynamic sampling, ...) are files in forks/, each of which replaces a function
@@ -40,10 +41,9 @@ from statistics import fmean
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from lib import packing
-from lib.chat import decode_sample, encode, load_tokenizer
+from lib.chat import PromptRefused, decode_sample, encode, load_tokenizer
 from lib.checkpoint import Checkpoints
 from lib.dist import (
     all_gather,
@@ -51,27 +51,27 @@ from lib.dist import (
     explain,
     phase,
     print0,
-    quiet,
     shard_size,
     signal_caught,
     start_ranks,
 )
 from lib.engine import Engine, check_mismatch, check_tp
-from lib.files import Failure, Flags, number, run_main, seed_of
+from lib.files import Failure, Flags, first_line, number, progress_bar, run_main, seed_of
+from lib.lora import without_adapters
 from lib.model_files import config_of, find_model, window_of
 from lib.pairs import Pair, read_pairs
 from lib.policy import (
     DTYPES,
+    Offload,
     adamw,
     check_family,
     load_policy,
     lr_schedule,
-    move_to,
-    on_device,
     optimizer_step,
+    save_adapter,
     save_model,
 )
-from lib.run import RunLog, begin_loop, draw_batch, open_run, progress_bar, training_flags
+from lib.run import RunLog, begin_loop, draw_batch, learning_rate, open_run, training_flags
 from rubrics import (
     PROTOCOLS,
     chat_messages,
@@ -82,6 +82,8 @@ from rubrics import (
     verdict_reward,
 )
 
+GRPO_RATE = 1e-6  # of the published 7B run
+
 
 def flags():
     parser = Flags(__doc__)
@@ -91,7 +93,7 @@ def flags():
         model="runs/sft/model",
         data="gaotang/RM-R1-after-Distill-RLVR",
         out="runs/grpo",
-        lr=1e-6,
+        lr=GRPO_RATE,
         save_every=10,
         seed=1,
     )
@@ -169,13 +171,14 @@ def flags():
     arg(
         "--offload",
         action="store_true",
-        help="keep reference and optimizer in host memory while they are not used",
+        help="keep reference, optimizer, and the frozen weights of --lora in host memory while they are not used",
     )
     return parser
 
 
 def arguments(argv=None):
     args = flags().parse_args(argv)
+    args.lr = args.lr or learning_rate(GRPO_RATE, args.lora)
     if args.group_size < 2:
         raise Failure(
             f"--group-size {args.group_size}: one judgment has nothing to be compared with; take 2 or more"
@@ -189,7 +192,7 @@ def arguments(argv=None):
 
 def main():
     args = arguments()
-    folder = find_model(args.model)
+    folder = find_model(args.model, adapter=True)
     tokenizer, stop = load_tokenizer(folder)
     rank, world, device = start_ranks(args.timeout)
     config = config_of(folder)
@@ -197,24 +200,21 @@ def main():
     data = read_data(args, tokenizer, style, config, world)
     check_family(config, device)
     shard = shard_size(args.shard)
-    judge_json = style_to_save(data.rows[0].pair, style)
+    judge_json = style_to_save([row.pair for row in data.rows], style, print0)
     run_config = open_run(args, folder, data.pairs, judge_json)
 
     phase("load the weights")
     dtype = DTYPES[args.dtype]
     load = partial(load_policy, args.model, device, dtype, args.seed, shard=shard)
-    policy = load(recompute=args.recompute)
-    reference = load(trainable=False) if args.beta else None
+    policy = load(recompute=args.recompute, lora=args.lora)
+    reference = load_reference(policy, load, args)
     optim = adamw(policy, args.lr, betas=(0.9, 0.999), weight_decay=0.01)
     checkpoints = Checkpoints(policy, optim, f"{args.out}/state")
     first_step = checkpoints.load(data.steps)
 
     phase("start the engine")
-    # What is not in use waits here; within `use` it is on the device.
-    waiting = torch.device("cpu") if args.offload else device
-    use = partial(on_device, device, waiting)
-    for thing in (reference, optim):
-        move_to(waiting, thing)
+    offload = Offload(args.offload, device)
+    offload.park(policy, reference, optim)  # vLLM wants its share of the card when it starts
     window = args.max_prompt + args.max_response
     engine = Engine(folder, window, args.dtype, "dummy", args.engine_memory, args.tp)
     engine.sync(policy, dtype)
@@ -226,7 +226,7 @@ def main():
         f"judgments, {args.batch // args.mini_batch} updates each"
     )
     begin_loop()
-    bar = progress_bar(first_step, data.steps)
+    bar = progress_bar(range(first_step, data.steps), "steps", initial=first_step, total=data.steps)
     for step in bar:
         validation = {}  # of the weights before this step's updates
         if data.val_rows and step % args.val_every == 0:
@@ -237,12 +237,13 @@ def main():
         engine.sleep()
 
         log.phase("score")
-        rewards = torch.tensor([[r.reward for r in group] for group in groups])  # (P, G)
-        advantage = advantages(rewards, args.advantage)  # (P, G)
+        offload.fetch(policy)
+        rewards = np.array([[r.reward for r in group] for group in groups])  # (P, G), float64
+        advantage = advantages(torch.from_numpy(rewards), args.advantage)  # (P, G)
         updates = split_into_updates(
             groups, advantage, args, device, rank, world, config.hidden_size
         )
-        with use(reference):
+        with offload.use(reference):
             ref_logp = [token_logprobs(reference, update) for update in updates]
         # The first update learns with the policy that sampled, so its own forward pass gives old_logp.
         old_logp = [None, *(token_logprobs(policy, update) for update in updates[1:])]
@@ -250,7 +251,7 @@ def main():
         log.phase("learn")
         lr = args.lr * lr_schedule(step, data.steps, args.schedule)
         losses, norms = [], []
-        with use(optim):
+        with offload.use(optim):
             for n, update in enumerate(updates):
                 logp, loss = accumulate_gradients(
                     policy, update, old_logp[n], ref_logp[n], args, world
@@ -261,6 +262,7 @@ def main():
                 norms.append(optimizer_step(policy, optim, lr, clip=1.0))
 
         log.phase("sync")  # before anyone samples again
+        offload.park(policy)
         engine.sync(policy, dtype)
 
         log.phase("")
@@ -269,7 +271,7 @@ def main():
         row |= mean_losses(losses)
         row |= {"grad_norm": fmean(norms), "skipped_pairs": skipped_pairs(groups, norms, args)}
         log.write(row, norms)
-        bar.set_postfix(log.headline("loss", "accuracy", "no_verdict", "kl"))
+        bar.set_postfix(log.headline("loss", "accuracy", "no_verdict", "kl"), refresh=False)
         gc.collect()  # between steps, on all ranks at once
 
         done = step + 1
@@ -287,8 +289,18 @@ def main():
     checkpoints.settle()
     if data.val_rows:
         log.write({"step": data.steps, **accuracy(sample(data.val_rows, data.steps), "val_")})
-    save_model(policy, folder, f"{args.out}/model", dtype, judge_json)
+    save_adapter(policy, args.model, run_config, f"{args.out}/adapter")
+    save_model(policy, folder, f"{args.out}/model", dtype, judge_json, stop)
     print0(f"wrote {args.out}/model")
+
+
+def load_reference(policy, load, args):
+    """What the KL penalty compares with: the model that the run starts from. None without a penalty."""
+    if not args.beta:
+        return None
+    if args.lora:
+        return partial(without_adapters, policy)  # no second network
+    return load(trainable=False)
 
 
 # ---------------------------------------------------------------- data
@@ -332,13 +344,19 @@ def read_data(args, tokenizer, style, config, world):
 def tokenize_prompts(source, tokenizer, style, args):
     """-> the pairs of a source, and [Row, ...] without those longer than --max-prompt, which are counted"""
     pairs = read_pairs(source, args.skip_bad)
-    rows = []
-    for pair in tqdm(pairs, desc="tokenize", disable=quiet(), leave=False):
-        prompt = encode(tokenizer, chat_messages(pair, style))
+    rows, too_long = [], 0
+    for pair in progress_bar(pairs, "tokenize", leave=False):
+        try:
+            prompt = encode(tokenizer, chat_messages(pair, style))
+        except PromptRefused as refusal:
+            print0(f"{source}: {pair.id} is left out: {refusal}")
+            continue
         if len(prompt) <= args.max_prompt:
             rows.append(Row(pair, prompt))
+        else:
+            too_long += 1
     print0(
-        f"{source}: {len(rows)} pairs, {len(pairs) - len(rows)} left out as longer than "
+        f"{source}: {len(rows)} pairs, {too_long} left out as longer than "
         f"--max-prompt {args.max_prompt}"
     )
     return pairs, rows
@@ -413,17 +431,18 @@ def sample_groups(
         judgment = parse(text, s.finished)
         try:
             reward = reward_of(text, judgment, row.pair, len(s.tokens), key, args)
+            reward = finite_number(reward)
         except Exception as e:  # one judgment must not cost the run: it is counted and ignored
-            show_first_error(e)
-            errors.append(f"{type(e).__name__}: {e}")
+            sentence = f"{type(e).__name__}: {first_line(e)} (pair {row.pair.id})"
+            errors.append((sentence, "" if errors else traceback.format_exc()))
             reward = math.nan
         # The fields of Rollout after `row`.
         results.append((s.tokens, s.logprobs, s.finished, judgment.verdict, reward))
 
-    gathered = all_gather((results, errors))  # pairs and prompts are on every rank already
-    report_errors(
-        step, [error for _, theirs in gathered for error in theirs], len(rows) * group_size
-    )
+    # Pairs and prompts are on every rank already.
+    gathered = all_gather((results, errors))
+    all_errors = [error for _, theirs in gathered for error in theirs]
+    report_errors(step, all_errors, len(rows) * group_size)
     groups = []
     for index, row in enumerate(rows):
         results, _ = gathered[index % world]
@@ -451,25 +470,36 @@ def reward_of(text, judgment, pair, length, key, args):
     return verdict_reward(judgment, pair.label)
 
 
-SHOWN_ERRORS = []  # the first error of a reward in this process: its traceback is shown once
+def finite_number(reward):
+    """A reward as a float, also from a tensor of one number.
+
+    Raises ValueError for NaN and infinities, TypeError for what is no number.
+    """
+    if not math.isfinite(reward):
+        raise ValueError(f"the reward is {reward}")
+    return float(reward)
 
 
-def show_first_error(error):
-    if not SHOWN_ERRORS:
-        SHOWN_ERRORS.append(error)
-        traceback.print_exception(error)
+SHOWN_TRACEBACKS = []  # the first of a reward in this run: it is shown once
 
 
 def report_errors(step, errors, count):
-    """Report the rewards that raised an error in this step; the run ends if all did. errors: of all ranks"""
+    """Report in one line the rewards that raised an error in this step; the run ends if all did.
+
+    errors  [(sentence, traceback), ...] of all ranks; the first of each rank has its traceback
+    """
     if not errors:
         return
+    sentence, first_traceback = errors[0]
+    if not SHOWN_TRACEBACKS:
+        SHOWN_TRACEBACKS.append(first_traceback)
+        print0(first_traceback, end="", file=sys.stderr)
     if len(errors) == count:
         raise Failure(
-            f"step {step}: every reward raised an error, the first {errors[0]}; its traceback stands above"
+            f"step {step}: every reward raised an error, the first {sentence}; its traceback stands above"
         )
     print0(
-        f"step {step}: {len(errors)} of {count} rewards raised an error, the first {errors[0]}",
+        f"step {step}: {len(errors)} of {count} rewards raised an error, the first {sentence}",
         file=sys.stderr,
     )
 
@@ -480,22 +510,33 @@ def report_errors(step, errors, count):
 def advantages(rewards, kind="grpo"):
     """(r - mean) / (std + 1e-6) within each group (paper eq. 10; sample std and 1e-6 as published).
 
-    rewards  (P, G) -> (P, G). NaN, a reward that is not known: advantage 0, and no part in its group's mean
+    rewards  (P, G) -> (P, G), float32. NaN, a reward that is not known: advantage 0, and no part in its group's
+             mean
     drgrpo   r - mean, without the scale (Dr. GRPO, arXiv 2503.20783)
 
     Equal rewards have the advantage 0 to the last bit. In float32 the mean of seven rewards of 1.3 differs from
     1.3 by 1e-7; divided by 1e-6, that would be an advantage of 0.1.
     """
+    rewards = rewards.double()  # 0.3 and 0.1 + 0.2 are not equal
     known = rewards.isfinite()  # (P, G)
     highest = rewards.where(known, -math.inf).amax(1, keepdim=True)  # (P, 1)
     lowest = rewards.where(known, math.inf).amin(1, keepdim=True)  # (P, 1)
-    mean = rewards.where(known, math.nan).nanmean(1, keepdim=True)  # (P, 1)
-    centred = (rewards - mean).where(known & (highest > lowest), 0)  # (P, G)
+    differ = highest > lowest  # (P, 1)
+
+    # As shares of the group's range, so that no square is beyond a float's range. Where the range is, a quarter of
+    # every reward has the same shares.
+    quarter = torch.where((highest - lowest).isfinite(), 1.0, 0.25).double()  # (P, 1)
+    rewards, highest, lowest = rewards * quarter, highest * quarter, lowest * quarter
+    scale = (highest - lowest).where(differ, 1)  # (P, 1)
+    shares = (rewards - lowest) / scale  # (P, G), from 0 to 1
+    mean = shares.where(known, math.nan).nanmean(1, keepdim=True)  # (P, 1)
+    centred = (shares - mean).where(known & differ, 0)  # (P, G)
     if kind == "drgrpo":
-        return centred
+        return (centred * scale / quarter).float().nan_to_num()  # infinity: float32's largest
     count = known.sum(1, keepdim=True).clamp(min=2)  # (P, 1)
+    centred, epsilon = centred.float(), (1e-6 * quarter / scale).float()  # (P, G), (P, 1)
     std = (centred.square().sum(1, keepdim=True) / (count - 1)).sqrt()  # (P, 1)
-    return centred / (std + 1e-6)
+    return centred / (std + epsilon)
 
 
 def grpo_loss(
@@ -696,6 +737,11 @@ def accuracy(groups, prefix=""):
     }
 
 
+def mean_reward(rewards):
+    """The mean of finite rewards, 0 without any. Their sum may be beyond a float's range; a power of two is exact."""
+    return fmean([reward / 2**40 for reward in rewards] or [0]) * 2**40
+
+
 def summary(groups):
     """What the rollouts of a step look like."""
     rollouts = [r for group in groups for r in group]
@@ -703,7 +749,7 @@ def summary(groups):
     lengths = [len(r.tokens) for r in rollouts]
     content = b"".join(r.tokens.tobytes() for r in rollouts)
     return {
-        "reward": fmean(known or [0]),
+        "reward": mean_reward(known),
         "reward_errors": len(rollouts) - len(known),
         **accuracy(groups),
         "truncated": fmean(not r.finished for r in rollouts),

@@ -16,17 +16,21 @@ The judge you use: compare two responses, rank several, reward a group; and the 
 The demo's judge knows the kinds of question that data/toy.py asks, in its few words, and no others.
 """
 
+import argparse
 import asyncio
+import contextlib
 import functools
 import json
 import os
 import re
 import shutil
 import sys
+import tempfile
 import textwrap
 import threading
 import warnings
 from collections import Counter
+from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -34,10 +38,30 @@ from pathlib import Path
 from tqdm import tqdm
 
 from judge import ranking
-from judge.backends import Answer, backend_flags, make_backend, read_answer
+from judge.backends import BACKEND_FLAGS, Answer, backend_flags, make_backend, read_answer
 from judge.journal import Journal
-from lib.files import Failure, Flags, digest, number, parse_lines, run_main, seed_of
-from lib.pairs import Pair, messages_of, other_label, read_pairs, response_text, text_or_none
+from lib.files import (
+    Failure,
+    Flags,
+    digest,
+    json_text,
+    number,
+    output_in_file,
+    parse_lines,
+    progress_bar,
+    run_main,
+    seed_of,
+)
+from lib.pairs import (
+    Pair,
+    check_label,
+    messages_of,
+    other_label,
+    print_notes,
+    read_conversation,
+    read_pairs,
+    row_conversation,
+)
 from rubrics import Judgment, chat_messages, prompt_style, verbatim
 
 
@@ -148,8 +172,12 @@ class Judge:
         greedy=True,
         **more,
     ):
+        settings = {"protocol": protocol, "temperature": temperature, "max-tokens": max_tokens}
+        check_settings(settings | more)
         if "://" in str(model):
             model, base_url = None, model
+        # Before the model, which takes a while to load, only for a journal that cannot be written.
+        self.journal = Journal(Path(journal) if journal else None)
         folder = fingerprint = None
         if hasattr(model, "submit"):
             self.backend = model
@@ -168,7 +196,6 @@ class Judge:
         self.seed = seed
         self.greedy = greedy
 
-        self.journal = Journal(Path(journal) if journal else None)
         self.under_way = {}  # {request's key: Future of its Answer}
         self.lock = threading.Lock()  # of under_way and used
         self.used = Counter()
@@ -281,8 +308,9 @@ class Judge:
     async def acompare(self, prompt, a=None, b=None, budget=8, on_vote=None):
         """Which of two responses is better? -> `Comparison`
 
-        prompt   a text or messages; or a `Pair`, which is shown in its published prompt if it has one
-        a, b     the responses: texts, or messages that end in one
+        prompt   a text or messages, or None where a and b hold the whole conversations; or a `Pair`, which
+                 is shown in its published prompt if it has one
+        a, b     the responses, in any form that `lib.pairs.read_conversation` reads
         budget   votes at most, 1 or more
         on_vote  see `collect_votes`
 
@@ -290,11 +318,8 @@ class Judge:
         published prompt from which the two responses cannot be extracted cannot be swapped, so it gets one
         vote.
         """
-        if budget < 1:
-            raise ValueError(f"a budget of {budget} votes; give 1 or more")
-        pair = prompt
-        if not isinstance(pair, Pair):
-            pair = Pair("", messages_of(prompt), response_text(a), response_text(b), None)
+        check_budget(budget)
+        pair = pair_to_compare(prompt, a, b)
         if not pair.a:
             budget = 1
         elif pair.a == pair.b:
@@ -319,15 +344,19 @@ class Judge:
     async def arank(self, prompt, responses, goal="all", budget=None):
         """How good are several responses beside each other? -> `Ranking`
 
+        prompt, responses   as for acompare
         goal    "all": a reward for each; "best": the best one
         budget  votes at most; four for each response unless given
 
         Equal responses are judged once. Raises ValueError for less than two.
         """
+        responses = as_list(responses, "responses")
+        if budget is not None:
+            check_budget(budget)
         n = len(responses)
-        texts = [response_text(response) for response in responses]
         if n < 2:
             raise ValueError(f"{n} responses: a ranking needs two or more")
+        context, texts = conversation_of_call(prompt, responses)
         # In the order of their digests, so the order of the list changes nothing.
         different = sorted(set(texts), key=lambda text: digest([self.seed, text]))
         if len(different) == 1:
@@ -340,8 +369,6 @@ class Judge:
                 best=[1.0] * n,
                 votes=[],
             )
-
-        context = messages_of(prompt)
 
         def pair_in_order(i, j):
             return Pair("", context, different[i], different[j], None)
@@ -371,15 +398,17 @@ class Judge:
     async def areward(self, prompts, completions, **_):
         """A reward for every completion: its expected win rate against the others to the same prompt.
 
-        Completions to one prompt stand in a row, as trainers have them. It goes into TRL's `reward_funcs`.
-        None where nothing could be read, or where a completion is empty or alone: TRL then gives it no
-        advantage.
+        Completions to one prompt stand in a row, as trainers have them. It goes into TRL's `reward_funcs`. A
+        completion that is a text is taken word for word, since a policy may write anything. None where
+        nothing could be read, or where a completion is empty, alone, or does not end with what the assistant
+        says, e.g. with a tool's result: TRL then gives it no advantage.
         """
         groups = groups_of(prompts, completions)
         if any(len(group) == 1 for _, group in groups):
             warnings.warn(
-                "a completion is alone: nothing to compare it with; let per_device_train_batch_size"
-                " x steps_per_generation be a multiple of num_generations",
+                "a completion is alone: nothing to compare it with. The completions to one prompt must stand "
+                "in a row; for TRL, let per_device_train_batch_size x steps_per_generation be a multiple of "
+                "num_generations",
                 stacklevel=2,
             )
         judged = await all_of(self.agroup(*group) for group in groups)
@@ -388,10 +417,19 @@ class Judge:
     async def agroup(self, prompt, completions):
         """The completions to one prompt. -> [(reward, stderr), ...], [Vote, ...]"""
         numbers = [(None, None)] * len(completions)
-        indices = [index for index, text in enumerate(completions) if text_or_none(text)]
+        context = messages_of(prompt)
+        replies = {}  # {index: completion as messages}
+        for index, completion in enumerate(completions):
+            try:
+                replies[index] = as_written(completion)
+                read_conversation(context, [replies[index]], names=["a completion"])
+            except ValueError as unusable:
+                del replies[index]
+                warnings.warn(f"no reward: {unusable}", stacklevel=2)
+        indices = list(replies)
         if len(indices) < 2:
             return numbers, []
-        ranked = await self.arank(prompt, [completions[index] for index in indices])
+        ranked = await self.arank(context, list(replies.values()))
         for index, reward, stderr in zip(indices, ranked.reward, ranked.stderr):
             numbers[index] = (reward, stderr)
         return numbers, ranked.votes
@@ -405,9 +443,12 @@ class Judge:
         """
 
         async def compute_score(data_source, solution_str, ground_truth, extra_info, **_):
-            if not text_or_none(solution_str):
+            if not isinstance(extra_info, dict) or extra_info.get("question") is None:
+                raise ValueError('verl: extra_info["question"] is missing, the prompt to judge by')
+            if not isinstance(solution_str, str) or not solution_str.strip():
                 return {"score": 0.0, "read": 0.0}
-            found = await self.acompare(extra_info["question"], solution_str, ground_truth)
+            question = extra_info["question"]
+            found = await self.acompare(question, as_written(solution_str), ground_truth)
             if found.verdict is None:
                 return {"score": 0.5, "read": 0.0}
             return {"score": found.win, "read": 1.0}
@@ -419,7 +460,12 @@ class Judge:
 
     def compare_all(self, pairs, budget=8):
         """`compare` for many (prompt, a, b), or `Pair`s, together. -> [Comparison, ...]"""
-        arguments = [(pair,) if isinstance(pair, Pair) else pair for pair in pairs]
+        arguments = []
+        for place, pair in enumerate(as_list(pairs, "pairs"), 1):
+            is_triple = isinstance(pair, list | tuple) and len(pair) == 3
+            if not isinstance(pair, Pair) and not is_triple:
+                raise ValueError(f"pair {place} is neither a Pair nor (prompt, a, b)")
+            arguments.append(pair if is_triple else (pair,))
         return run_sync(all_of(self.acompare(*texts, budget=budget) for texts in arguments))
 
     def rank(self, prompt, responses, goal="all", budget=None):
@@ -429,8 +475,71 @@ class Judge:
         return run_sync(self.areward(prompts, completions, **more))
 
 
+def check_settings(settings):
+    """Raises ValueError for a value that the flag of its name would refuse on the command line."""
+    for name, value in settings.items():
+        flag = BACKEND_FLAGS.get(name.replace("_", "-"), {})
+        if value is None and flag.get("default") is None:
+            continue
+        if "choices" in flag and value not in flag["choices"]:
+            known = " or ".join(flag["choices"])
+            raise ValueError(f"{name}: {value!r} is not {known}")
+        if "type" in flag:
+            try:
+                flag["type"](str(value))
+            except argparse.ArgumentTypeError as error:
+                raise ValueError(f"{name}: {error}") from error
+
+
+def pair_to_compare(prompt, a, b):
+    """The `Pair` of a call of `acompare`."""
+    if isinstance(prompt, Pair):
+        if a is not None or b is not None:
+            raise ValueError("a Pair has its own responses, so give no a and b beside it")
+        return prompt
+    if a is None or b is None:
+        raise ValueError("compare takes a prompt and two responses a and b, or a Pair")
+    context, (a, b) = conversation_of_call(prompt, [a, b], names=("a", "b"))
+    return Pair("", context, a, b, None)
+
+
+def conversation_of_call(prompt, responses, names=None):
+    """`read_conversation` for a call in Python, which warns where something was joined or renamed."""
+    notes = set()
+    context, texts = read_conversation(prompt, responses, names=names, notes=notes)
+    for note in sorted(notes):  # Python shows the same warning once
+        warnings.warn(f"a conversation was read with {note}", stacklevel=2)
+    return context, texts
+
+
+def as_written(completion):
+    """A completion whose text is not searched for JSON or a transcript: a message of the assistant."""
+    if isinstance(completion, str):
+        return {"role": "assistant", "content": completion}
+    return completion
+
+
+def as_list(values, name):
+    """The values as a list. Raises ValueError for a text or one message in the place of a list of them."""
+    if isinstance(values, str | dict | Pair) or not isinstance(values, Iterable):
+        raise ValueError(f"{name} is not a list, but one {type(values).__name__}")
+    return list(values)
+
+
+def check_budget(budget):
+    """Raises ValueError unless it is a whole number of votes."""
+    if isinstance(budget, bool) or not isinstance(budget, int) or budget < 1:
+        raise ValueError(f"a budget of {budget!r} votes; give a whole number from 1")
+
+
 def groups_of(prompts, completions):
     """Runs of equal prompts. -> [(prompt, [completion, ...]), ...]"""
+    prompts = as_list(prompts, "prompts")
+    completions = as_list(completions, "completions")
+    if len(prompts) != len(completions):
+        raise ValueError(
+            f"{len(prompts)} prompts and {len(completions)} completions; give one prompt for each"
+        )
     groups = []
     for prompt, completion in zip(prompts, completions, strict=True):
         if groups and groups[-1][0] == prompt:
@@ -602,21 +711,30 @@ def judge_of(args, task, least=None):
     cached = ""
     if args.journal and os.path.exists(args.journal):
         cached = f", less what is in {args.journal}"
-    print(f"{task}, by {args.base_url or args.model}{cached}", file=sys.stderr)
-    judge = Judge(
-        args.model,
-        args.protocol,
-        args.system_prompt,
-        args.base_url,
-        args.journal,
-        args.temperature,
-        args.seed,
-        args.max_tokens,
-        max_len=args.max_len,
-        dtype=args.dtype,
-    )
-    # disable=None: on a terminal only.
-    judge.bar = tqdm(total=least, unit=" judgments", leave=False, disable=None)
+    task = f"{task}, by {args.base_url or args.model}{cached}"
+    output = contextlib.nullcontext()
+    if not args.base_url and "://" not in args.model:
+        task += "; vLLM takes half a minute to start"
+        if not args.verbose:
+            descriptor, log = tempfile.mkstemp(".log", "rmr1-")
+            os.close(descriptor)
+            task += f" (its messages: {log}, or here with --verbose)"
+            output = output_in_file(log)
+    print(task, file=sys.stderr, flush=True)
+    with output:
+        judge = Judge(
+            args.model,
+            args.protocol,
+            args.system_prompt,
+            args.base_url,
+            args.journal,
+            args.temperature,
+            args.seed,
+            args.max_tokens,
+            max_len=args.max_len,
+            dtype=args.dtype,
+        )
+    judge.bar = progress_bar(total=least, unit=" judgments", leave=False)
     return judge
 
 
@@ -629,36 +747,58 @@ def judge_flags(arg):
     arg("--line", type=number(int, 1), help="which of the file's pairs, from 1; default: all")
     arg("--json", action="store_true", help="a line of JSON for each, for programs")
     arg("--budget", type=number(int, 1), default=8, help="judgments of a pair at most")
+    arg("--skip-bad", action="store_true", help="leave out lines that cannot be read, and say so")
 
 
 def judge_command(args):
-    """Judge a pair, or all of a file, in both orders: for a person to read, or a line of JSON each."""
+    """Judge a pair, or all of a file, in both orders: for a person to read, or a line of JSON each.
+
+    A pair without an answer has its line too, with the reason, for the others are judged and paid.
+    """
     pairs = pairs_to_judge(args)
     judge = judge_of(args, f"{len(pairs)} pairs, up to {args.budget} judgments each", len(pairs))
+    unanswered = []
     for pair, found in zip(pairs, judge.compare_all(pairs, args.budget)):
-        if all(vote.verdict is None and not vote.judgment.text for vote in found.votes):
-            raise Failure(found.reason)
+        if all(vote.answer.failed for vote in found.votes):
+            unanswered.append(f"{pair.id}: {found.reason}")
         if args.json:
-            print(json.dumps({"id": pair.id} | as_json(found, pair)))
+            print(json_text({"id": pair.id} | as_json(found, pair)))
         else:
             print_comparison(pair, found)
+    if unanswered:
+        raise Failure(
+            f"{len(unanswered)} of {len(pairs)} pairs have no answer, first {unanswered[0]}"
+        )
 
 
 def pairs_to_judge(args):
     """The pairs of --data, one --line of them, or the pair on the command line."""
+    given = [f"--{name}" for name in ("question", "a", "b") if getattr(args, name) is not None]
     if args.data:
-        pairs = read_pairs(args.data)
+        if given:
+            raise Failure(f"{given[0]}: not read beside --data")
+        pairs = read_pairs(args.data, args.skip_bad)
         if args.line is None:
             return pairs
         if args.line > len(pairs):
             raise Failure(f"--line {args.line}: {args.data} has {len(pairs)} pairs")
         return [pairs[args.line - 1]]
-    if not (args.question and args.a and args.b):
-        raise Failure("name a pair: --question, --a and --b, or --data")
+    if args.line is not None:
+        raise Failure(f"--line {args.line}: of which file? name it with --data")
+    if not all((text or "").strip() for text in (args.question, args.a, args.b)):
+        raise Failure("name a pair: --question, --a and --b, none of them blank, or --data")
     if args.a == args.b:
         raise Failure("--a and --b are equal")
     context = [{"role": "user", "content": args.question}]
     return [Pair("command line", context, args.a, args.b, None)]
+
+
+def noted(row, columns, counts):
+    """`row_conversation`, which counts what was joined or renamed in `counts`."""
+    notes = set()
+    context, texts = row_conversation(row, columns, notes)
+    counts.update(notes)
+    return context, texts
 
 
 def rank_flags(arg):
@@ -680,18 +820,22 @@ def rank_command(args):
         return args.budget or 4 * len(responses)
 
     def read(row):
-        responses = row.get("responses") or []
+        if row.get("responses") is None:
+            raise ValueError(f"no responses among its fields ({', '.join(row) or 'none'})")
+        responses = row["responses"]
         if not isinstance(responses, list):
             raise ValueError("responses is not a list")
-        responses = [response_text(response) for response in responses]
         if not 2 <= len(responses) <= args.most:
             raise ValueError(
                 f"{len(responses)} responses; 2 to {args.most} are ranked (--most), each line "
                 f"asks for up to {judgments(responses)} judgments"
             )
-        return row.get("id"), messages_of(row.get("prompt")), responses
+        context, texts = noted(row, ("responses",), counts)
+        return row.get("id"), context, texts
 
+    counts = Counter()
     rows = list(parse_lines(args.data, read))
+    print_notes(args.data, counts)
     if not rows:
         raise Failure(f"{args.data}: no lines in it")
     most = sum(judgments(responses) for _, (_, _, responses) in rows)
@@ -705,7 +849,7 @@ def rank_command(args):
     for (line, (id, _, _)), ranked in zip(rows, rankings):
         row = {"id": line if id is None else id, "order": ranked.order}
         row |= ranked.numbers() | {"judgments": len(ranked.votes)}
-        print(json.dumps(row))
+        print(json_text(row))
 
 
 def reward_flags(arg):
@@ -718,23 +862,24 @@ def reward_flags(arg):
 def reward_command(args):
     """Reward each completion by comparing it with the others of its prompt (consecutive lines):
     prints one line each."""
+    rejects = open_rejects(args)
     judge = judge_of(args, "up to four judgments a completion")
 
+    counts = Counter()
+
     def read(row):
-        return messages_of(row.get("prompt")), response_text(row.get("completion"))
+        context, (completion,) = noted(row, ("completion",), counts)
+        return context, completion
 
     def print_rewards(batch):
         prompts = [prompt for _, (prompt, _) in batch]
         completions = [completion for _, (_, completion) in batch]
         rewards = judge.reward(prompts, completions)
         for (line, _), reward in zip(batch, rewards):
-            print(json.dumps({"line": line, "reward": reward}), flush=True)
+            print(json_text({"line": line, "reward": reward}), flush=True)
 
     batch = []  # of (line, (prompt, completion))
-    if args.rejects and os.path.exists(args.rejects) and os.path.exists(args.data):
-        if os.path.samefile(args.rejects, args.data):
-            raise Failure(f"--rejects {args.rejects}: is the file of --data, which would be lost")
-    with open(args.rejects or os.devnull, "w") as rejects:
+    with rejects:
         for line, (prompt, completion) in parse_lines(
             args.data, read, rejects if args.rejects else None
         ):
@@ -743,8 +888,22 @@ def reward_command(args):
                 print_rewards(batch)
                 batch = []
             batch.append((line, (prompt, completion)))
-    if batch:
-        print_rewards(batch)
+    if not batch:  # the last batch is never empty, if a line could be read
+        raise Failure(f"{args.data}: no lines in it that can be read")
+    print_rewards(batch)
+    print_notes(args.data, counts)
+
+
+def open_rejects(args):
+    """The file of --rejects, opened before a model loads."""
+    path = args.rejects or os.devnull
+    if args.rejects and os.path.exists(path) and os.path.exists(args.data):
+        if os.path.samefile(path, args.data):
+            raise Failure(f"--rejects {path}: is the file of --data, which would be lost")
+    try:
+        return open(path, "w")
+    except OSError as error:
+        raise Failure(f"--rejects {path}: cannot be written ({error.strerror})")
 
 
 def select_flags(arg):
@@ -765,7 +924,9 @@ def select_command(args):
     drawn, disputed = ranking.select_pairs(keys, wins, min(args.count, len(rows)))
     for why, indices in (("drawn", drawn), ("disputed", disputed)):
         for i in indices:
-            print(json.dumps(rows[i] | {"why": why, "win": wins[i], "verdict": found[i].verdict}))
+            # A parquet file may hold dates and numbers that JSON does not know: they become texts.
+            row = rows[i] | {"why": why, "win": wins[i], "verdict": found[i].verdict}
+            print(json_text(row, default=str))
 
     labelled = []  # of (share of votes for the verdict, do people agree?)
     for comparison, pair in zip(found, pairs):
@@ -778,10 +939,14 @@ def select_command(args):
 def different_pairs(data):
     """The pairs of a file, once each if they differ in case and punctuation only. -> rows, pairs, keys"""
 
+    counts = Counter()
+
     def read(row):
-        context = messages_of(row.get("context", row.get("prompt")))
-        a, b = response_text(row.get("a")), response_text(row.get("b"))
-        return row, Pair("", context, a, b, row.get("label"))
+        context, (a, b) = noted(row, ("a", "b"), counts)
+        label = row.get("label")
+        if label is not None:
+            check_label(label)
+        return row, Pair("", context, a, b, label)
 
     different = {}  # {key: (row, pair)}
     for _, (row, pair) in parse_lines(data, read):
@@ -789,8 +954,9 @@ def different_pairs(data):
         key = " ".join(re.findall(r"\w+", text.lower()))
         if pair.a != pair.b:
             different.setdefault(key, (row, pair))
-    if not different:
-        raise Failure(f"{data}: no pairs in it")
+    if len(different) < 2:
+        raise Failure(f"{data}: {len(different)} different pairs in it; give two or more")
+    print_notes(data, counts)
     rows, pairs = zip(*different.values())
     return rows, pairs, list(different)
 
@@ -823,6 +989,9 @@ def add_command(commands, name, run, add_flags):
     parser = commands.add_parser(name, help=run.__doc__.split(":")[0], description=run.__doc__)
     add_flags(parser.add_argument)
     backend_flags(parser, WHO_JUDGES)
+    parser.add_argument(
+        "--verbose", action="store_true", help="show what libraries print while the model loads"
+    )
     parser.set_defaults(run=run)
 
 

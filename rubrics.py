@@ -17,6 +17,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from lib.chat import JUDGMENT_TAGS, without_thoughts
 from lib.files import Failure, read_object, read_text
 from lib.pairs import COMPARISON, other_label, space_markers
 
@@ -156,7 +157,12 @@ def comparison(pair):
 
 def conversation(pair, side):
     """The whole conversation with chatbot A or B, its response included, between markers."""
-    names = {"user": "User", "assistant": f"Chatbot {side}", "system": "System"}
+    names = {
+        "user": "User",
+        "assistant": f"Chatbot {side}",
+        "system": "System",
+        "tool": "Tool",
+    }
     response = pair.a if side == "A" else pair.b
     lines = []
     for message in [*pair.context, {"role": "assistant", "content": response}]:
@@ -184,7 +190,8 @@ def prompt_style(folder, model, protocol=None, system_file=None, default=None):
     A model that this project has trained has its style in its folder's judge.json. Flags come before that.
     Nothing is guessed from a model's name.
     """
-    saved = read_judge_file(folder)
+    # Where an adapter stands for its base, the judge's style lies beside the adapter.
+    saved = (folder and read_judge_file(model)) or read_judge_file(folder)
     chosen = protocol or saved.get("protocol") or default
     if chosen is None:
         raise Failure(
@@ -233,18 +240,40 @@ def system_of_row(text, path):
         raise Failure(f"--system-prompt {path}: no context_messages with a system message in it")
 
 
-def style_to_save(pair, style):
+def style_to_save(pairs, style, say=print):
     """What to write to judge.json for a model that has learned from such pairs.
 
+    say  is called with a sentence where pairs bring several system prompts
+
     Taken from the messages actually used, because a published prompt may include a system message; then the
-    model is an "instruct" judge even under --protocol reasoning.
+    model is an "instruct" judge even under --protocol reasoning. judge.json has room for one system prompt, so
+    it gets the most frequent.
     """
-    messages = chat_messages(pair, style)
-    systems = [message["content"] for message in messages if message["role"] == "system"]
-    if not systems:
-        return {"protocol": "reasoning", "system": None}
-    protocol = "instruct" if style.protocol == "reasoning" else style.protocol
-    return {"protocol": protocol, "system": systems[0]}
+    ours = next((pair for pair in pairs if pair.messages is None), None)
+    our_system = ours and system_in(chat_messages(ours, style))  # the same for all of ours
+    systems = Counter(
+        our_system if pair.messages is None else system_in(published_messages(pair, style))
+        for pair in pairs
+    )
+    system, times = systems.most_common(1)[0]
+    if system is None:
+        saved = {"protocol": "reasoning", "system": None}
+    else:
+        protocol = "instruct" if style.protocol == "reasoning" else style.protocol
+        saved = {"protocol": protocol, "system": system}
+    others = len(pairs) - times
+    if others:
+        say(
+            f"judge.json gets the system prompt of {times} pairs; {others} have another one or none. "
+            "--system-prompt gives all pairs the same one"
+        )
+    return saved
+
+
+def system_in(messages):
+    """The first system message; None without one."""
+    contents = (message["content"] for message in messages if message["role"] == "system")
+    return next(contents, None)
 
 
 # ---------------------------------------------------------------- the parser
@@ -271,9 +300,7 @@ class Judgment:
     reason: str = ""
 
 
-TAG = re.compile(
-    r"<(/?)(type|rubric|justify|solution|eval|quote_A|quote_B|summary_A|summary_B|answer)>"
-)
+TAG = re.compile(rf"<(/?)({'|'.join(JUDGMENT_TAGS)})>")
 CITATIONS = ("quote_A", "quote_B", "summary_A", "summary_B")
 LABEL = re.compile(r"\s{0,9}\[\[([AB])\]\]\s{0,9}")
 # All repeats are bounded, so matching time is bounded. `name` also matches trailing stars and spaces, which
@@ -287,19 +314,19 @@ ITEM = re.compile(
 def parse(text, finished=True):
     """Read a judgment. One pass over the tags, linear in the length of the text; never raises.
 
-    text      what the judge wrote; where its prompt opened <think>, with that put in front again
+    text      what the judge wrote; where its prompt opened a thought, with that tag put in front again
     finished  False if it ran into the length limit
 
     The verdict is the `<answer>` that stands outside of every quote, summary and closed section, after the
-    last `</think>`. There is none if two such answers differ, if a quote, a summary or an answer is never
+    thoughts (the tags of lib/chat.py). There is none if two such answers differ, if a quote, a summary or an answer is never
     closed, or if the text was cut off.
 
     So a judged response cannot forge a verdict: if the judge ends with its own answer, the parser returns
     that answer or None.
     """
-    if "<think>" in text and "</think>" not in text:
+    written = without_thoughts(text)
+    if written is None:
         return Judgment(text, reason="thinking never ended")
-    written = text.rpartition("</think>")[2]
     sections, quotes, labels, still_open = read_tags(written)
     verdict, reason = decide(labels, finished, still_open)
     return Judgment(
@@ -324,10 +351,12 @@ def read_tags(text):
     sections = {}
     quotes = {"A": [], "B": []}
     answers = []  # (where the answer begins, its label)
+    first = None  # where the content of the first tag begins
     open_tags = []  # (name, where its content begins), the innermost last
     open_count = Counter()  # how many of each name are in open_tags
     for tag in TAG.finditer(text):
         slash, name = tag.groups()
+        first = first or tag.end()
         if not slash:
             open_tags.append((name, tag.end()))
             open_count[name] += 1
@@ -342,6 +371,8 @@ def read_tags(text):
         content = slice(start, tag.start())
 
         if name == "answer":
+            if start == first and answers:  # around the whole judgment, as Hunyuan writes
+                continue
             label = LABEL.fullmatch(text, start, tag.start())
             answers.append((start, label and label[1]))
             continue

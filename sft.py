@@ -17,13 +17,12 @@ import math
 from dataclasses import dataclass, replace
 
 import numpy as np
-from tqdm import tqdm
 
 from lib import packing
-from lib.chat import encode, load_tokenizer
+from lib.chat import PromptRefused, encode, encode_reply, load_tokenizer
 from lib.checkpoint import Checkpoints
-from lib.dist import all_sum, explain, phase, print0, quiet, shard_size, signal_caught, start_ranks
-from lib.files import Failure, Flags, number, run_main
+from lib.dist import all_sum, explain, phase, print0, shard_size, signal_caught, start_ranks
+from lib.files import Failure, Flags, number, progress_bar, run_main
 from lib.model_files import config_of, find_model, window_of
 from lib.pairs import read_pairs
 from lib.policy import (
@@ -33,10 +32,13 @@ from lib.policy import (
     load_policy,
     lr_schedule,
     optimizer_step,
+    save_adapter,
     save_model,
 )
-from lib.run import RunLog, begin_loop, draw_batch, open_run, progress_bar, training_flags
-from rubrics import PROTOCOLS, chat_messages, prompt_style, style_to_save
+from lib.run import RunLog, begin_loop, draw_batch, learning_rate, open_run, training_flags
+from rubrics import PROTOCOLS, chat_messages, parse, prompt_style, style_to_save
+
+SFT_RATE = 5e-6  # of the published 7B run
 
 
 def flags():
@@ -47,7 +49,7 @@ def flags():
         model="Qwen/Qwen2.5-7B-Instruct",
         data="gaotang/RM-R1-Distill-SFT",
         out="runs/sft",
-        lr=5e-6,
+        lr=SFT_RATE,
         save_every=50,
         seed=42,
     )
@@ -78,26 +80,34 @@ def flags():
 
 
 def arguments(argv=None):
-    return flags().parse_args(argv)
+    args = flags().parse_args(argv)
+    args.lr = args.lr or learning_rate(SFT_RATE, args.lora)
+    return args
 
 
 def main():
     args = arguments()
-    folder = find_model(args.model)
-    tokenizer, _ = load_tokenizer(folder)
+    folder = find_model(args.model, adapter=True)
+    tokenizer, ends = load_tokenizer(folder)
     rank, world, device = start_ranks(args.timeout)
     config = config_of(folder)
     style = prompt_style(folder, args.model, args.protocol, args.system_prompt, default="instruct")
     data = read_data(args, tokenizer, style, config, world)
     check_family(config, device)
     shard = shard_size(args.shard)
-    judge_json = style_to_save(data.pairs[0], style)
+    judge_json = style_to_save(data.pairs, style, print0)
     run_config = open_run(args, folder, data.pairs, judge_json)
 
     phase("load the weights")
     dtype = DTYPES[args.dtype]
     policy = load_policy(
-        args.model, device, dtype, args.seed, recompute=args.recompute, shard=shard
+        args.model,
+        device,
+        dtype,
+        args.seed,
+        recompute=args.recompute,
+        shard=shard,
+        lora=args.lora,
     )
     optim = adamw(policy, args.lr, args.betas, args.weight_decay)
     checkpoints = Checkpoints(policy, optim, f"{args.out}/state")
@@ -108,7 +118,7 @@ def main():
     log = RunLog(args.out, first_step, run_config)
     print0(f"{world} ranks on {device.type}, {data.steps} steps of {args.batch} rows")
     begin_loop()
-    bar = progress_bar(first_step, data.steps)
+    bar = progress_bar(range(first_step, data.steps), "steps", initial=first_step, total=data.steps)
     for step in bar:
         log.phase("step")
         drawn = draw_batch(len(data.rows), args.batch, step, args.seed)
@@ -132,7 +142,7 @@ def main():
             },
             [norm],
         )
-        bar.set_postfix(log.headline("loss"))
+        bar.set_postfix(log.headline("loss"), refresh=False)
         gc.collect()  # between steps, on all ranks at once
 
         done = step + 1
@@ -148,7 +158,8 @@ def main():
             return log.stopped(done, saved)
 
     checkpoints.settle()
-    save_model(policy, folder, f"{args.out}/model", dtype, judge_json)
+    save_adapter(policy, args.model, run_config, f"{args.out}/adapter")
+    save_model(policy, folder, f"{args.out}/model", dtype, judge_json, ends)
     print0(f"wrote {args.out}/model")
 
 
@@ -186,24 +197,34 @@ def read_data(args, tokenizer, style, config, world):
 def tokenize(pairs, tokenizer, style, args):
     """Rows of at most --max-len tokens; longer ones are left out and counted. -> [Row, ...]
 
-    The prompt includes the assistant's header, and the trace is encoded on its own, as in generation. Long rows
-    are left out, not cut: a cut trace with an end of turn would teach the model to stop in mid-sentence. With the protocol "verdict" the trace is the label, whatever the oracle wrote.
+    The prompt includes the assistant's header, and the trace is encoded on its own, as in generation. Where the
+    header opens a thought, the trace closes it. Long rows are left out, not cut: a cut trace with an end of turn
+    would teach the model to stop in mid-sentence. With the protocol "verdict" the trace is the label, whatever the
+    oracle wrote. Traces with a wrong verdict are learned, as the demo's lazy oracle wants it, and counted.
     """
     if style.protocol == "verdict":
         pairs = [replace(pair, trace=f"<answer>[[{pair.label}]]</answer>") for pair in pairs]
-    without = [pair.id for pair in pairs if pair.trace is None]
+    without = [pair.id for pair in pairs if not (pair.trace or "").strip()]
     if without:
         raise Failure(
             f"{args.data}: {len(without)} pairs have no trace to learn from, the first is {without[0]}"
         )
-    rows = []
-    for pair in tqdm(pairs, desc="tokenize", disable=quiet(), leave=False):
-        prompt = encode(tokenizer, chat_messages(pair, style))
-        trace = tokenizer.encode(pair.trace, add_special_tokens=False) + [tokenizer.eos_token_id]
+    rows, too_long = [], 0
+    for pair in progress_bar(pairs, "tokenize", leave=False):
+        try:
+            prompt = encode(tokenizer, chat_messages(pair, style))
+        except PromptRefused as refusal:
+            print0(f"{args.data}: {pair.id} is left out: {refusal}")
+            continue
+        trace = encode_reply(tokenizer, prompt, pair.trace)
         if len(prompt) + len(trace) <= args.max_len:
-            rows.append(Row(prompt, np.array(trace, np.int32)))
-    left_out = len(pairs) - len(rows)
-    print0(f"{len(rows)} traces, {left_out} left out as longer than --max-len {args.max_len}")
+            rows.append(Row(prompt, trace))
+        else:
+            too_long += 1
+    print0(f"{len(rows)} traces, {too_long} left out as longer than --max-len {args.max_len}")
+    wrong = sum(parse(pair.trace).verdict != pair.label for pair in pairs)
+    if wrong:
+        print0(f"{wrong} traces of {len(pairs)} do not end in the verdict of their label")
     if len(rows) < args.batch:
         raise Failure(f"--batch {args.batch}: more than the {len(rows)} rows in {args.data}")
     return rows

@@ -213,7 +213,7 @@ def write_model(folder, window, args):
     """
     tokenizer = toy.write_model(folder, args.layers, args.hidden)
     config = AutoConfig.from_pretrained(
-        folder, max_position_embeddings=window, initializer_range=0.02
+        folder, max_position_embeddings=window, initializer_range=0.02, trust_remote_code=False
     )
     config.vocab_size = args.vocab or config.vocab_size
     torch.manual_seed(0)

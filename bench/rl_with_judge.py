@@ -142,7 +142,7 @@ def main(args, folder):
 
     tokenizer = toy.write_model(folder, layers=2, hidden=96)
     tokenizer.padding_side = "left"
-    shape = AutoConfig.from_pretrained(folder)
+    shape = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     model = AutoModelForCausalLM.from_config(shape, dtype=torch.float32)
     fit(model, tokenizer, sum_pairs(f"{args.seed}/fit", 64 * args.fit_steps), args)
     model.save_pretrained(folder)

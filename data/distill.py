@@ -17,7 +17,6 @@ request: another teacher, temperature, seed or length asks anew. A journal of an
 is refused. The servers' keys come from OPENAI_API_KEY and OPENAI_API_KEY2.
 """
 
-import json
 import os
 import re
 import sys
@@ -29,18 +28,27 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from judge.backends import Answer, backend_flags, make_backend, read_answer
 from judge.journal import Journal
-from lib.chat import encode, load_tokenizer
+from lib.chat import (
+    encode,
+    load_tokenizer,
+    prompt_fingerprint,
+    without_end_of_turn,
+    without_thoughts,
+)
 from lib.files import (
     Failure,
     Flags,
     digest,
+    json_text,
     lock_folder,
     number,
+    progress_bar,
     read_lines,
     run_main,
     seed_of,
     write_lines,
 )
+from lib.model_files import find_model, fingerprint
 from lib.pairs import read_pairs
 from rubrics import PromptStyle, chat_messages, read_system
 
@@ -166,11 +174,11 @@ def teachers(args):
         return first, None
     model = args.teacher2 or args.teacher
     url = args.base_url2 or args.base_url
-    key_name = "OPENAI_API_KEY2" if args.base_url2 else "OPENAI_API_KEY"
-    return first, teacher_of(args, model, url, key_name)
+    own = "2" if args.base_url2 else ""
+    return first, teacher_of(args, model, url, f"OPENAI_API_KEY{own}", f"--base-url{own}")
 
 
-def teacher_of(args, model, url, key_name):
+def teacher_of(args, model, url, key_name, flag="--base-url"):
     def build():
         return make_backend(
             model,
@@ -180,10 +188,15 @@ def teacher_of(args, model, url, key_name):
             key=os.environ.get(key_name),
             max_len=args.max_len,
             dtype=args.dtype,
+            flag=flag,
         )
 
-    # A local model's answers depend on its precision and window too.
-    name = model if url else f"{model} in {args.dtype}, window {args.max_len or 'its own'}"
+    name = model
+    if not url:  # a local model's answers depend on its precision, its window and its files too
+        name += f" in {args.dtype}, window {args.max_len or 'its own'}"
+        if Path(model).exists():
+            folder = find_model(model)
+            name += f", files {fingerprint(model, folder)} {prompt_fingerprint(folder)}"
     return Teacher(name, build)
 
 
@@ -195,8 +208,6 @@ def ask_teacher(teacher, requests, journal, args, title):
 
     Returns {key: the journal's row}. Keys without an answer are missing.
     """
-    from tqdm import tqdm  # here, because data/toy.py needs this module where tqdm may not be
-
     seeds = {key: seed_of(args.seed, *key) for key in requests}
     digests = {}
     for key, messages in requests.items():
@@ -207,7 +218,7 @@ def ask_teacher(teacher, requests, journal, args, title):
     answers = teacher.build().answers(new_requests) if new_keys else ()
 
     tokens_read = tokens_written = 0
-    bar = tqdm(total=len(requests), initial=len(requests) - len(new_keys), desc=title)
+    bar = progress_bar(None, title, total=len(requests), initial=len(requests) - len(new_keys))
     for place, answer in answers:
         key = new_keys[place]
         if answer.failed:
@@ -318,9 +329,12 @@ def fault(text, finish, label, told=False):
 
 
 def trace_of(text):
-    """What SFT learns to write: the answer without the thoughts before it and without an end-of-turn token."""
-    answer = text.rpartition("</think>")[2]
-    return re.sub(r"<\|[^|<>]*\|>\s*$", "", answer).strip()
+    """What SFT learns to write: the answer without the thoughts before it and without an end-of-turn token.
+
+    A server's tokenizer is not at hand, so the end is known by its looks. sft.py asks the student's own
+    tokenizer for any control token that is left.
+    """
+    return without_end_of_turn(without_thoughts(text) or "").strip()
 
 
 def with_hint(messages, label, judgment, reason):
@@ -354,10 +368,10 @@ def write_results(out, pairs, traces, failures):
     for pair in pairs:
         if pair.id in traces:
             text, turn = traces[pair.id]
-            good.append(json.dumps(pair.row(text, meta={"pass": turn})))
+            good.append(json_text(pair.row(text, meta={"pass": turn})))
         elif pair.id in failures:
             text, reason = failures[pair.id]
-            bad.append(json.dumps(pair.row(judgment=text, reason=reason)))
+            bad.append(json_text(pair.row(judgment=text, reason=reason)))
     write_lines(out / "sft.jsonl", good)
     write_lines(out / "failed.jsonl", bad)
 
@@ -380,13 +394,11 @@ def print_results(out, pairs, traces, failures, reasons, journal, price):
 
 def print_estimate(pairs, out, args):
     """Print what a run would ask and cost. Without --tokenizer a token is taken to be 4 characters."""
-    from tqdm import tqdm
-
     style = PromptStyle("instruct", read_system(args.system_prompt))
     if args.tokenizer:
         tokenizer, _ = load_tokenizer(args.tokenizer)
     prompt_tokens = 0
-    for pair in tqdm(pairs, desc="count", leave=False):
+    for pair in progress_bar(pairs, "count", leave=False):
         messages = chat_messages(pair, style)
         if args.tokenizer:
             prompt_tokens += len(encode(tokenizer, messages))

@@ -10,16 +10,8 @@ Preference pairs from where they are to what `distill.py`, `sft.py` and `grpo.py
 Writes OUT/distill.jsonl (12 %, for the oracle), OUT/rl.jsonl (the rest), OUT/rejects.jsonl (every row left
 out, with its place and the reason), OUT/summary.txt and OUT/card.md. None has its name before all are whole.
 
-A row of any known form becomes two conversations, the preferred one and the other. What they share is the
-context; what follows are the two responses. The fields of a row tell its form:
-
-    chosen, rejected      two conversations as messages (Skywork), two answers to a prompt (UltraFeedback),
-                          two transcripts "\\n\\nHuman: ..." (HH), two turns after `conversations` (ShareGPT)
-    input, accepted, rejected                                   code (Code-Preference-Pairs)
-    prompt, initial_reason_steps, full_chosen, full_rejected    math (Math-Step-DPO)
-    context or prompt, a, b, label                              ours
-    context_messages, winner                                    RM-R1's; a row whose responses cannot be told
-                                                                apart is handed on as it is
+The rows have any form that `lib.pairs.pair_of` reads; docs/data.md has a table of them. A row of RM-R1 that has
+more to say than the comparison, or whose responses cannot be told apart, is handed on as it is.
 """
 
 import hashlib
@@ -31,7 +23,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from judge import benchmarks
@@ -41,22 +32,16 @@ from lib.files import (
     Flags,
     atomic_write,
     is_hub_name,
+    json_text,
     lock_folder,
     number,
+    progress_bar,
     read_lines,
     read_rows,
     run_main,
 )
-from lib.pairs import (
-    Pair,
-    field_text,
-    id_and_origin,
-    is_message,
-    messages_of,
-    other_label,
-    pair_of,
-)
-from rubrics import chat_messages
+from lib.pairs import check_pair, other_label, pair_of
+from rubrics import PROTOCOLS, PromptStyle, chat_messages
 
 # The published mixture (RM-R1, appendix F and table 5): the hub id of each source.
 PUBLISHED = {
@@ -76,7 +61,6 @@ TYPES = {
 }
 CODE_ROWS = 8000  # how many rows of the source `code` the published mixture has
 CODE_SEED = 42  # of the published shuffle
-ROLES = {"human": "user", "Human": "user", "gpt": "assistant", "Assistant": "assistant"}
 RESULTS = ("distill.jsonl", "rl.jsonl", "rejects.jsonl", "summary.txt", "card.md")
 
 
@@ -150,7 +134,7 @@ def main():
                 owed_label = None if owed_label else other_label(label)
                 pair = pair if label == "A" else pair.swapped()
             part = split_of(args, key)
-            files[out / f"{part}.jsonl"].write(json.dumps(pair.row()) + "\n")
+            files[out / f"{part}.jsonl"].write(json_text(pair.row()) + "\n")
             count_pair(counts, part, pair, length)
         if not counts["rows"]:
             raise Failure(nothing_left(sources, counts))
@@ -164,9 +148,10 @@ def main():
 
 
 def named_source(source):
-    """(name, file or hub id) of a --source; without NAME= the file's own name."""
+    """(name, file or hub id) of a --source; without NAME= the file's own name, which may have an = in it."""
     name, equals, where = source.partition("=")
-    return (name, where) if equals else (Path(source).stem, source)
+    is_named = equals and not Path(source).exists()
+    return (name, where) if is_named else (Path(source).stem, source)
 
 
 def check_overwriting(out, sources):
@@ -221,7 +206,8 @@ def published_code_rows(where):
 def usable_pairs(args, sources, published, counts, rejects):
     """Yield (key, pair, length) for every row that can be used.
 
-    counts   gets overlaps with benchmarks, and rows left out by source and reason
+    counts   gets overlaps with benchmarks, rows with parts that were joined or renamed, and rows left out by
+             source and reason
     rejects  an open file that gets the place and the reason of every row left out
     key      bytes: what the pair says, whichever response stands first
     length   of the prompt: tokens, or characters without --tokenizer
@@ -229,13 +215,16 @@ def usable_pairs(args, sources, published, counts, rejects):
     benchmark_hashes = benchmark_grams(args.decontaminate) if args.decontaminate else None
     right_shares = difficulty(args.rollouts) if args.rollouts else None
     length_of = length_function(args.tokenizer)
-    keys = set()  # of the pairs so far: memory holds these, not the pairs
+    keys, ids = set(), set()  # of the pairs so far: memory holds these, not the pairs
     for name, where in sources:
-        for place, row, error in tqdm(source_rows(name, where, published), desc=name, unit=" rows"):
+        for place, row, error in progress_bar(
+            source_rows(name, where, published), name, unit=" rows"
+        ):
+            notes = set()
             try:
                 if error:
                     raise ValueError(error)
-                key, pair = candidate(row, name, published)
+                key, pair = candidate(row, name, published, notes)
                 if key in keys:
                     raise ValueError("duplicate")
                 if right_shares is not None:
@@ -251,9 +240,15 @@ def usable_pairs(args, sources, published, counts, rejects):
                 reason = str(unusable)
                 counts["left out"][name, reason.split(":")[0]] += 1
                 line = {"place": place, "source": name, "reason": reason}
-                rejects.write(json.dumps(line) + "\n")
+                rejects.write(json_text(line) + "\n")
                 continue
             keys.add(key)
+            if (
+                pair.id in ids
+            ):  # two sources count their rows alike, and eval.py tells pairs by their ids
+                pair = replace(pair, id=f"{pair.id}-{key.hex()[:8]}")
+            ids.add(pair.id)
+            counts["joined or renamed"].update((name, note) for note in notes)
             yield key, pair, length
 
 
@@ -265,26 +260,27 @@ def length_function(tokenizer_name):
     return lambda pair: len(encode(tokenizer, chat_messages(pair)))
 
 
-def candidate(row, name, published):
+def candidate(row, name, published, notes):
     """(key, pair) of a row, whose preferred response is A unless it is a published prompt.
 
-    name  the source's; a row that names its own has that one. Raises ValueError for a row of no use.
+    name   the source's; a row that names its own has that one
+    notes  a set that gets what was joined or renamed
+
+    Raises ValueError for a row of no use.
     """
     if published and row.get("source") == "magpie_ultra":
         raise ValueError("magpie_ultra, dropped as published")
-    prompt_pair = pair_of(row, "") if "context_messages" in row else None
-    if prompt_pair and not prompt_pair.a:
-        pair, said = prompt_pair, [prompt_pair.messages, "", ""]
+    pair = pair_of(row, "", notes)
+    can_be_written_anew = pair.messages is None or says_no_more(pair)
+    if pair.a and can_be_written_anew:
+        pair = pair.swapped() if pair.label == "B" else pair
+        # A prompt is written anew, and a trace would name the sides of the old one.
+        if pair.messages or pair.trace or pair.meta:
+            pair = replace(pair, messages=None, trace=None, meta={})
+            check_pair(pair)
+        said = [pair.context, *sorted((pair.a, pair.b))]
     else:
-        context, preferred, rejected = split_turns(*conversations(row))
-        if not preferred.strip() or not rejected.strip():
-            raise ValueError("empty response")
-        if preferred == rejected:
-            raise ValueError("equal responses")
-        fields = id_and_origin(row, "")
-        del fields["meta"]  # what it says of A and B would name the wrong sides
-        pair = Pair(context=context, a=preferred, b=rejected, label="A", **fields)
-        said = [context, *sorted((preferred, rejected))]
+        said = [pair.messages, "", ""]
     key = hashlib.sha256(json.dumps(said).encode()).digest()
     source = pair.source or name
     return key, replace(
@@ -295,108 +291,15 @@ def candidate(row, name, published):
     )
 
 
-def conversations(row):
-    """(preferred messages, other messages) of a row in any known form. Raises ValueError."""
-    if "full_chosen" in row:  # Math-Step-DPO
-        context = messages_of(row.get("prompt"))
-        start = optional_text(row, "initial_reason_steps")
-        responses = [start + optional_text(row, name) for name in ("full_chosen", "full_rejected")]
-    elif "accepted" in row:  # Code-Preference-Pairs
-        context = messages_of(row.get("input"))
-        responses = [field_text(row, name) for name in ("accepted", "rejected")]
-    elif "conversations" in row:
-        return sharegpt_conversations(row)
-    elif "chosen" in row and "rejected" in row:
-        return preferred_conversations(row)
-    else:
-        pair = pair_of(row, "")
-        context = pair.context
-        responses = [pair.a, pair.b] if pair.label == "A" else [pair.b, pair.a]
-    return with_responses(context, responses)
+def says_no_more(pair):
+    """Is a published prompt nothing but the comparison, alone or with instructions of ours?
 
-
-def with_responses(context, responses):
-    return tuple([*context, {"role": "assistant", "content": text}] for text in responses)
-
-
-def preferred_conversations(row):
-    """`conversations` of a row with `chosen` and `rejected`."""
-    both = [row["chosen"], row["rejected"]]
-    if all(isinstance(value, str) and "\n\nHuman:" in value for value in both):  # HH
-        return tuple(transcript(text) for text in both)
-    if all(isinstance(value, list) and len(value) > 1 for value in both):  # the prompt is in them
-        if not all(map(is_message, both[0] + both[1])):
-            raise ValueError("a message is not {role, content}")
-        return tuple(
-            [{"role": m["role"], "content": m["content"]} for m in value] for value in both
-        )
-    context = messages_of(row.get("context", row.get("prompt")))
-    return with_responses(context, [field_text(row, name) for name in ("chosen", "rejected")])
-
-
-def transcript(text):
-    """The messages of an HH transcript."""
-    parts = re.split(r"\n\n(Human|Assistant): ?", text)
-    speakers, contents = parts[1::2], parts[2::2]
-    return [
-        {"role": ROLES[speaker], "content": content.strip()}
-        for speaker, content in zip(speakers, contents)
-    ]
-
-
-def sharegpt_conversations(row):
-    """`conversations` of a row whose turns are {"from", "value"}."""
-    turns = row["conversations"]
-    if not isinstance(turns, list):
-        raise ValueError("conversations is not a list")
-    context = [sharegpt_message(turn) for turn in turns]
-    return tuple([*context, sharegpt_message(row.get(name))] for name in ("chosen", "rejected"))
-
-
-def sharegpt_message(turn):
-    if not isinstance(turn, dict):
-        raise ValueError("a turn is not {from, value}")
-    speaker, content = turn.get("from"), turn.get("value")
-    if not isinstance(speaker, str) or not isinstance(content, str):
-        raise ValueError("a turn is not {from, value}")
-    return {"role": ROLES.get(speaker, speaker), "content": content}
-
-
-def optional_text(row, name):
-    """A row's field, "" without it. Raises ValueError if it is no text."""
-    text = row.get(name, "")
-    if not isinstance(text, str):
-        raise ValueError(f"{name} is not a text")
-    return text
-
-
-def split_turns(chosen, rejected):
-    """(context, preferred response, other response) of two conversations.
-
-    The context is what both share, up to a message of the user. Where the conversations part earlier than at
-    the last turn, a response holds all of the turns that follow.
+    Other instructions, earlier turns and text around the comparison would be lost if it were written anew.
     """
-    shared = 0
-    while shared < min(len(chosen), len(rejected)) and chosen[shared] == rejected[shared]:
-        shared += 1
-    while shared and chosen[shared - 1]["role"] != "user":
-        shared -= 1
-    if not shared:
-        raise ValueError("the conversations do not begin alike")
-    return chosen[:shared], turns_text(chosen[shared:]), turns_text(rejected[shared:])
-
-
-def turns_text(turns):
-    """One turn of the assistant as it is; several turns with their speakers. Raises ValueError."""
-    if not turns or turns[-1]["role"] != "assistant":
-        raise ValueError("a conversation does not end with a response")
-    if len(turns) == 1:
-        return turns[0]["content"]
-    lines = []
-    for message in turns:
-        speaker = "User" if message["role"] == "user" else "Assistant"
-        lines.append(f"{speaker}: {message['content']}")
-    return "\n".join(lines)
+    unpublished = replace(pair, messages=None)
+    ours = [chat_messages(unpublished, PromptStyle(protocol)) for protocol in PROTOCOLS]
+    comparison_alone = ours[0][1:]
+    return pair.messages in [comparison_alone, *ours]
 
 
 # ---------------------------------------------------------------- benchmarks and difficulty
@@ -442,15 +345,16 @@ def check_overlap(pair, benchmark_hashes, overlaps, drop):
 
 def difficulty(run):
     """{pair id: share of its judgments that are right} of an evaluation with votes."""
-    pairs = read_lines(Path(run) / "pairs.jsonl")
-    judgments = read_lines(Path(run) / "judgments.jsonl")
+    pairs = read_lines(Path(run) / "pairs.jsonl", {"id": str, "item": str})
+    verdict = (str, type(None))
+    fields = {"id": str, "verdict": verdict, "label": verdict}
+    judgments = read_lines(Path(run) / "judgments.jsonl", fields)
     right = defaultdict(list)
-    try:
-        items = {pair["id"]: pair["item"] for pair in pairs}
-        for line in judgments:
-            right[items[line["id"]]].append(line["verdict"] == line["label"])
-    except (KeyError, TypeError):  # files of something else
-        raise Failure(f"--rollouts {run}: its judgments are not those of its pairs")
+    items = {pair["id"]: pair["item"] for pair in pairs}
+    for line in judgments:
+        if line["id"] not in items:
+            raise Failure(f"--rollouts {run}: its judgments are not those of its pairs")
+        right[items[line["id"]]].append(line["verdict"] == line["label"])
     if not right:
         raise Failure(
             f"--rollouts {run}: no judgments.jsonl in it; name the --out of an evaluation that has ended"
@@ -530,6 +434,8 @@ def summarise(args, counts):
         lines.append(
             f"  in a benchmark: {exact:,} prompts word for word, {partial:,} share 13 words"
         )
+    for (source, note), rows in sorted(counts["joined or renamed"].items()):
+        lines.append(f"  {source + ': ' + note:<51}{rows:>9,}")
     lines.append(f"{counts['left out'].total():,} rows left out")
     for (source, reason), rows in sorted(counts["left out"].items()):
         lines.append(f"  {source + ': ' + reason:<51}{rows:>9,}")

@@ -22,7 +22,9 @@ def leave_one_out(rewards, kind=None):
     """
     centred = grpo_advantages(rewards, "drgrpo")  # (P, G)
     count = rewards.isfinite().sum(1, keepdim=True)  # (P, 1)
-    return centred * count / (count - 1).clamp(min=1)  # (P, G)
+    return (
+        centred * count / (count - 1).clamp(min=1)
+    ).nan_to_num()  # (P, G), infinity: the largest
 
 
 def main():

@@ -2,30 +2,49 @@
 Who answers a request: a model in this process, a server, or a reward model that gives a number; and their flags.
 
 A request is (messages, seed, temperature), where temperature 0 is greedy. `LocalBackend` and `ServerBackend` take
-requests in two ways, and another backend is a class that does too. Evaluation and distillation read a stream: `answers(requests)` takes an iterable and yields
-(place, Answer) as they finish. The judge of rmr1.py has many callers at once: `submit(requests)` returns a Future
-of an Answer for each request, and never waits.
+requests in two ways, and a new backend needs these two methods. Evaluation and distillation read a stream:
+`answers(requests)` takes an iterable and yields (place, Answer) as they finish. The judge of rmr1.py has many
+callers at once: `submit(requests)` returns a Future of an Answer for each request, and never waits. A
+`ScalarBackend` has neither, because it answers with numbers.
 """
 
 import asyncio
 import atexit
 import base64
+import functools
 import itertools
 import json
+import math
 import os
 import queue
 import random
 import re
+import sys
 import threading
 import time
 from collections import defaultdict
 from concurrent.futures import Future
 from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
 from urllib.parse import unquote
 
-from lib.chat import decode_sample, encode, without_control_tokens
-from lib.files import Failure, number
-from lib.model_files import fingerprint
+from lib.chat import (
+    THOUGHT_TAGS,
+    THOUGHTS,
+    PromptRefused,
+    decode_sample,
+    encode,
+    prompt_fingerprint,
+)
+from lib.files import Failure, first_line, number
+from lib.model_files import (
+    check_are_floats,
+    config_of,
+    find_model,
+    fingerprint,
+    tensors_in_files,
+    window_of,
+)
 from rubrics import PROTOCOLS, parse
 
 # ---------------------------------------------------------------- flags
@@ -83,16 +102,17 @@ def make_backend(
     memory=0.9,
     seed=0,
     tp=1,
+    flag="--base-url",
 ):
     """The backend of a model: a `ServerBackend` where there is a URL, else a `LocalBackend`.
 
-    folder, at_once, key, patience     settings of a server, see `ServerBackend`
+    folder, at_once, key, patience, flag  settings of a server, see `ServerBackend`
     max_len, dtype, memory, seed, tp   settings of a local model, see `LocalBackend`
 
     Scripts give the settings of both. Those of the other kind mean nothing and are ignored.
     """
     if base_url:
-        return ServerBackend(base_url, model, max_tokens, at_once, key, patience, folder)
+        return ServerBackend(base_url, model, max_tokens, at_once, key, patience, folder, flag)
     return LocalBackend(str(model), max_tokens, max_len, dtype, memory, seed, tp)
 
 
@@ -104,7 +124,7 @@ class Answer:
     """What came back for one request.
 
     text           "" where there is none
-    finish         "stop"; "truncated" at the length limit; else a sentence that says why there is no text
+    finish         "stop"; "truncated" at the length limit; else a sentence that says why the text is no judgment
     tokens         tokens of the text
     prompt_tokens  tokens of the prompt
     failed         is there no answer, so that the request is worth making again?
@@ -128,16 +148,29 @@ def answer_from_sample(tokenizer, ids, sample):
 
 
 def read_answer(answer):
-    """The `Judgment` in an `Answer`. Where there is no text, its reason says why."""
+    """The `Judgment` in an `Answer`. Its reason says why an answer that did not end by itself has no verdict."""
     judgment = parse(answer.text, answer.finish == "stop")
-    if answer.finish not in ("stop", "truncated"):
+    if answer.finish != "stop":
         judgment.reason = answer.finish
     return judgment
 
 
 def no_answer(why):
     """The `Answer` for a server that gave none."""
-    return Answer("", f"no answer from the server: {why}", failed=True)
+    return Answer("", f"{NO_ANSWER}: {why}", failed=True)
+
+
+def ids_or_refusal(tokenizer, messages, window):
+    """(token ids, None) of a prompt, or (None, Answer) for one that can have no judgment."""
+    try:
+        ids = encode(tokenizer, messages)
+    except PromptRefused as refusal:
+        return None, Answer("", str(refusal))
+    refusal = no_room(len(ids), window) if window else None
+    return (None, refusal) if refusal else (ids, None)
+
+
+NO_ROOM = re.compile(r"prompt .* the window of \d+ tokens$")  # as the next function says it
 
 
 def no_room(length, window):
@@ -173,7 +206,7 @@ class LocalBackend:
         self.model = model
         self.folder = model_files.find_model(model)
         self.tokenizer, self.stop = chat.load_tokenizer(self.folder)
-        window = model_files.config_of(self.folder).max_position_embeddings
+        window = model_files.window_of(model_files.config_of(self.folder))
         self.window = min(max_len or window, window)
         self.max_tokens = max_tokens
 
@@ -193,7 +226,7 @@ class LocalBackend:
 
     def about(self):
         """What tells its answers from another model's."""
-        return fingerprint(self.model, self.folder)
+        return [fingerprint(self.model, self.folder), prompt_fingerprint(self.folder)]
 
     def answers(self, requests):
         """Answer an iterable of requests. Yields (place, Answer) as they finish."""
@@ -204,8 +237,7 @@ class LocalBackend:
 
         def prompts():
             for place, (messages, seed, temperature) in enumerate(requests):
-                ids = encode(self.tokenizer, messages)
-                refusal = no_room(len(ids), self.window)
+                ids, refusal = ids_or_refusal(self.tokenizer, messages, self.window)
                 if refusal:
                     refused.append((place, refusal))
                     continue
@@ -228,8 +260,7 @@ class LocalBackend:
         for messages, seed, temperature in requests:
             future = Future()
             futures.append(future)
-            ids = encode(self.tokenizer, messages)
-            refusal = no_room(len(ids), self.window)
+            ids, refusal = ids_or_refusal(self.tokenizer, messages, self.window)
             if refusal:
                 future.set_result(refusal)
             else:
@@ -272,17 +303,50 @@ class LocalBackend:
 
 # ---------------------------------------------------------------- a server
 
-# A server's words for a prompt that its window has no room for.
+# A server's words for a prompt that its window has no room for, and for one that a filter has refused.
 TOO_LONG = re.compile(
-    r"(?i)context.?(length|size|window)|"
+    r"(?i)context.?(length|size|window|shift)|"
     r"(prompt|input)\b.{0,40}(too long|too large|longer than|exceeds)"
 )
+FILTERED = re.compile(
+    r"(?i)content.?(filter|management)|(content|usage|safety)(?!.security).{0,20}polic|moderation|flagged|"
+    r"data.?inspection|inappropriate|(?<!case.)\b(new_)?sensitive\b|block.?reason|敏感"
+)
+# A server's words for an account that has nothing left: waiting does not help.
+NO_MONEY = re.compile(
+    r"(?i)insufficient.(user.)?(quota|balance|funds|credit)|credit balance|余额不足"
+)
+# Its words for a key or a model that it does not know, and for a limit that passes.
+NO_KEY = re.compile(
+    r"(?i)(invalid|incorrect|wrong|missing).{0,5}(api.?)?key|authenticat|unauthori[sz]ed"
+)
+NO_MODEL = re.compile(r"(?i)model.?not.?(found|exist)|model\b.{0,60}does.?not.?exist|no such model")
+BUSY = re.compile(r"(?i)rate.?limit|too.?many.?requests|overloaded|quota")
+OF_REQUEST = re.compile(r"(?i)invalid.?(request|param|argument|prompt|input)|bad.?request")
+# MiniMax says these with status 200: refused for what is in it, its length, its settings.
+MINIMAX_STATUS = {1004: 401, 1008: 402, 1026: 400, 1027: 400, 1039: 400, 2013: 400, 2049: 401}
 REFUSED_BY_SERVER = "refused by the server"
-URL_LOGIN = re.compile(r"(?<=//)([^/]*)@")  # name and password, which can stand before a URL's host
+NO_ANSWER = "no answer from the server"
 
-NO_SUCH_JUDGE = (401, 403, 404)  # a wrong key or model: no request will be answered
+OF_KEY_OR_MODEL = (401, 402, 404)  # no request will be answered: a wrong key or model, no money
 TRY_AGAIN = (408, 409, 425, 429)  # of the 4xx, those that pass by themselves: a limit, a conflict
 FIRST_WAIT, LONGEST_WAIT = 0.5, 8  # seconds before a request is made again, doubled each time
+# Seconds without a byte, and of a whole request. While it lets a request wait, a server may send blanks for ever.
+LONGEST_SILENCE, LONGEST_REQUEST = 600, 3600
+MOST_BYTES = 64 << 20  # of a response; a completion of a million tokens has less
+
+# The full softmax. A setting that is not sent is the server's own, or of the model's generation_config.json.
+FULL_SOFTMAX = {
+    "top_p": 1,
+    "top_k": -1,
+    "min_p": 0,
+    "repetition_penalty": 1,
+    "presence_penalty": 0,
+    "frequency_penalty": 0,
+}
+# What a server can lack: OpenAI has no top_k, Mistral no seed.
+OPTIONAL_SETTINGS = ("seed", *FULL_SOFTMAX)
+HARMLESS_PROMPT = [{"role": "user", "content": "Answer with the letter A."}]
 
 
 class Refused(Failure):
@@ -301,7 +365,7 @@ class SamplingSettings:
 class ServerBackend:
     """A model behind an OpenAI-compatible endpoint.
 
-    base_url    name and password may stand before its host
+    base_url    see `read_url`; name and password may stand before its host
     model       the server's name for the model; default: the first that it lists
     max_tokens  of a response
     at_once     requests that are under way together
@@ -311,21 +375,34 @@ class ServerBackend:
     folder      the model's folder, if it is at hand. Then token ids go to /completions, where a response cannot
                 spell a control token and a seed gives the text of `LocalBackend`; else chats go to
                 /chat/completions
+    flag        of the script that has the URL, for messages
 
-    Raises Refused where nobody answers. Messages of a server are passed on without key and password, which
-    some servers repeat.
+    `status_action` and `answer_from_chat` say what becomes of what a server says. Raises Refused where nobody
+    answers, or where no request would be answered. Messages of a server are passed on without key and
+    password, which some servers repeat.
     """
 
     def __init__(
-        self, base_url, model=None, max_tokens=8192, at_once=64, key=None, patience=60, folder=None
+        self,
+        base_url,
+        model=None,
+        max_tokens=8192,
+        at_once=64,
+        key=None,
+        patience=60,
+        folder=None,
+        flag="--base-url",
     ):
-        self.url = without_user(base_url)
+        self.url, self.query = read_url(base_url, flag)
+        self.flag = flag
         self.model = model
         self.max_tokens = max_tokens
         self.limit_field = "max_tokens"
         self.at_once = at_once
         self.patience = patience
-        self.first_prompts = {}  # three of them, and how each was refused; the loop's thread alone uses it
+        # The loop's thread alone uses these.
+        self.lacking = set()  # the OPTIONAL_SETTINGS that the server refuses
+        self.answered = set()  # temperatures at which the server has answered a chat
 
         self.folder = None
         if folder:
@@ -333,6 +410,7 @@ class ServerBackend:
 
             self.folder = model_files.find_model(folder)
             self.tokenizer, self.stop = chat.load_tokenizer(self.folder)
+            self.vocabulary = model_files.config_of(self.folder).vocab_size
         self.log_in(base_url, key or os.environ.get("OPENAI_API_KEY"))
 
         # Connections belong to an event loop, while callers come from any loop or thread. So the server has a
@@ -344,7 +422,7 @@ class ServerBackend:
 
     def log_in(self, base_url, key):
         """Set the header for a key or the URL's name and password, and the secrets in it."""
-        login = "".join(re.findall(URL_LOGIN, base_url))
+        login = login_of(base_url)
         user, _, password = login.partition(":")
         self.headers = {"Authorization": f"Bearer {key or 'none'}"}
         basic = ""
@@ -352,11 +430,20 @@ class ServerBackend:
             basic = base64.b64encode(unquote(f"{user}:{password}").encode()).decode()
             self.headers = {"Authorization": f"Basic {basic}"}
         secret = password or user
-        self.secrets = [text for text in (basic, key, secret, unquote(secret)) if text]
+        in_query = [value for value in re.findall(r"=([^&]*)", self.query) if len(value) > 5]
+        secrets = [basic, key, secret, *in_query]
+        secrets += [unquote(text) for text in secrets if text]
+        self.secrets = sorted(filter(None, secrets), key=len, reverse=True)
 
     def about(self):
-        """What tells its answers from another model's."""
-        return fingerprint(self.folder, self.folder) or [self.url, self.model]
+        """What tells its answers from another model's.
+
+        Settings that the server turns out to lack are no part of it: they are found out while it is asked, and a
+        judgment's key in the journal is needed before. Should it accept one later, old answers are still used.
+        """
+        if self.folder is None:
+            return [self.url, self.model]
+        return [fingerprint(self.folder, self.folder), prompt_fingerprint(self.folder)]
 
     def run_in_loop(self, coroutine):
         """Start a coroutine in the server's loop, from any thread. -> Future"""
@@ -371,33 +458,62 @@ class ServerBackend:
 
         self.aiohttp = aiohttp
         self.slots = asyncio.Semaphore(self.at_once)
+        self.probing = asyncio.Lock()
         self.window = None
         self.session = aiohttp.ClientSession(
             headers=self.headers,
             trust_env=True,
             connector=aiohttp.TCPConnector(limit=0),
-            timeout=aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=600),
+            timeout=aiohttp.ClientTimeout(
+                total=LONGEST_REQUEST, sock_connect=10, sock_read=LONGEST_SILENCE
+            ),
         )
-        models = []
+        models = None
         nobody = (aiohttp.ClientConnectorError, aiohttp.ServerTimeoutError, aiohttp.InvalidURL)
-        unlike = (TimeoutError, aiohttp.ClientError, ValueError, LookupError, TypeError)
+        unlike = (TimeoutError, aiohttp.ClientError, ValueError)
         try:
             timeout = aiohttp.ClientTimeout(10)
-            async with self.session.get(self.url + "/models", timeout=timeout) as response:
-                models = json.loads(await response.read())["data"]
+            url = self.route_url("/models")
+            async with self.session.get(url, timeout=timeout, allow_redirects=False) as response:
+                self.check_redirect(response)
+                models = field_of(json.loads(await response.read()), "data")
         except nobody as e:
             await self.session.close()
             why = self.without_secrets(e)
-            raise Refused(f"--base-url {self.url}: nobody answers there ({why})") from e
+            raise Refused(f"{self.flag} {self.url}: nobody answers there ({why})") from e
         except unlike:
             pass  # somebody answers, though not in the way of such a server
+        except Refused:
+            await self.session.close()
+            raise
 
-        if not isinstance(models, list):
-            return
-        for model in models:
-            self.model = self.model or model["id"]
-            if model["id"] == self.model:
-                self.window = model.get("max_model_len")
+        for model in models if isinstance(models, list) else []:
+            self.model = self.model or field_of(model, "id")
+            if self.model and field_of(model, "id") == self.model:
+                window = field_of(model, "max_model_len")
+                self.window = window if isinstance(window, int) else None
+        if self.model is None:
+            await self.session.close()
+            raise Refused(
+                f"{self.flag} {self.url}: lists no models; name one, if the URL is right{self.url_hint()}"
+            )
+
+    def route_url(self, route):
+        """The address of a route, such as "/models"."""
+        return f"{self.url}{route}{self.query}"
+
+    def url_hint(self):
+        """What may be wrong with a URL that leads to no such server; "" where it looks right."""
+        return "" if re.search(r"/v\d\w*$", self.url) else " (the URL of such a server ends in /v1)"
+
+    def check_redirect(self, response):
+        """Raises Refused where the server is somewhere else: as a redirected request, a POST becomes a GET."""
+        if 300 <= response.status < 400:
+            place = without_user(response.headers.get("Location", ""))
+            raise Refused(
+                f"{self.flag} {self.url}: leads to another address ({self.without_secrets(place)}); "
+                "give the one that it should be"
+            )
 
     def answers(self, requests):
         """Answer an iterable of requests. Yields (place, Answer) as they finish."""
@@ -434,13 +550,12 @@ class ServerBackend:
         round do, which saves a small model half of its time."""
         groups = defaultdict(list)  # {settings: [(prompt, future), ...]}
         for (messages, seed, temperature), future in zip(requests, futures):
-            prompt = encode(self.tokenizer, messages)
+            prompt, refusal = ids_or_refusal(self.tokenizer, messages, self.window)
+            if refusal:
+                future.set_result(refusal)
+                continue
             limit = self.max_tokens
             if self.window:
-                refusal = no_room(len(prompt), self.window)
-                if refusal:
-                    future.set_result(refusal)
-                    continue
                 limit = min(limit, self.window - len(prompt))
             if temperature == 0:
                 seed = 0  # greedy has no use for it
@@ -463,7 +578,6 @@ class ServerBackend:
 
     async def by_ids(self, prompts, settings):
         """Answers to prompts of token ids. -> [Answer, ...]"""
-        from lib.engine import Sample
 
         body = {
             "prompt": [prompt.tolist() for prompt in prompts],
@@ -473,99 +587,134 @@ class ServerBackend:
             "return_token_ids": True,
             "stop_token_ids": self.stop,
             "skip_special_tokens": False,
-            # The full softmax. Otherwise the model's generation_config.json decides.
-            "top_p": 1,
-            "top_k": 0,
-            "min_p": 0,
-            "repetition_penalty": 1,
+            **FULL_SOFTMAX,
         }
-        response = await self.post("/completions", body)
-        if isinstance(response, Answer):
-            return [response] * len(prompts)
-        try:
-            choices = sorted(response["choices"], key=lambda choice: choice["index"])
-            answers = []
-            for ids, choice in zip(prompts, choices, strict=True):
-                sample = Sample(choice["token_ids"], [], choice["finish_reason"] != "length")
-                answers.append(answer_from_sample(self.tokenizer, ids, sample))
-            return answers
-        except (LookupError, TypeError, ValueError):
-            return [no_answer("not a completion with token ids, as vLLM gives them")] * len(prompts)
+        read = functools.partial(answers_from_ids, self.tokenizer, self.vocabulary, prompts)
+        answers = await self.post("/completions", body, read)
+        refusal = refusal_in(answers)
+        if refusal and len(prompts) > 1:  # it may be of one of them
+            return [(await self.by_ids([prompt], settings))[0] for prompt in prompts]
+        if refusal:
+            harmless = encode(self.tokenizer, HARMLESS_PROMPT)
+            is_harmless = prompts[0].tolist() == harmless.tolist()
+            probe = None if is_harmless else functools.partial(self.by_ids, [harmless], settings)
+            answers[0].failed = not await self.is_of_prompt(refusal, settings.temperature, probe)
+        elif not answers[0].failed:
+            self.answered.add(settings.temperature)
+        return answers if len(answers) == len(prompts) else answers * len(prompts)
 
-    async def by_chat(self, messages, settings, limited=True):
+    async def by_chat(self, messages, settings):
         """The answer to a chat. -> [Answer]
 
-        A refusal is final where the prompt is longer than the window. A prompt that leaves less room than
-        `max_tokens` is sent again without a limit, and gets what room there is.
+        A refusal may be of one setting that the server lacks; the chat is then sent without it. Otherwise it is
+        final if it is of this prompt. Raises Refused where it is of any prompt.
         """
-        prompt = json.dumps(messages)
-        if len(self.first_prompts) < 3:
-            self.first_prompts.setdefault(prompt, "")
+        wanted = {name: value for name, value in FULL_SOFTMAX.items() if name not in self.lacking}
+        wanted |= {name: value for name, value in settings.items() if name not in self.lacking}
+        body = {"messages": messages, self.limit_field: self.max_tokens} | wanted
+        while True:
+            answers = await self.post("/chat/completions", body, answers_from_chat)
+            refusal = refusal_in(answers)
+            smaller = body_without_refused(body, refusal)
+            if smaller is None:
+                break
+            body = smaller
 
-        limit = {self.limit_field: self.max_tokens} if limited else {}
-        response = await self.post("/chat/completions", {"messages": messages} | limit | settings)
-        if not isinstance(response, Answer):
-            return [answer_from_chat(response)]
-        if not response.finish.startswith(REFUSED_BY_SERVER):
-            return [response]
+        if refusal:
+            is_harmless = messages == HARMLESS_PROMPT
+            probe = (
+                None if is_harmless else functools.partial(self.by_chat, HARMLESS_PROMPT, settings)
+            )
+            answers[0].failed = not await self.is_of_prompt(refusal, settings["temperature"], probe)
+        elif not answers[0].failed:
+            self.keep_settings(body, wanted)
+            self.answered.add(settings["temperature"])
+        return answers
 
-        too_long = bool(TOO_LONG.search(response.finish))
-        if too_long and limited:
-            return await self.by_chat(messages, settings, limited=False)
-        # OpenAI's o-series wants the limit by another name.
-        if "max_tokens" in limit and "max_completion_tokens" in response.finish:
+    def keep_settings(self, body, wanted):
+        """Remember what the server had to be asked without, and say so once."""
+        if "max_completion_tokens" in body:
             self.limit_field = "max_completion_tokens"
-            return await self.by_chat(messages, settings)
-        response.failed = not too_long
-        if not too_long:
-            self.check_first_prompts(prompt, response.finish)
-        return [response]
+        for name in wanted:
+            if name not in body and name not in self.lacking:
+                self.lacking.add(name)
+                print(f"{self.url} does not take {name}: its own is used", file=sys.stderr)
 
-    def check_first_prompts(self, prompt, refusal):
-        """Raises Refused where the first three prompts were refused in the same words: then it is not the
-        prompts, and thousands of requests would end as the first three did."""
-        if prompt not in self.first_prompts:
-            return
-        self.first_prompts[prompt] = re.sub(r"\d+", "", refusal)
-        refusals = self.first_prompts.values()
-        if len(refusals) == 3 and len(set(refusals)) == 1:
-            raise Refused(f"{self.url}: {refusal} (so were the first three prompts)")
+    async def is_of_prompt(self, refusal, temperature, probe):
+        """Whether it is the prompt that the server refuses, and would again.
 
-    async def post(self, route, body):
-        """The server's response to a request, or an `Answer` that says why there is none.
+        probe  asks for something harmless with the same settings; None if that was refused
 
-        Raises Refused for what stays so for all requests: a wrong key or model.
+        If the refusal's words do not name the prompt, and nothing has been answered yet, a harmless prompt is sent
+        with the same settings. If that is refused as well, the server refuses everything: raises Refused, since
+        thousands of requests would end as this one did. False where the server gives no answer.
+        """
+        if names_the_prompt(refusal):
+            return True
+        if probe is None:
+            raise self.refuses_all(refusal)
+        async with self.probing:  # one of them asks, and the others wait for what it learns
+            if temperature not in self.answered:
+                await probe()
+        return temperature in self.answered
+
+    def refuses_all(self, why):
+        """The error for a server that would refuse whatever is asked."""
+        advice = f"the key is read from OPENAI_API_KEY, the model is {self.model}"
+        if is_word("temperature", why):
+            advice = "eval.py takes --temperature 1, and rmr1.Judge greedy=False, for a model that cannot be greedy"
+        return Refused(f"{self.url}: {why} ({advice}){self.url_hint()}")
+
+    async def post(self, route, body, read):
+        """Answers to a request. -> [Answer, ...], one alone where there is no completion
+
+        read  takes what is in the server's JSON, gives [Answer, ...]
+
+        The request is made again while that can help and patience lasts. Raises Refused for what stays so for
+        all requests: a wrong key or model.
         """
         body = {"model": self.model} | body
-        network_errors = (TimeoutError, self.aiohttp.ClientError, OSError)
-        wait = FIRST_WAIT
+        own_wait = FIRST_WAIT
         end = time.monotonic() + self.patience
         while True:
-            status = 0
-            try:
-                async with self.session.post(self.url + route, json=body) as response:
-                    if response.status == 200:
-                        return json.loads(await response.read())
-                    status = response.status
-                    text = await response.text(errors="replace")
-                    why = f"{status}: {self.without_secrets(text)}"
-                    wait = wait_before_retry(response.headers, wait)
-            except (ValueError, RecursionError):
-                return no_answer("not JSON")
-            except network_errors as e:
-                why = self.without_secrets(e) or type(e).__name__
+            answers, action, least_wait = await self.post_once(route, body, read)
+            if action == "end":
+                raise self.refuses_all(answers[0].finish)
+            wait = max(least_wait, own_wait * random.uniform(0.5, 1))  # not all of them at once
+            if action == "take" or time.monotonic() + wait > end:
+                return answers
+            await asyncio.sleep(wait)
+            own_wait = min(2 * own_wait, LONGEST_WAIT)
 
-            if status in NO_SUCH_JUDGE:
-                raise Refused(
-                    f"{self.url}: {why} (the key is read from OPENAI_API_KEY, the model is "
-                    f"{self.model})"
-                )
-            if 400 <= status < 500 and status not in TRY_AGAIN:
-                return Answer("", f"{REFUSED_BY_SERVER}: {why}", failed=True)
-            if time.monotonic() + wait > end:
-                return no_answer(why)
-            await asyncio.sleep(wait * random.uniform(0.5, 1))  # not all of them at once
-            wait = min(2 * wait, LONGEST_WAIT)
+    async def post_once(self, route, body, read):
+        """-> [Answer, ...], what to do (as `status_action` says, or "take"), seconds to wait at least"""
+        network_errors = (TimeoutError, self.aiohttp.ClientError, OSError)
+        url = self.route_url(route)
+        try:
+            async with self.session.post(url, json=body, allow_redirects=False) as response:
+                self.check_redirect(response)
+                text = await body_text(response)
+                least_wait = seconds_of(response.headers.get("Retry-After", ""))
+                status = response.status
+        except network_errors as e:
+            return [no_answer(self.without_secrets(e) or type(e).__name__)], "again", 0
+
+        if 200 <= status < 300:
+            try:
+                completion = json.loads(text)
+            except (ValueError, RecursionError):
+                return [no_answer(f"not JSON: {self.without_secrets(text)}")], "again", least_wait
+            status = status_inside(completion)
+            if status == 200:
+                answers = read(completion)
+                failed = any(answer.failed for answer in answers)
+                return answers, "again" if failed else "take", least_wait
+
+        action = status_action(status, text)
+        why = f"{status}: {self.without_secrets(text)}"
+        if action == "refuse":
+            return [Answer("", f"{REFUSED_BY_SERVER}: {why}", failed=True)], "take", 0
+        return [no_answer(why)], action, least_wait
 
     def without_secrets(self, message):
         """A server's message as it may be displayed."""
@@ -575,45 +724,333 @@ class ServerBackend:
         return text[:300]
 
 
-def without_user(url):
-    """A URL as it may be displayed and saved."""
-    return URL_LOGIN.sub("", url)
+# ---------------------------------------------------------------- a server's address
+
+# What can stand between a URL's beginning and its host: name and password.
+URL_LOGIN = re.compile(r"^(\w+://)?([^/?#]*)@")
 
 
-def wait_before_retry(headers, wait):
-    """Seconds until a request is made again: those of the server's Retry-After, else `wait`.
+def read_url(text, flag="--base-url"):
+    """A server's base URL, without name and password, and its query. -> "http://host/v1", "?name=value" or ""
 
-    A server that says 0 would be asked hundreds of times a second. It gets our own wait, which grows.
+    A slash at the end, or a route that is ours to add, is taken away. Raises Refused for what is no URL.
     """
-    seconds = headers.get("Retry-After", "")
-    if seconds.isdecimal() and int(seconds) > 0:
-        return int(seconds)
-    return wait
+    url, mark, query = without_spaces(text).partition("?")
+    url = without_user(url)
+    if not re.match(r"(?i)https?://", url):
+        raise Refused(f"{flag} {url}: nobody answers there; a URL begins with http:// or https://")
+    url = url.partition("#")[0].rstrip("/")
+    url = re.sub(r"/(chat/completions|completions|models)$", "", url).rstrip("/")
+    return url, mark + query.partition("#")[0]
+
+
+def without_spaces(url):
+    """A URL without the spaces, line ends and quotes around it that a shell or a file leaves."""
+    return url.strip().strip("\"'").strip()
+
+
+def login_of(url):
+    """NAME:PASSWORD of a URL, or ""."""
+    found = URL_LOGIN.match(without_spaces(url))
+    return found[2] if found else ""
+
+
+def without_user(url):
+    """A URL as it may be displayed and saved: without name and password, and without a query, which may have a
+    key in it."""
+    url = re.split(r"[?#]", without_spaces(url))[0]
+    return URL_LOGIN.sub(lambda found: found[1] or "", url)
+
+
+# ---------------------------------------------------------------- what a server says
+
+
+def status_action(status, text):
+    """What an HTTP status that is no success means for a request; docs/judge.md has the table.
+
+    text  the body that came with it
+
+    -> "again": it may pass; "refuse": it would be refused again, for its prompt or its settings; "end": so
+    would all others
+    """
+    if status in OF_KEY_OR_MODEL or status == 429 and NO_MONEY.search(text):
+        return "end"
+    # Some give the status of a crash to a prompt that they cannot take. A page of HTML is of a proxy between.
+    if status >= 500 and text.lstrip().startswith("{") and names_the_prompt(text):
+        return "refuse"
+    return "refuse" if 400 <= status < 500 and status not in TRY_AGAIN else "again"
+
+
+def status_inside(completion):
+    """The status that a response with HTTP status 200 should have had.
+
+    Some servers report a failure as an error object in the body, whose number or words name the status. Others
+    give no choices, and the reason beside them.
+    """
+    choices = field_of(completion, "choices")
+    choice = choices[0] if isinstance(choices, list) and choices else None
+    base = field_of(completion, "base_resp")  # MiniMax has it in every response
+    has_failed = count_or_zero(field_of(base, "status_code")) > 0
+    error = field_of(completion, "error") or field_of(choice, "error") or (has_failed and base)
+    if not error and choice is not None:
+        return 200
+    names = ("code", "status", "status_code")
+    codes = [count_or_zero(field_of(said, name)) for said in (error, completion) for name in names]
+    code = next(filter(None, codes), 0)
+    if 400 <= code < 600:
+        return code
+    if code in MINIMAX_STATUS:
+        return MINIMAX_STATUS[code]
+    status = status_in_words(json.dumps(error or completion, ensure_ascii=False))
+    return status or (500 if error or code else 200)
+
+
+def status_in_words(words):
+    """The HTTP status that a server's words stand for; 0 where they tell none."""
+    kinds = {
+        400: (TOO_LONG, FILTERED),
+        402: (NO_MONEY,),
+        401: (NO_KEY,),
+        404: (NO_MODEL,),
+        429: (BUSY,),
+        422: (OF_REQUEST,),
+    }
+    for status, patterns in kinds.items():
+        if any(pattern.search(words) for pattern in patterns):
+            return status
+    return 0
+
+
+async def body_text(response):
+    """The text of a response. Raises OSError where it has more bytes than any completion."""
+    parts = []
+    size = 0
+    async for part in response.content.iter_chunked(1 << 16):
+        parts.append(part)
+        size += len(part)
+        if size > MOST_BYTES:
+            raise OSError(f"a response of more than {MOST_BYTES:,} bytes")
+    return b"".join(parts).decode("utf-8-sig", errors="replace")
+
+
+def seconds_of(retry_after):
+    """The seconds of a Retry-After header, a number or a date; 0 where it says nothing.
+
+    A server that says 0 would be asked hundreds of times a second, so our own wait is the least.
+    """
+    try:
+        seconds = float(retry_after)
+        return seconds if math.isfinite(seconds) else 0
+    except ValueError:
+        pass
+    try:
+        return parsedate_to_datetime(retry_after).timestamp() - time.time()
+    except (ValueError, TypeError, OverflowError):
+        return 0
+
+
+def refusal_in(answers):
+    """The sentence with which a server has refused a request, or ""."""
+    finish = answers[0].finish
+    return finish if finish.startswith(REFUSED_BY_SERVER) else ""
+
+
+def names_the_prompt(refusal):
+    """Whether a refusal's words say that it is of this prompt."""
+    return bool(TOO_LONG.search(refusal) or FILTERED.search(refusal))
+
+
+def is_of_window(finish):
+    """Whether an answer has no text because a window, ours or a server's, had no room for it."""
+    is_refusal = finish.startswith(REFUSED_BY_SERVER)
+    return NO_ROOM.match(finish) is not None or is_refusal and TOO_LONG.search(finish) is not None
+
+
+def body_without_refused(body, refusal):
+    """The body of a chat without what a refusal names, or None where there is nothing to leave out.
+
+    A prompt that leaves less room than the limit is sent again without one, and gets what room there is.
+    OpenAI's o-series wants the limit by another name.
+    """
+    limits = [name for name in ("max_tokens", "max_completion_tokens") if name in body]
+    if limits and TOO_LONG.search(refusal):
+        return {name: value for name, value in body.items() if name not in limits}
+    if "max_tokens" in body and "max_completion_tokens" in refusal:
+        smaller = {name: value for name, value in body.items() if name != "max_tokens"}
+        return smaller | {"max_completion_tokens": body["max_tokens"]}
+    words = refusal.replace("_", "").lower()  # xAI names presencePenalty
+    named = [name for name in OPTIONAL_SETTINGS if name in body and is_word(name, words)]
+    if named:
+        return {name: value for name, value in body.items() if name not in named}
+    return None
+
+
+def is_word(name, words):
+    return re.search(rf"\b{name.replace('_', '')}\b", words) is not None
+
+
+# ---------------------------------------------------------------- how a text has ended
+
+# Servers' names for the end of a text, in lower case, as far as they are known.
+BY_ITSELF = re.compile(
+    r"|stop|stop_sequence|stop_token|eos|eos_token|end_turn|end_of_turn|endoftext|complete|completed|done|finished|"
+    r"tool_calls?|tool_use|function_call"
+)
+BROKEN_OFF = re.compile(
+    r"error|abort|cancel|time.?out|time.?limit|not.?finished|in.?progress|insufficient|fail|overload|rate.?limit|"
+    r"interrupt|disconnect|shutdown|preempt|none|null|load"
+)
+BY_FILTER = re.compile(
+    r"filter|refus|sensitive|safety|recitation|prohibited|blocklist|blocked|spii|toxic|guardrail|moderation"
+)
+CUT_OFF = re.compile(r"length|max|limit|incomplete|window|truncat")
+
+
+def finish_of(reason):
+    """What a server's finish reason says of its text, as `Answer.finish` has it; None where it broke off.
+
+    A word that is not known does not make a text whole: its verdict may stand before something else.
+    """
+    if reason is None:
+        return None
+    reason = str(field_of(reason, "type") or reason)  # SGLang's own route has an object
+    word = re.sub(r"^(finish_?)?reason[._:]", "", reason.strip().lower())
+    if BY_ITSELF.fullmatch(word):
+        return "stop"
+    if BY_FILTER.search(word):
+        return "stopped by a content filter"
+    if BROKEN_OFF.search(word):
+        return None
+    if CUT_OFF.search(word):
+        return "truncated"
+    return f"the text ends in {reason[:60]!r}, which is no known end"
+
+
+# ---------------------------------------------------------------- what is in a completion
+
+
+def answers_from_chat(response):
+    return [answer_from_chat(response)]
 
 
 def answer_from_chat(response):
-    """A chat completion as an `Answer`. Status 200 promises nothing: a proxy's page, a number, or a message
-    of other parts than text is no answer."""
+    """A chat completion as an `Answer`; docs/judge.md has the table.
+
+    Every completion is final: asked again, the model would say the same. A body that is no completion is worth
+    asking again, and so is an empty message that cost no tokens, which a server gives while it starts.
+    """
     choices = field_of(response, "choices")
-    if not isinstance(choices, list) or not choices or choices[0] is None:
+    choice = choices[0] if isinstance(choices, list) and choices else None
+    if not isinstance(choice, dict):
         return no_answer("not a chat completion")
-    message = field_of(choices[0], "message")
+    message = field_of(choice, "message")
     usage = field_of(response, "usage")
+    tokens = count_or_zero(field_of(usage, "completion_tokens"))
+    prompt_tokens = count_or_zero(field_of(usage, "prompt_tokens"))
+    text, thoughts, refusal = texts_of(message)
+    has_call = field_of(message, "tool_calls") or field_of(message, "function_call")
 
-    text = field_of(message, "content")
-    if text is None:
+    reason = choice.get(
+        "finish_reason", ""
+    )  # null: not finished; a server that lacks the field says nothing
+    finish = finish_of(reason)
+    if finish is None:
+        return broken_off(reason)
+    if finish == "stop" and not text.strip():
+        if refusal:
+            finish = f"refused by the model: {refusal[:300]}"
+        elif has_call:
+            finish = "a tool call instead of a text"
+        elif thoughts:
+            finish = "thoughts alone, without a text"
+        elif tokens:
+            finish = "an empty text"
+        else:
+            return no_answer("an empty message")
+    return Answer(judgment_text(text, thoughts), finish, tokens, prompt_tokens)
+
+
+def broken_off(reason):
+    """The `Answer` to a completion that ended before its text did."""
+    return no_answer(f"the completion ends in {str(reason or 'no finish reason')[:60]}")
+
+
+def answers_from_ids(tokenizer, vocabulary, prompts, response):
+    """The `Answer`s in a completion of prompts of token ids. vocabulary: the number of ids that there are"""
+    try:
+        choices = {choice["index"]: choice for choice in response["choices"]}
+        if len(choices) != len(response["choices"]):
+            raise ValueError("two choices with one index")
+        return [
+            answer_from_ids(tokenizer, vocabulary, ids, choices[place])
+            for place, ids in enumerate(prompts)
+        ]
+    except (LookupError, TypeError, ValueError):
+        return [no_answer("not a completion with token ids, as vLLM gives them")]
+
+
+def answer_from_ids(tokenizer, vocabulary, ids, choice):
+    """The `Answer` in the choice of one prompt. Raises LookupError, TypeError or ValueError for what is none."""
+    from lib.engine import Sample
+
+    finish = finish_of(choice["finish_reason"])
+    if finish is None:
+        return broken_off(choice["finish_reason"])
+    tokens = choice["token_ids"]
+    if not all(type(token) is int and 0 <= token < vocabulary for token in tokens):
+        raise ValueError("an id that is none of the vocabulary")
+    if finish == "stop" and not tokens:
         return no_answer("an empty message")
-    if not isinstance(text, str):
-        return no_answer("a message that is not a text")
-    # Servers hand the thinking over beside the text. The parser reads both as the model wrote them.
-    thinking = field_of(message, "reasoning_content") or field_of(message, "reasoning")
-    if thinking and isinstance(thinking, str):
-        text = f"<think>\n{thinking}\n</think>\n{text}"
+    answer = answer_from_sample(tokenizer, ids, Sample(tokens, [], finish == "stop"))
+    answer.finish = finish
+    return answer
 
-    finish = "truncated" if field_of(choices[0], "finish_reason") == "length" else "stop"
-    tokens = field_of(usage, "completion_tokens")
-    prompt_tokens = field_of(usage, "prompt_tokens")
-    return Answer(text, finish, count_or_zero(tokens), count_or_zero(prompt_tokens))
+
+def texts_of(message):
+    """The text, the thoughts and the refusal in a message, "" for each that it lacks.
+
+    Servers hand the thoughts over beside the text, under several names, or as parts of it.
+    """
+    content = field_of(message, "content")
+    content = content if isinstance(content, list) else [content]
+    refusal = joined_text(field_of(message, "refusal"))
+    text = thoughts = ""
+    for part in content:
+        kind = str(field_of(part, "type") or "text")
+        if kind in ("thinking", "reasoning"):
+            thoughts += joined_text(part)
+        elif kind == "refusal":
+            refusal += joined_text(part)
+        elif kind in ("text", "output_text"):
+            text += joined_text(part)
+    for name in ("reasoning_content", "reasoning", "thinking", "reasoning_details"):
+        thoughts = thoughts or joined_text(field_of(message, name))
+    return text, thoughts, refusal
+
+
+def joined_text(value):
+    """All text in a part of a message, which may be a text, a list of parts, or an object with either in it."""
+    if isinstance(value, str):
+        return value.encode(errors="replace").decode()  # half a surrogate pair could not be printed
+    if isinstance(value, list):
+        return "".join(map(joined_text, value))
+    names = ("text", "thinking", "reasoning", "summary", "refusal", "content")
+    return next((joined_text(value[name]) for name in names if field_of(value, name)), "")
+
+
+def judgment_text(text, thoughts):
+    """Thoughts and text as the model wrote them, which the parser reads. Without a text the thoughts may be cut
+    off: they stay open.
+
+    A tag within the thoughts, "I should close with </think>", would end them: it gets a space. Some servers leave
+    the thoughts in the text too, which then has all.
+    """
+    if not thoughts or text.lstrip().startswith(tuple(THOUGHTS)):
+        return text
+    tags = "|".join(map(re.escape, THOUGHT_TAGS))
+    thoughts = re.sub(tags, lambda tag: f"{tag[0][0]} {tag[0][1:]}", thoughts)
+    opened = f"<think>\n{thoughts}"
+    return f"{opened}\n</think>\n{text}" if text.strip() else opened
 
 
 def field_of(value, name):
@@ -622,7 +1059,11 @@ def field_of(value, name):
 
 
 def count_or_zero(value):
-    return value if isinstance(value, int) else 0
+    """A number of tokens, which servers also write as 20.0 or "20"; 0 where there is none."""
+    try:
+        return max(0, int(value))
+    except (TypeError, ValueError, OverflowError):  # nothing, a word, infinity
+        return 0
 
 
 # ---------------------------------------------------------------- a reward model that gives a number
@@ -631,31 +1072,32 @@ def count_or_zero(value):
 class ScalarBackend:
     """A reward model that gives a number: a sequence classifier of `transformers` with one output.
 
+    model         a folder or hub id
     batch_tokens  of a padded batch, padding included
+
+    A conversation's score is the head's output at its last token.
     """
 
     def __init__(self, model, dtype="bfloat16", batch_tokens=16384):
         import torch
-        from transformers import AutoModelForSequenceClassification, AutoTokenizer
+        from transformers import AutoTokenizer
 
         self.torch = torch
+        self.name = model
         self.batch_tokens = batch_tokens
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.tokenizer = AutoTokenizer.from_pretrained(model)
-        network = AutoModelForSequenceClassification.from_pretrained(
-            model, dtype=getattr(torch, dtype), use_safetensors=True
-        )
-        self.model = network.to(self.device).eval()
-
-        config = self.model.config
-        if config.num_labels != 1:
+        folder = find_model(model)
+        self.window = window_of(config_of(folder))
+        self.model = load_classifier(model, folder, getattr(torch, dtype)).to(self.device).eval()
+        self.vocabulary = self.model.get_input_embeddings().num_embeddings
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        except Exception as error:  # its files can be broken in as many ways as they have parsers
             raise Failure(
-                f"--model {model}: a classifier with {config.num_labels} outputs; a reward model has one"
-            )
+                f"--model {model}: no usable tokenizer in it ({first_line(error)})"
+            ) from error
         if self.tokenizer.chat_template is None:
             raise Failure(f"--model {model}: its tokenizer has no chat template")
-        if config.pad_token_id is None:
-            config.pad_token_id = self.tokenizer.pad_token_id or self.tokenizer.eos_token_id
 
     def scores(self, conversations):
         """Reward of each conversation, which are messages with the response last.
@@ -663,30 +1105,93 @@ class ScalarBackend:
         Yields (place, score), long ones first, in padded batches of similar length. The score is None where
         a conversation is longer than the model's window.
         """
-        ids = []
-        for messages in conversations:
-            messages = without_control_tokens(self.tokenizer, messages)
-            ids.append(
-                self.tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False)
-            )
-        window = self.model.config.max_position_embeddings
+        ids = [self.token_ids(messages) for messages in conversations]
         order = sorted(range(len(ids)), key=lambda place: -len(ids[place]))
         while order:
             longest = len(ids[order[0]])
-            if longest > window:
+            if longest > self.window:
                 yield order.pop(0), None
                 continue
             rows = max(1, self.batch_tokens // longest)
             batch, order = order[:rows], order[rows:]
             yield from zip(batch, self.score_batch([ids[place] for place in batch], longest))
 
+    def token_ids(self, messages):
+        """The token ids of a conversation. Raises Failure where its template refuses it."""
+        ids = encode(self.tokenizer, messages, generation_prompt=False).tolist()
+        if max(ids) >= self.vocabulary:
+            raise Failure(
+                f"--model {self.name}: its tokenizer has the token {max(ids)}, its embedding only "
+                f"{self.vocabulary} rows"
+            )
+        return ids
+
     def score_batch(self, rows, length):
         """Scores of rows of token ids, padded to a length. -> [float, ...]"""
-        pad = self.model.config.pad_token_id
+        # transformers scores the last token that is not the pad token, and many a model's pad token is the one
+        # that ends its turns. So the batch is padded with an id that none of its rows ends in.
+        ends = {row[-1] for row in rows}
+        pad = next(token for token in itertools.count() if token not in ends)
+        self.model.config.pad_token_id = pad
         tokens = [row + [pad] * (length - len(row)) for row in rows]
         mask = [[1] * len(row) + [0] * (length - len(row)) for row in rows]
         tokens = self.torch.tensor(tokens, device=self.device)  # (B, T)
         mask = self.torch.tensor(mask, device=self.device)  # (B, T)
         with self.torch.no_grad():
             logits = self.model(input_ids=tokens, attention_mask=mask).logits  # (B, 1)
-        return logits[:, 0].float().tolist()
+        scores = logits[:, 0].float()  # (B,)
+        if not scores.isfinite().all():
+            raise Failure(f"--model {self.name}: a score is not a number; try --dtype float32")
+        return scores.tolist()
+
+
+def load_classifier(model, folder, dtype):
+    """The network of a reward model. Raises Failure unless the folder holds all of it, and nothing else.
+
+    model  its name, for messages
+    """
+    from transformers import AutoModelForSequenceClassification
+
+    config = config_of(folder)
+    if config.num_labels != 1:
+        raise Failure(
+            f"--model {model}: a classifier with {config.num_labels} outputs; a reward model has one"
+        )
+    own_code = getattr(config, "auto_map", None) or {}
+    if "AutoModelForSequenceClassification" in own_code:
+        raise Failure(
+            f"--model {model}: its score is computed by Python code that comes with it (auto_map in "
+            "config.json), and such code is never run"
+        )
+    stored = tensors_in_files(folder, model)
+    try:
+        network, info = AutoModelForSequenceClassification.from_pretrained(
+            folder,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except Exception as error:  # a family without classifiers, or files that fit it in part
+        raise Failure(
+            f"--model {model}: cannot be loaded as a classifier ({first_line(error)})"
+        ) from error
+
+    # transformers draws missing tensors at random, and leaves out others; it only warns.
+    missing = sorted(info["missing_keys"])
+    others = sorted(set(info["unexpected_keys"]) - {"lm_head.weight"})
+    if missing:
+        advice = f"; others are there, such as {others[0]}" if others else ""
+        raise Failure(
+            f"--model {model}: the weights lack {len(missing)} tensors, the first is {missing[0]}{advice}"
+        )
+    if others:
+        raise Failure(
+            f"--model {model}: the weights have {len(others)} tensors that its config.json has no place for, "
+            f"the first is {others[0]}"
+        )
+    if not getattr(config, "quantization_config", None):
+        check_are_floats(
+            model, {name: stored[name] for name in network.state_dict() if name in stored}
+        )
+    return network

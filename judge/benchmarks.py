@@ -70,24 +70,35 @@ class BenchmarkRow:
             raise ValueError("subset or responses are not texts")
 
 
+def column_of(row, name, kind=object):
+    """A row's field. Raises ValueError where it is missing or not of the kind, str or list."""
+    if name not in row:
+        raise ValueError(f"no field {name!r}")
+    if not isinstance(row[name], kind):
+        raise ValueError(f"{name} is not a {'text' if kind is str else 'list'}")
+    return row[name]
+
+
 def rewardbench_row(row):
+    subset = column_of(row, "subset")
     return BenchmarkRow(
-        f"{row['subset']}/{row['id']}",
-        row["subset"],
-        messages_of(row["prompt"]),
-        [row["chosen"], row["rejected"]],
+        f"{subset}/{column_of(row, 'id')}",
+        subset,
+        messages_of(column_of(row, "prompt")),
+        [column_of(row, "chosen"), column_of(row, "rejected")],
         [(0, 1)],
     )
 
 
 def rm_bench_row(row):
-    if len(row["chosen"]) != 3 or len(row["rejected"]) != 3:
+    chosen, rejected = column_of(row, "chosen", list), column_of(row, "rejected", list)
+    if len(chosen) != 3 or len(rejected) != 3:
         raise ValueError("chosen and rejected are not three responses each")
     return BenchmarkRow(
-        str(row["id"]),
-        part_of("domain", row["domain"], RM_BENCH),
-        messages_of(row["prompt"]),
-        row["chosen"] + row["rejected"],
+        str(column_of(row, "id")),
+        part_of("domain", column_of(row, "domain", str), RM_BENCH),
+        messages_of(column_of(row, "prompt")),
+        chosen + rejected,
         [(c, 3 + r) for c in range(3) for r in range(3)],
     )
 
@@ -109,14 +120,18 @@ def rmb_row(row):
     is_best_of_n = "bon_uid" in row
     best = row.get("bon_best", row.get("chosen"))
     losers = row.get("loser_list", row.get("reject", row.get("rejected")))
+    if is_best_of_n and not isinstance(losers, list):
+        raise ValueError("the losers are not a list")
     answers = [best, *losers] if is_best_of_n else [best, losers]
-    responses = [x["answer"] if isinstance(x, dict) else x for x in answers]
+    responses = [x.get("answer") if isinstance(x, dict) else x for x in answers]
 
-    turns = row.get("conversation_input", row.get("conversation"))
-    context = messages_of([{"role": m["role"], "content": m["content"]} for m in turns])
-    _, goal, *scenario = row["category_path"].split("/")
+    context = messages_of(row.get("conversation_input", row.get("conversation")))
+    category = column_of(row, "category_path", str).split("/")
+    if len(category) < 2:
+        raise ValueError(f"unknown category_path {row['category_path'][:60]!r}")
+    _, goal, *scenario = category
     return BenchmarkRow(
-        f"bon/{row['bon_uid']}" if is_best_of_n else f"pair/{row['pair_uid']}",
+        f"bon/{row['bon_uid']}" if is_best_of_n else f"pair/{column_of(row, 'pair_uid')}",
         f"{goal.lower()} {'best-of-N' if is_best_of_n else 'pairwise'}",
         context,
         responses,
@@ -126,24 +141,26 @@ def rmb_row(row):
 
 
 def judgebench_row(row):
-    if row["label"] not in ("A>B", "B>A"):
-        raise ValueError(f"unknown label {row['label']!r}")
-    category = JUDGEBENCH[part_of("source", row["source"], JUDGEBENCH)]
-    author = "gpt" if "gpt" in row["response_model"] else "claude"
+    label = column_of(row, "label")
+    if label not in ("A>B", "B>A"):
+        raise ValueError(f"unknown label {label!r}")
+    category = JUDGEBENCH[part_of("source", column_of(row, "source", str), JUDGEBENCH)]
+    author = "gpt" if "gpt" in column_of(row, "response_model", str) else "claude"
     return BenchmarkRow(
-        f"{author}/{row['pair_id']}",
+        f"{author}/{column_of(row, 'pair_id')}",
         f"{author} {category}",
-        messages_of(row["question"]),
-        [row["response_A"], row["response_B"]],
-        [(0, 1) if row["label"] == "A>B" else (1, 0)],
+        messages_of(column_of(row, "question")),
+        [column_of(row, "response_A"), column_of(row, "response_B")],
+        [(0, 1) if label == "A>B" else (1, 0)],
     )
 
 
 def rewardbench2_row(row):
-    item = str(row["id"])
-    responses = row["chosen"] + row["rejected"]
-    correct, n = len(row["chosen"]), len(responses)
-    if row["subset"] == "Ties":
+    item, subset = str(column_of(row, "id")), column_of(row, "subset")
+    chosen = column_of(row, "chosen", list)
+    responses = chosen + column_of(row, "rejected", list)
+    correct, n = len(chosen), len(responses)
+    if subset == "Ties":
         if not re.fullmatch(r"(ref|tied):\d+", item):
             raise ValueError(f"a Ties row with the id {item!r}, expected ref:NUMBER or tied:NUMBER")
         # A round robin: the rule of Ties needs a score for every response.
@@ -152,8 +169,8 @@ def rewardbench2_row(row):
         compare = [(i, j) for i in range(correct) for j in range(correct, n)]
     return BenchmarkRow(
         item,
-        row["subset"],
-        messages_of(row["prompt"]),
+        subset,
+        messages_of(column_of(row, "prompt")),
         responses,
         compare,
         about={"correct": correct},
@@ -669,10 +686,8 @@ def parse_rows(bench, source, numbered_rows):
             continue
         try:
             rows.append(bench.row({"domain": Path(source).stem} | row))
-        except KeyError as e:
-            bad_rows[f"{source}:{number}"] = f"wrong schema: no field {e}"
-        except (ValueError, TypeError, AttributeError) as e:
-            bad_rows[f"{source}:{number}"] = f"wrong schema: {e}"
+        except ValueError as unusable:  # any other exception is a slip in a reader
+            bad_rows[f"{source}:{number}"] = f"wrong schema: {unusable}"
     if len(bad_rows) > 1 and not rows:
         example = min(bad_rows.values())
         bad_rows = {

@@ -6,8 +6,8 @@ import json
 import os
 import threading
 
-from judge.backends import Answer
-from lib.files import Failure, lock_file, read_lines
+from judge.backends import NO_ANSWER, Answer, is_of_window
+from lib.files import Failure, json_text, lock_file, read_lines
 
 ANSWER_FIELDS = ("text", "finish", "tokens", "prompt_tokens")
 
@@ -50,7 +50,7 @@ class Journal:
             return
         try:
             with self.lock:  # several threads may use one judge
-                self.file.write(json.dumps(row) + "\n")
+                self.file.write(json_text(row) + "\n")
                 self.file.flush()
         except OSError as e:
             raise Failure(
@@ -93,11 +93,18 @@ def read_journal(path):
     """The lines of a journal. -> {request: line}
 
     An earlier version named the key otherwise, and digested other things. Its answers could not be found, and
-    a run that asks for all of them again would not say so: such a file is refused.
+    a run that asks for all of them again would not say so: such a file is refused. What says that there was no
+    answer is none: it is asked for again. So is what a window had no room for: the next run may have a longer one
+    (--max-len, a server that was started anew), and a refusal costs nothing.
     """
     rows = read_lines(path)
     if not rows and path.read_bytes()[:1] not in (b"", b"{"):
         raise Failure(f"{path}: is no journal; give another file")
     if not all({"request", *ANSWER_FIELDS} <= set(row) for row in rows):
         raise Failure(f"{path}: a journal of another version of this project; give another file")
-    return {row["request"]: row for row in rows}
+    return {row["request"]: row for row in rows if is_of_any_run(str(row["finish"]))}
+
+
+def is_of_any_run(finish):
+    """Whether an answer that ended so would be the same in another run."""
+    return not (finish.startswith(NO_ANSWER) or is_of_window(finish))

@@ -12,22 +12,52 @@ no torch.
 
 import csv
 import itertools
-import json
 import random
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
 from judge import benchmarks
-from lib.files import Failure, Flags, number, read_lines, read_object, write_lines
+from lib.files import Failure, Flags, json_text, number, read_lines, read_object, write_lines
 
 PAGE_FOLDER = Path(__file__).parent
 
 # The version of an evaluation's folder: of the keys in its config.json and of its lines.
-EVALUATION_FORMAT = 2
+EVALUATION_FORMAT = 3
 
 
 # ---------------------------------------------------------------- a run's files
+
+# What a line of each file has, whatever else it has.
+TEXT_OR_NONE = (str, type(None))
+JUDGMENT_FIELDS = {
+    "id": str,
+    "order": int,
+    "swap": int,
+    "temperature": (int, float),
+    "vote": int,
+    "label": TEXT_OR_NONE,
+    "verdict": TEXT_OR_NONE,
+    "reason": str,
+    "official": TEXT_OR_NONE,
+    "tokens": int,
+    "rubric": list,
+    "quotes": list,
+    "text": str,
+}
+PAIR_FIELDS = {
+    "id": str,
+    "bench": str,
+    "item": object,
+    "subset": str,
+    "compare": list,
+    "context": list,
+    "a": str,
+    "b": str,
+    "swap": int,
+    "label": TEXT_OR_NONE,
+}
+LEFT_OUT_FIELDS = {"bench": str, "item": object, "reason": str}
 
 
 def key_of(line):
@@ -38,7 +68,7 @@ def key_of(line):
 def read_judgments(folder):
     """{key: line} of all judgments in a folder, also of those that its ranks have not gathered yet."""
     paths = [folder / "judgments.jsonl", *sorted(folder.glob("judgments.part*.jsonl"))]
-    return {key_of(line): line for path in paths for line in read_lines(path)}
+    return {key_of(line): line for path in paths for line in read_lines(path, JUDGMENT_FIELDS)}
 
 
 def check_format(folder, config):
@@ -65,12 +95,18 @@ def read_run(folder):
     judgments = list(read_judgments(folder).values())
     if not judgments:
         raise Failure(f"{folder}: no judgments in it yet")
+    pairs = {pair["id"]: pair for pair in read_lines(folder / "pairs.jsonl", PAIR_FIELDS)}
+    for line in judgments:
+        if line["id"] not in pairs:
+            raise Failure(
+                f"{folder / 'pairs.jsonl'}: lacks the pair {line['id']}, which judgments.jsonl has"
+            )
     return {
         "name": folder.resolve().name.removeprefix("eval-"),
         "config": config,
-        "pairs": {pair["id"]: pair for pair in read_lines(folder / "pairs.jsonl")},
+        "pairs": pairs,
         "judgments": judgments,
-        "left_out": read_lines(folder / "left_out.jsonl"),
+        "left_out": read_lines(folder / "left_out.jsonl", LEFT_OUT_FIELDS),
     }
 
 
@@ -502,6 +538,31 @@ def block_lines(bench, columns):
     return lines
 
 
+UNJUDGED_SHOWN = 10  # lines of a list on a terminal; the folder has all of them
+
+
+def unjudged_text(run, folder):
+    """What has no judgment, and why, as lines; "" where there is nothing. These count as wrong.
+
+    folder  of the run, which the last line names where there are more than are shown
+    """
+    reasons = {}  # {pair's id: why its first such line is no judgment}
+    for line in run["judgments"]:
+        finish = line.get("finish", "stop")
+        has_scores = None not in line.get("scores", [None])  # of a scalar judge, and equal
+        if finish not in ("stop", "truncated") and not has_scores:
+            reasons.setdefault(line["id"], finish)
+    if not reasons:
+        return ""
+    lines = [f"{run['name']}: {len(reasons)} pairs could not be judged, and count as wrong:"]
+    for pair_id, reason in itertools.islice(reasons.items(), UNJUDGED_SHOWN):
+        lines.append(f"  {pair_id}: {' '.join(reason.split())[:200]}")
+    if len(reasons) > UNJUDGED_SHOWN:
+        more = len(reasons) - UNJUDGED_SHOWN
+        lines.append(f"  and {more} more, in {folder}/judgments.jsonl")
+    return "\n".join(lines) + "\n\n"
+
+
 def cell(value):
     """A number as text. Shares have three digits, larger numbers (tokens) one."""
     if value is None or isinstance(value, str):
@@ -539,11 +600,14 @@ def report(argv):
     out = Path(args.out or args.runs[-1])
     table = [(run["name"], measure(run)) for run in runs]
     text = table_text(table)
+    for run, folder in zip(runs, args.runs):
+        unjudged = unjudged_text(run, folder)
+        text += f"\n{unjudged}" if unjudged else ""
     print(text)
 
     page = (PAGE_FOLDER / "report.html").read_text()
     # "</" would end the script that holds the data.
-    data = json.dumps(page_data(runs, table, args.examples)).replace("</", "<\\/")
+    data = json_text(page_data(runs, table, args.examples)).replace("</", "<\\/")
     files = [out / "table.txt", out / "report.html"]
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -623,7 +687,7 @@ def draw_examples(run, count):
 
 
 LINE_FIELDS = "order swap temperature verdict reason label tokens text".split()
-PAIR_FIELDS = "id bench subset context a b swap label".split()
+EXAMPLE_FIELDS = "id bench subset context a b swap label".split()
 
 
 def page_examples(runs, count):
@@ -641,7 +705,7 @@ def page_examples(runs, count):
     for run in runs:
         pairs |= run["pairs"]
     return [
-        {"judgments": some, **{name: pairs[pair_id][name] for name in PAIR_FIELDS}}
+        {"judgments": some, **{name: pairs[pair_id][name] for name in EXAMPLE_FIELDS}}
         for pair_id, some in judgments.items()
     ]
 
@@ -662,10 +726,11 @@ def draw_curve(metrics, path):
 
     if not metrics.is_file():
         raise Failure(f"{metrics}: no such file; is --training the --out of a training run?")
-    rows = read_lines(metrics)
+    rows = read_lines(metrics, {"step": int})
     figure, axes = plt.subplots(figsize=(7, 4), dpi=150, layout="tight")
     for column, label, style in CURVES:
-        points = [(row["step"], row[column]) for row in rows if column in row]
+        # A column is absent where it was not measured, and null where it was no finite number.
+        points = [(row["step"], row[column]) for row in rows if row.get(column) is not None]
         if points:
             steps, values = zip(*points)
             axes.plot(steps, values, style, label=label, lw=1.5, ms=5)

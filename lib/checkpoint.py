@@ -14,14 +14,18 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_state_dict,
+    set_state_dict,
+)
 
 from lib.dist import FOREVER, all_gather, all_max, print0
 from lib.files import Failure
 
 
 class Checkpoints:
-    """The checkpoints of a run, in folder/step_N: weights and optimizer.
+    """The checkpoints of a run, in folder/step_N: the weights that are trained, and the optimizer.
 
     Everything else is a function of the step. Any number of ranks can read them. They are whole or
     absent: written under another name, forced to the disk, and given their final name last, on all
@@ -40,6 +44,10 @@ class Checkpoints:
 
     def parts(self):
         model, optim = get_state_dict(self.policy, self.optim)
+        # Both names of a tied pair count: torch's ignore_frozen_params would keep a frozen head.
+        named = self.policy.named_parameters(remove_duplicate=False)
+        trained = {name for name, parameter in named if parameter.requires_grad}
+        model = {name: tensor for name, tensor in model.items() if name in trained}
         return {"model": model, "optim": optim}
 
     def load(self, steps=math.inf):
@@ -73,6 +81,9 @@ class Checkpoints:
             self.optim,
             model_state_dict=parts["model"],
             optim_state_dict=parts["optim"],
+            # Frozen weights are not there: they come from the model that the run started from. What
+            # else a checkpoint lacks, `dcp.load` has refused.
+            options=StateDictOptions(strict=False),
         )
         print0(f"resumed at step {step}")
         return step

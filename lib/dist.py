@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from lib.files import Failure, is_our_file, rank_count, this_rank
 
@@ -170,6 +171,45 @@ def held_gb():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
+# ---------------------------------------------------------------- tensors in shards
+# A sharded parameter is a DTensor, of which a rank has some rows. One that lies whole on every rank
+# is a plain tensor.
+
+
+def shard_like(full, parameter):
+    """A full tensor, the same on every rank, in the shards of a parameter. Nothing is sent."""
+    full = full.to(parameter.device, parameter.dtype)
+    if not isinstance(parameter, DTensor):
+        return full
+    mesh, placements = parameter.device_mesh, parameter.placements
+    return distribute_tensor(full, mesh, placements, src_data_rank=None)
+
+
+def local_shard(parameter):
+    """This rank's rows of a parameter, in the parameter's own memory."""
+    parameter = parameter.detach()
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+
+
+def full_tensor(tensor):
+    """All rows of a tensor in shards. A collective."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def full_of(shard, parameter):
+    """The full tensor whose rows on this rank are `shard`, and which lies like a parameter. A collective."""
+    if not isinstance(parameter, DTensor):
+        return shard
+    return DTensor.from_local(
+        shard,
+        parameter.device_mesh,
+        parameter.placements,
+        run_check=False,
+        shape=parameter.shape,
+        stride=parameter.stride(),
+    ).full_tensor()
+
+
 # ---------------------------------------------------------------- signals
 
 SIGNALS = []  # names of the signals that this rank has caught
@@ -250,8 +290,9 @@ def explain(error):
     where = f"in the phase '{CurrentPhase.name}'"
     if isinstance(error, torch.OutOfMemoryError):
         return (
-            f"{where}: {message.splitlines()[0]} Lower --micro-tokens (or --engine-memory, where vLLM asked), "
-            "or give --offload; tools/dryrun.py says what a card will hold"
+            f"{where}: {message.splitlines()[0]} Lower --micro-tokens, then the longest text (sft.py: --max-len; "
+            "grpo.py: --max-prompt and --max-response), or --engine-memory, where vLLM asked; grpo.py has "
+            "--offload, too. tools/dryrun.py says what a card will hold"
         )
     if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in message:
         return f"{where}: the disk is full; what is whole stays"

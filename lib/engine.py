@@ -60,6 +60,11 @@ def check_version(version):
         )
 
 
+# Samples that decode at the same time. A card: as many as vLLM captures graphs for, since its cache has room.
+# Two cores gain nothing from more.
+AT_ONCE, AT_ONCE_ON_CPU = 512, 256
+
+
 def on_cpu(max_len):
     """vLLM's settings on a CPU.
 
@@ -108,9 +113,7 @@ class Engine:
         self.tp = tp
         self.asleep = False
         self.cuda = torch.cuda.is_available()
-        # As many as vLLM captures graphs for: a card's cache has room. Two cores gain nothing from
-        # more.
-        self.at_once = 512 if self.cuda else 256
+        self.at_once = AT_ONCE if self.cuda else AT_ONCE_ON_CPU
         if self.cuda:
             # Level-2 sleep while the trainer works: weights and cache leave the card, and the next
             # sync, which happens anyway, brings the weights back.
@@ -126,7 +129,10 @@ class Engine:
             model=str(model),
             dtype=dtype,
             max_model_len=max_len,
-            load_format=weights,
+            # By itself vLLM takes Mistral's own files, where a folder has them too.
+            load_format="safetensors" if weights == "auto" else weights,
+            config_format="hf",
+            trust_remote_code=False,
             max_num_seqs=self.at_once,
             distributed_executor_backend="external_launcher",
             tensor_parallel_size=tp,
@@ -245,12 +251,14 @@ class Engine:
         leftovers, may not fit. A rank whose weights break off raises, and its end is the other
         ranks' end; the run goes on from its checkpoint.
         """
+        self.sleep()  # before the first sync nobody has asked for it
         if self.asleep:
             self.torch.cuda.empty_cache()  # what the trainer holds but does not use
             self.llm.wake_up(tags=["weights"])
         weights = {"weights_iterator": policy.weights(dtype)}
         self.llm.collective_rpc("reload_weights", kwargs=weights)
         if self.asleep:
+            self.torch.cuda.empty_cache()  # the tensors that were gathered
             self.llm.wake_up(tags=["kv_cache"])
             self.asleep = False
         if not self.llm.reset_prefix_cache():

@@ -75,10 +75,11 @@ def exit_code(main, explain=None):
         print_error(str(failure))
         return 2
     except SystemExit as end:  # from argparse's --help, or from a script's own sys.exit
-        if isinstance(end.code, str):
-            print_error(end.code)
-            return 1
-        return end.code or 0
+        if isinstance(end.code, int | None):
+            return end.code or 0
+        if not already_printed(str(end.code)):
+            print_error(str(end.code))
+        return 1
     except BrokenPipeError:  # the reader of our output has ended, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
@@ -154,9 +155,13 @@ def is_our_file(name):
 
 
 def first_line(error):
-    """The first line of an exception's message, at most 150 characters of it."""
-    message = str(error) or repr(error)
-    return message.splitlines()[0][:150]
+    """The first line of an exception's message, at most 150 characters of it; the lines behind it too where it only
+    says that they tell the reason."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [repr(error)]
+    text = lines.pop(0)
+    while lines and (text.endswith(":") or re.search(r"validation errors? for \w+$", text)):
+        text = f"{text} {lines.pop(0)}"
+    return text[:150]
 
 
 # ---------------------------------------------------------------- flags
@@ -277,7 +282,90 @@ def files_under(folder, above=()):
             yield path
 
 
+# ---------------------------------------------------------------- what is printed
+
+
+def progress_bar(rows=None, name="", **settings):
+    """tqdm for a script: rank 0 draws it, on standard error.
+
+    On a terminal it moves as rows are done. Into a file or a pipe it prints a line every ten seconds and one at
+    the end. Give `set_postfix` refresh=False: otherwise it prints a line each time.
+
+    settings  others of tqdm's
+    """
+    from tqdm import tqdm  # here, because data/toy.py --show runs without packages
+
+    settings = {"disable": this_rank() != 0} | settings
+    if not sys.stderr.isatty():
+        # Any delay above 0 leaves out the line before the first row.
+        settings |= {"file": Lines(), "mininterval": 10, "delay": 1e-9}
+    return tqdm(rows, name, **settings)
+
+
+class Lines:
+    """Standard error for a progress bar: its states as lines below each other, instead of over each other."""
+
+    def write(self, text):
+        state = text.strip()
+        if state:
+            sys.stderr.write(state + "\n")
+
+    def flush(self):
+        sys.stderr.flush()
+
+
+@contextlib.contextmanager
+def output_in_file(path):
+    """Within the block, what this process prints goes to a file: also what libraries print in C++."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    saved = os.dup(1), os.dup(2)
+    with open(path, "a") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        for descriptor, original in zip((1, 2), saved):
+            os.dup2(original, descriptor)
+            os.close(original)
+
+
 # ---------------------------------------------------------------- files
+
+
+def json_text(value, indent=None, default=None):
+    """A value as JSON. What JSON has no numbers for, NaN and the infinities, is written as null, and as text where
+    it is a key. Numbers and arrays of numpy and torch are written as Python's.
+
+    default  a function that makes JSON of other types, as `json.dumps` takes it
+    """
+    try:
+        return json.dumps(value, allow_nan=False, indent=indent)
+    except (ValueError, TypeError):
+        value = plain_value(value)
+        return json.dumps(value, allow_nan=False, indent=indent, default=default)
+
+
+def plain_value(value):
+    """A value for JSON of Python's own types, with None in place of every NaN and infinity in it."""
+    if hasattr(value, "tolist"):  # of numpy and torch, numbers too
+        value = value.tolist()
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {plain_key(key): plain_value(field) for key, field in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain_value(item) for item in value]
+    return value
+
+
+def plain_key(key):
+    """A key for JSON, which has no NaN."""
+    is_number = isinstance(key, float) or hasattr(key, "tolist")
+    return str(key) if is_number else key
 
 
 @contextlib.contextmanager
@@ -335,8 +423,10 @@ def read_object(path):
     return value
 
 
-def read_lines(path):
+def read_lines(path, fields=None):
     """The JSON objects of a file that one of our scripts wrote line by line; [] if there is no such file.
+
+    fields  {name: type, or a tuple of types} that every line has
 
     A last line that a kill cut short is left out. Raises Failure for any other broken line.
     """
@@ -355,6 +445,13 @@ def read_lines(path):
             continue
         if not isinstance(row, dict):
             raise Failure(f"{path}:{line_number}: not a JSON object; the file is damaged")
+        for name, types in (fields or {}).items():
+            if name not in row:
+                raise Failure(
+                    f"{path}:{line_number}: has no {name}; the file is damaged, or another's"
+                )
+            if not isinstance(row[name], types):
+                raise Failure(f"{path}:{line_number}: {name} is {str(row[name])[:40]!r}")
         rows.append(row)
     return rows
 
@@ -534,7 +631,7 @@ def parse_lines(source, read, rejects=None):
         elif rejects is None:
             raise Failure(f"{source}:{line}: {error}")
         else:
-            rejects.write(json.dumps({"line": line, "reason": error}) + "\n")
+            rejects.write(json_text({"line": line, "reason": error}) + "\n")
 
 
 # ---------------------------------------------------------------- digests and seeds

@@ -24,19 +24,37 @@ from torch import nn
 from torch.distributed import barrier, get_rank, get_world_size, init_device_mesh
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import distribute_tensor
 from transformers import AutoModelForCausalLM
 
 from lib import dist
+from lib.chat import more_ends
 from lib.checkpoint import force_to_disk
-from lib.files import Failure
+from lib.dist import full_of, local_shard, print0, shard_like
+from lib.files import Failure, read_object
+from lib.lora import (
+    LoRALinear,
+    adapted_layers,
+    adapter_tensors,
+    add_adapters,
+    init_adapters,
+    merge_adapter,
+    merged_shard,
+    peft_config,
+)
 from lib.model_files import (
+    ADAPTER_BASE,
+    ADAPTER_CONFIG,
+    ADAPTER_TENSORS,
+    INDEX,
     check_weights,
     config_of,
+    find_adapter,
     find_model,
     head_width,
+    is_adapter_tensor,
     on_meta,
     stored_tensors,
+    weight_files,
 )
 from lib.packing import check_kernel, pack
 
@@ -53,6 +71,8 @@ class Policy(nn.Module):
         super().__init__()
         self.lm = lm
         self.scale, self.cap = logit_transform(lm.config)
+        self.host_copies = {}  # {frozen parameter: its shard in host memory, bytes on the device}
+        self.frozen_is_free = False
 
     def forward(self, batch, temperature=1.0):
         """Log-prob of every response token, (R,) in fp32, under softmax(logits / temperature).
@@ -77,7 +97,7 @@ class Policy(nn.Module):
 
     @torch.no_grad()
     def weights(self, dtype=None):
-        """Stream (name, full tensor) in module order, by Hugging Face names.
+        """Stream (name, full tensor) in module order, by Hugging Face names, with adapters merged.
 
         A collective: every rank iterates to the end.
 
@@ -86,12 +106,55 @@ class Policy(nn.Module):
         """
         tied = self.lm.config.tie_word_embeddings
         for name, parameter in self.lm.named_parameters():
-            full = parameter.detach().to(dtype or parameter.dtype).full_tensor()
+            if is_adapter_tensor(name):  # it comes merged
+                continue
+            shard = local_shard(parameter)  # this rank's rows
+            if self.frozen_is_free and parameter in self.host_copies:
+                copy, _ = self.host_copies[parameter]
+                shard = copy.to(shard.device, non_blocking=True)
+            shard = shard.to(dtype or parameter.dtype)
+            layer = self.lm.get_submodule(name.rpartition(".")[0])
+            if isinstance(layer, LoRALinear) and parameter is layer.weight:
+                shard = merged_shard(layer, shard)
+            full = full_of(shard, parameter)
             if tied and name == "model.embed_tokens.weight":
                 head = full  # (V, hidden)
             yield name, full
         if tied:
             yield "lm_head.weight", head
+
+    # Frozen weights never change. So one copy in host memory, made once, is enough for them to leave
+    # the card at no cost while they are not used.
+
+    @torch.no_grad()
+    def free_frozen(self):
+        """Give back the memory of all frozen weights, of which a copy stays in host memory.
+
+        Until `restore_frozen` the network cannot compute, but `weights` reads the copy.
+        """
+        for parameter in self.frozen():
+            shard = local_shard(parameter)
+            memory = shard.untyped_storage()  # FSDP may have padded the shard
+            if parameter not in self.host_copies:
+                copy = torch.empty_like(shard, device="cpu", pin_memory=dist.CUDA).copy_(shard)
+                self.host_copies[parameter] = copy, memory.nbytes()
+            memory.resize_(0)  # as FSDP frees what it has gathered
+        self.frozen_is_free = True
+
+    @torch.no_grad()
+    def restore_frozen(self):
+        """Bring the frozen weights back to the memory that `free_frozen` gave back."""
+        if not self.frozen_is_free:
+            return
+        for parameter in self.frozen():
+            shard = local_shard(parameter)
+            copy, size = self.host_copies[parameter]
+            shard.untyped_storage().resize_(size)
+            shard.copy_(copy, non_blocking=True)
+        self.frozen_is_free = False
+
+    def frozen(self):
+        return [p for p in self.parameters() if not p.requires_grad]
 
 
 def logit_transform(config):
@@ -153,7 +216,8 @@ class TokenLogProbs(torch.autograd.Function):
         """
         hidden, head, targets, logsumexp = ctx.saved_tensors
         grad_hidden = torch.zeros_like(hidden, dtype=torch.float32)  # (R, hidden)
-        grad_head = torch.empty_like(head)  # (V, hidden)
+        # Not under adapters, where the head is frozen: a third of this pass, and a copy of the head.
+        grad_head = torch.empty_like(head) if ctx.needs_input_grad[1] else None  # (V, hidden)
         grad = (grad / ctx.temperature)[:, None]  # (R, 1)
         chunk = max(1, LOGITS // max(1, len(targets)))  # a dummy micro-batch has no targets
         for start in range(0, len(head), chunk):
@@ -172,7 +236,8 @@ class TokenLogProbs(torch.autograd.Function):
 
             d_logits = d_logits.to(hidden.dtype)  # (R, W)
             grad_hidden += matmul_fp32(d_logits, head[words])
-            grad_head[words] = d_logits.T @ hidden
+            if grad_head is not None:
+                grad_head[words] = d_logits.T @ hidden
         return grad_hidden.to(hidden.dtype), grad_head, None, None, None
 
 
@@ -203,7 +268,7 @@ def build_policy(config, dtype, device):
             setattr(config, name, 0.0)
     try:
         with on_meta():
-            lm = AutoModelForCausalLM.from_config(config, dtype=dtype)
+            lm = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     except Exception as e:  # an unknown architecture, or a config.json that lacks a part of it
         raise Failure(
             f"--model: {config.model_type} is no language model that can be trained here ({str(e)[:150]})"
@@ -235,6 +300,22 @@ def materialize(policy, buffers, device):
     policy.to_empty(device=device)
     for name, buffer in policy.lm.named_buffers():
         buffer.copy_(buffers[name])
+
+
+def materialize_whole(policy, device):
+    """The same for parameters that stay whole on every rank, before anything is sharded.
+
+    A tied pair stays one parameter; `to_empty` would make two of it.
+    """
+    made = {}  # {parameter on meta: the same with memory}
+    for module in policy.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            module._buffers[name] = buffer.to(device)
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter not in made:
+                memory = torch.empty_like(parameter, device=device)
+                made[parameter] = nn.Parameter(memory, parameter.requires_grad)
+            module._parameters[name] = made[parameter]
 
 
 # ---------------------------------------------------------------- families
@@ -352,24 +433,38 @@ def own_logprobs(lm, prompt, response, device):
 # ---------------------------------------------------------------- loading and sharding
 
 
-def load_policy(model, device, dtype, seed=0, trainable=True, recompute=True, shard=None):
+def load_policy(model, device, dtype, seed=0, trainable=True, recompute=True, shard=None, lora=0):
     """A sharded policy with its weights. A collective.
 
-    model  a folder, a hub id, or a config.json (random weights drawn from `seed`)
+    model  a folder, a hub id, or a config.json (random weights drawn from `seed`). An adapter's is its
+           base with the adapter merged
     shard  see `mesh_of`; the rest as for `build_sharded`
 
     Weights are read by DCP, each rank its own slices: nobody holds a full copy.
     """
-    folder = find_model(model)
+    folder = find_model(model, adapter=True)
     mesh = mesh_of(device, shard)
-    policy = build_sharded(config_of(folder), mesh, device, dtype, trainable, recompute)
+    policy = build_sharded(config_of(folder), mesh, device, dtype, trainable, recompute, lora)
     if str(model).endswith("config.json"):
         init_random(policy.lm, policy.lm.config.initializer_range, seed)
     else:
-        check_weights(model, folder, stored_tensors(policy.lm))
-        dcp.load(stored_tensors(policy.lm), storage_reader=HuggingFaceStorageReader(str(folder)))
+        check_weights(model, folder, policy.lm)
+        dcp.load(stored_tensors(policy.lm), storage_reader=weights_reader(folder))
     policy.lm.tie_weights()
+    if adapter := find_adapter(model):
+        merge_adapter(policy.lm, adapter)
+    init_adapters(policy.lm, seed)
     return policy
+
+
+def weights_reader(folder):
+    """DCP's reader of a model folder, for the files alone that are the model's weights.
+
+    By itself it reads every *.safetensors file in a folder.
+    """
+    reader = HuggingFaceStorageReader(str(folder))
+    reader.fs.ls = lambda _: [str(path) for path in weight_files(folder)]
+    return reader
 
 
 def mesh_of(device, shard=None):
@@ -386,31 +481,44 @@ def mesh_of(device, shard=None):
     )
 
 
-def build_sharded(config, mesh, device, dtype, trainable=True, recompute=True):
+def build_sharded(config, mesh, device, dtype, trainable=True, recompute=True, lora=0):
     """A policy whose weights have their places on all ranks, and no values yet.
 
     mesh       see `mesh_of`
     dtype      of the computation. Trained weights are kept in fp32 and cast for the computation;
-               a frozen policy (trainable=False) is kept in `dtype`.
+               frozen ones are kept in `dtype`.
+    trainable  False: all weights are frozen
     recompute  activations of every block in the backward pass rather than keeping them
+    lora       rank of the adapters that are trained on frozen weights; 0: all weights are trained
+
+    Where a rank holds a whole copy of the weights, FSDP has the adapters alone: around frozen
+    weights it would keep a second copy of the largest block, and copy all weights in every pass.
 
     Gradients are reduce-scattered at every micro-batch (with copies, also all-reduced between
     them). Summing them locally until the last one (set_requires_gradient_sync) would save traffic,
     but every rank would hold the gradients of the whole model in fp32 meanwhile: 28 GB for 7B.
     """
-    master = torch.float32 if trainable else dtype
+    master = torch.float32 if trainable and not lora else dtype
     policy, buffers = build_policy(config, master, device)
     policy.train(trainable).requires_grad_(trainable)
+    if lora:
+        add_adapters(policy.lm, lora)
     if recompute and trainable:
         policy.lm.gradient_checkpointing_enable({"use_reentrant": False})
+    is_cast = trainable and dtype != torch.float32  # what is trained is kept in fp32
     precision = MixedPrecisionPolicy(
-        param_dtype=None if dtype == master else dtype, reduce_dtype=torch.float32
+        param_dtype=dtype if is_cast else None, reduce_dtype=torch.float32
     )
     settings = dict(mesh=mesh, reshard_after_forward=True, mp_policy=precision)
+    whole = lora and mesh.shape[-1] == 1
+    if whole:
+        materialize_whole(policy, device)
+        settings["ignored_params"] = set(policy.frozen())
     for block in policy.lm.model.layers:
         fully_shard(block, **settings)
     fully_shard(policy, **settings)  # what is left: embedding, last norm, head
-    materialize(policy, buffers, device)
+    if not whole:
+        materialize(policy, buffers, device)
     return policy
 
 
@@ -433,39 +541,54 @@ def init_random(lm, std, seed):
         parameter.copy_(shard_like(full, parameter))
 
 
-def shard_like(full, parameter):
-    """A full tensor, the same on every rank, in the shards of a parameter. Nothing is sent."""
-    full = full.to(parameter.device, parameter.dtype)
-    mesh, placements = parameter.device_mesh, parameter.placements
-    return distribute_tensor(full, mesh, placements, src_data_rank=None)
+class Offload:
+    """Keeps what is not in use in host memory: frozen weights of networks, states of optimizers.
 
-
-@contextmanager
-def on_device(device, waiting, *things):
-    """Networks and optimizers on `device` within, on the device `waiting` after.
-
-    None among them is nothing to move.
+    active  False: everything stays where it is
+    device  where things are used
     """
-    for thing in things:
-        move_to(device, thing)
-    try:
-        yield
-    finally:
+
+    def __init__(self, active, device):
+        self.active = active
+        self.device = device
+
+    def park(self, *things):
+        """To host memory. None among them, or a function, has nothing to move."""
+        if not self.active:
+            return
         for thing in things:
-            move_to(waiting, thing)
+            if isinstance(thing, Policy):
+                thing.free_frozen()
+            elif isinstance(thing, torch.optim.Optimizer):
+                move_state(thing, torch.device("cpu"))
+
+    def fetch(self, *things):
+        """Back to the device."""
+        if not self.active:
+            return
+        for thing in things:
+            if isinstance(thing, Policy):
+                thing.restore_frozen()
+            elif isinstance(thing, torch.optim.Optimizer):
+                move_state(thing, self.device)
+
+    @contextmanager
+    def use(self, thing):
+        """On the device within, in host memory after."""
+        self.fetch(thing)
+        try:
+            yield
+        finally:
+            self.park(thing)
 
 
-def move_to(device, thing):
-    """Move a network, or the state of an optimizer."""
-    if thing is None:
-        return
-    if isinstance(thing, nn.Module):
-        thing.to(device)
-        return
-    for state in thing.state.values():
+def move_state(optim, device):
+    """Move the state of an optimizer.
+
+    Step counters stay where the optimizer made them: on a host it reads them at every step.
+    """
+    for state in optim.state.values():
         for name, tensor in state.items():
-            # Step counters stay where the optimizer made them: on a host it reads them at every
-            # step.
             if torch.is_tensor(tensor) and tensor.dim():
                 state[name] = tensor.to(device)
 
@@ -474,12 +597,12 @@ def move_to(device, thing):
 
 
 def adamw(policy, lr, betas, weight_decay):
-    """The optimizer.
+    """The optimizer of the weights that are trained.
 
     On CUDA its fused kernel needs no copy of the second moments, and does not wait for the host.
     """
     return torch.optim.AdamW(
-        policy.parameters(),
+        [parameter for parameter in policy.parameters() if parameter.requires_grad],
         lr=lr,
         betas=betas,
         weight_decay=weight_decay,
@@ -521,24 +644,33 @@ def optimizer_step(policy, optim, lr, clip):
 # ---------------------------------------------------------------- the model on disk
 
 
-def save_model(policy, source, out, dtype, judge_json=None):
+def save_model(policy, source, out, dtype, judge_json=None, ends=()):
     """Write a model that `transformers` and `vllm serve` open as it is. A collective.
 
     source      folder whose config and tokenizer files it takes over
     out         the folder that it becomes; one that is there is replaced
     judge_json  how the trained judge wants to be asked, for judge.json (`rubrics.prompt_style` reads it)
+    ends        ids that end a turn (`load_tokenizer`), for generation_config.json where vLLM would not know them
 
     The folder is written under another name, forced to the disk and renamed last, so that `out` is
     whole or absent, also after a loss of power. Tensors stream to rank 0, which writes a file every
     4 GB.
     """
+    with whole_or_absent(out) as tmp:
+        write_tensors(policy, tmp, dtype)
+        if get_rank() == 0:
+            write_settings(source, tmp, dtype, judge_json, ends)
+
+
+@contextmanager
+def whole_or_absent(out):
+    """A folder that rank 0 fills within, and that has the name `out` after. A collective."""
     out, tmp = Path(out), Path(f"{out}.tmp")
     if get_rank() == 0:
         shutil.rmtree(tmp, ignore_errors=True)
         tmp.mkdir(parents=True)
-    write_tensors(policy, tmp, dtype)
+    yield tmp
     if get_rank() == 0:
-        write_settings(source, tmp, dtype, judge_json)
         for file in tmp.iterdir():
             force_to_disk(file)
         force_to_disk(tmp)
@@ -572,18 +704,53 @@ def write_tensors(policy, folder, dtype):
         (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": index}))
 
 
-INDEX = "model.safetensors.index.json"
-
-
-def write_settings(source, folder, dtype, judge_json):
-    """A model's config and tokenizer files, copied from its source, and judge.json."""
+def write_settings(source, folder, dtype, judge_json, ends=()):
+    """A model's config and tokenizer files, copied from its source, and judge.json; arguments as of `save_model`."""
     for file in Path(source).iterdir():
         is_text = file.suffix in (".json", ".txt", ".jinja", ".model")
-        if is_text and file.name not in ("config.json", INDEX):
+        # With an adapter's settings beside it, transformers would take the model for an adapter.
+        if is_text and file.name not in ("config.json", INDEX, ADAPTER_CONFIG):
             shutil.copy(file, folder)
     config = json.loads((Path(source) / "config.json").read_text())
     config.pop("torch_dtype", None)
     config["dtype"] = str(dtype).removeprefix("torch.")
     (folder / "config.json").write_text(json.dumps(config, indent=2))
+    generation = folder / "generation_config.json"
+    if len(ends) > 1 and not set(ends) <= set(more_ends(folder)):
+        settings = read_object(generation) if generation.exists() else {}
+        generation.write_text(json.dumps(settings | {"eos_token_id": list(ends)}, indent=2) + "\n")
+    write_judge_json(folder, judge_json)
+
+
+def write_judge_json(folder, judge_json):
     if judge_json:
         (folder / "judge.json").write_text(json.dumps(judge_json, indent=2) + "\n")
+
+
+def save_adapter(policy, model, run_config, out):
+    """Write the adapters of a policy, if it has any, in PEFT's format. A collective.
+
+    model       what the run started from, the base
+    run_config  with its fingerprint, which base.json keeps beside the adapter, and the judge's style
+    out         the folder that it becomes, whole or absent
+
+    Random weights, and those of another adapter merged, are in no folder that PEFT could open: then
+    there is no adapter, and the merged model has it all.
+    """
+    if not adapted_layers(policy):
+        return
+    if str(model).endswith("config.json") or find_adapter(model):
+        print0(f"no {out}: its base, {model} as this run started from it, is in no model's folder")
+        return
+    with whole_or_absent(out) as tmp:
+        tensors = adapter_tensors(policy.lm)
+        if get_rank() == 0:
+            held = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+            save_file(held, tmp / ADAPTER_TENSORS, metadata={"format": "pt"})
+            (tmp / ADAPTER_TENSORS).chmod(0o644)  # it is made for its owner alone
+            is_local = Path(model).exists()  # then from anywhere, not only from this folder
+            config = peft_config(policy.lm, str(Path(model).resolve() if is_local else model))
+            (tmp / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2))
+            (tmp / ADAPTER_BASE).write_text(json.dumps({"fingerprint": run_config["weights"]}))
+            write_judge_json(tmp, run_config["judge"])
+    print0(f"wrote {out}")

@@ -28,11 +28,12 @@ import aiohttp
 import torch
 import uvicorn
 
-from judge.backends import backend_flags
+from judge.backends import backend_flags, read_url
+from judge.journal import Journal
 from lib import model_files
 from lib.chat import encode
 from lib.engine import on_cpu
-from lib.files import Failure, Flags, lock_folder, number, run_main
+from lib.files import Failure, Flags, number, run_main
 from lib.pairs import Pair, messages_of
 from rmr1 import Judge
 from rubrics import chat_messages, prompt_style
@@ -40,7 +41,13 @@ from serve.gateway import Gate, make_app, say
 
 THIS_MACHINE = ("127.0.0.1", "::1", "localhost")
 LIBC = ctypes.CDLL(None)
-PR_SET_PDEATHSIG = 1  # of prctl: the signal that a process gets when its parent dies
+# A program that becomes the one in its arguments, after it has asked the kernel for a SIGTERM at its parent's
+# end (PR_SET_PDEATHSIG, which is 1). In a `preexec_fn` the same would run between fork and exec, where a lock
+# that another thread of ours held would stay locked for ever.
+END_WITH_PARENT = (
+    "import ctypes, os, signal, sys; ctypes.CDLL(None).prctl(1, signal.SIGTERM); "
+    "os.execv(sys.argv[1], sys.argv[1:])"
+)
 M_MMAP_THRESHOLD = -3  # of mallopt: the bytes from which a block is mapped by itself
 
 # ---------------------------------------------------------------- vLLM, started and kept running
@@ -63,13 +70,13 @@ class Upstream:
         self.process = None
         self.log = Path(args.journal).with_name("vllm.log")
         if not self.url:
-            # Another process may take the port before vLLM binds it. vLLM then ends, and its log says why.
-            with socket.socket() as probe:
-                probe.bind(("127.0.0.1", 0))
-                port = probe.getsockname()[1]
+            self.reserved = reserve_port()
+            port = self.reserved.getsockname()[1]
             self.url = f"http://127.0.0.1:{port}/v1"
             self.key = secrets.token_hex(16)
             self.command = vllm_command(args, port, vllm_arguments)
+        url, query = read_url(self.url, "--upstream")
+        self.models_url = f"{url}/models{query}"
 
     async def keep_running(self):
         """Start the server and start it again whenever it ends. Raises Failure if it was never ready."""
@@ -93,7 +100,6 @@ class Upstream:
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
-                preexec_fn=end_with_parent,
             )
 
     async def watch(self):
@@ -103,7 +109,7 @@ class Upstream:
         async with aiohttp.ClientSession(timeout=timeout, trust_env=True) as session:
             while self.process is None or self.process.returncode is None:
                 try:
-                    async with session.get(self.url + "/models") as response:
+                    async with session.get(self.models_url) as response:
                         self.is_ready = response.status < 500
                 except (TimeoutError, aiohttp.ClientError, OSError):
                     self.is_ready = False
@@ -125,13 +131,16 @@ class Upstream:
             os.killpg(self.process.pid, signal.SIGKILL)
 
 
-def end_with_parent():
-    """Let the kernel end vLLM if this process is killed.
+def reserve_port():
+    """A socket that keeps a free port for vLLM, also while vLLM is started again.
 
-    It runs in the child between fork and exec. There another thread's lock would stay locked for ever, so it
-    must take none: the library has been loaded above, and the call is one system call.
+    Nobody is given a port that is bound. vLLM can bind it all the same, because both sockets have
+    SO_REUSEADDR and this one never listens.
     """
-    LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    reserved = socket.socket()
+    reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    reserved.bind(("127.0.0.1", 0))
+    return reserved
 
 
 def vllm_command(args, port, vllm_arguments):
@@ -155,12 +164,15 @@ def vllm_command(args, port, vllm_arguments):
         "--served-model-name": "judge",
         "--dtype": args.dtype,
         "--max-model-len": args.max_len,
+        "--load-format": "safetensors",
+        "--config-format": "hf",
         "--hf-overrides": '{"head_dtype": "float32"}',
     }
     for flag, value in settings.items():
         command += [flag, str(value)]
     quiet = ["--disable-log-stats", "--disable-uvicorn-access-log"]
-    return [sys.executable, "-m", *command, *quiet, *vllm_arguments]
+    vllm = [sys.executable, "-m", *command, *quiet, *vllm_arguments]
+    return [sys.executable, "-c", END_WITH_PARENT, *vllm]
 
 
 # ---------------------------------------------------------------- arguments
@@ -245,8 +257,8 @@ def find_judge(args):
     if not args.upstream or Path(args.model).is_dir():
         args.folder = model_files.find_model(args.model)
     if not args.upstream:
+        window = model_files.window_of(model_files.config_of(args.folder))
         model_files.check_weights(args.model, args.folder)
-        window = model_files.config_of(args.folder).max_position_embeddings
         args.max_len = min(args.max_len or window, window)
         prompt_style(args.folder, args.model, args.protocol, args.system_prompt)
 
@@ -285,6 +297,7 @@ async def load_judge(upstream, args):
         protocol=args.protocol,
         system_prompt=args.system_prompt,
         base_url=upstream.url,
+        flag="--upstream",
         journal=args.journal,
         temperature=args.temperature,
         seed=args.seed,
@@ -369,10 +382,12 @@ def main():
     args, vllm_arguments = arguments()
     check_address(args)
     find_judge(args)
+    Journal(
+        Path(args.journal)
+    )  # refuses a file that cannot be one before vLLM loads, and keeps it to this process
     # A fixed threshold returns the memory of a burst of long texts. By itself glibc raises the threshold and
     # then keeps some four times the bytes of the texts.
     LIBC.mallopt(M_MMAP_THRESHOLD, 1 << 17)
-    lock_folder(Path(args.journal).parent)
     allow_connections()
     asyncio.run(serve(args, vllm_arguments))
 

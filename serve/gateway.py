@@ -15,21 +15,23 @@ import sys
 import time
 import traceback
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
 from fastapi import FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
 
 from judge.backends import Refused
 from lib.files import Failure
-from lib.pairs import Pair, messages_of, response_text
-from rmr1 import all_of, as_json, groups_of, vote_as_json
+from lib.pairs import Pair, messages_of, read_conversation
+from rmr1 import all_of, as_json, as_written, groups_of, vote_as_json
 from serve.groups import Busy, PendingGroups, check_votes
+from serve.rendered import rendered_context, without_end
 
 PAGE = Path(__file__).with_name("judge.html")
 CLOSING = "the server is shutting down; ask again"
@@ -37,18 +39,22 @@ LOADING = "the judge is not ready yet; /health says when"
 
 # ---------------------------------------------------------------- errors
 
-STATUS_MEANINGS = {
-    400: "bad input",
-    401: "no key, or a wrong one",
-    403: "another origin or host",
-    413: "too large",
-    415: "not JSON",
-    502: "the model's server refuses or is silent",
-    503: "loading, closing or full",
+# The type that a client reads, named as OpenAI's own clients name them, and what the status means here.
+STATUSES = {
+    400: ("BadRequestError", "bad input"),
+    401: ("AuthenticationError", "no key, or a wrong one"),
+    403: ("PermissionDeniedError", "another origin or host"),
+    404: ("NotFoundError", "no such route"),
+    405: ("MethodNotAllowedError", "the route has another method"),
+    413: ("RequestTooLargeError", "too large"),
+    415: ("UnsupportedMediaTypeError", "not JSON"),
+    499: ("ClientClosedRequestError", "the caller has left"),
+    500: ("InternalServerError", "a failure in one sentence, or a bug"),
+    502: ("BadGatewayError", "the model's server refuses or is silent"),
+    503: ("ServiceUnavailableError", "loading, closing or full"),
 }
 # The first that fits: Refused is a Failure.
 STATUS_OF_ERROR = {ValueError: 400, Refused: 502, Busy: 503, Failure: 500, Exception: 500}
-ERROR_TYPES = {400: "BadRequestError", 401: "Unauthorized", 404: "NotFoundError"}
 
 
 def say(message):
@@ -58,7 +64,7 @@ def say(message):
 
 def error_body(status, message, param=None):
     """An error as vLLM's own server words it, so that clients of either read both."""
-    kind = ERROR_TYPES.get(status, "Error")
+    kind, _ = STATUSES[status]
     return {"error": {"message": message[:1000], "type": kind, "param": param, "code": status}}
 
 
@@ -185,33 +191,34 @@ def is_own_host(host, own):
 
 # ---------------------------------------------------------------- requests
 
-Text = Annotated[str, Field(max_length=4_000_000)]
+MOST_CHARACTERS = 4_000_000  # of a text
 
 
-class ChatMessage(BaseModel):
-    role: str
-    content: Text
+class Body(BaseModel):
+    """What a request says. A number or a truth value written as a text is refused, not guessed.
+
+    A field that we do not know is refused too: a system prompt beside the prompt would not be judged by. Prompts and responses may be anything here: `read_texts` reads them, or says what is wrong with them.
+    """
+
+    model_config = ConfigDict(strict=True, extra="forbid")
 
 
-Prompt = Text | list[ChatMessage]
-
-
-class CompareRequest(BaseModel):
-    prompt: Prompt
-    a: Text
-    b: Text
+class CompareRequest(Body):
+    prompt: Any = None
+    a: Any
+    b: Any
     budget: int = Field(8, ge=1, le=64)
     stream: bool = False
 
 
-class RankRequest(BaseModel):
-    prompt: Prompt
-    responses: list[Text] = Field(min_length=2)
+class RankRequest(Body):
+    prompt: Any = None
+    responses: list = Field(min_length=2)
     goal: Literal["all", "best"] = "all"
     budget: int | None = Field(None, ge=1, le=4096)
 
 
-class RewardRequest(BaseModel):
+class RewardRequest(Body):
     """Whole groups: prompts and completions. Or one sample, prompt and completion, with
 
     reference  a response to compare it with; or
@@ -220,65 +227,45 @@ class RewardRequest(BaseModel):
     group_id   tells groups of one prompt apart
     """
 
-    prompts: list[Prompt] | None = Field(None, max_length=4096)
-    completions: list[Text] | None = Field(None, max_length=4096)
-    prompt: Prompt | None = None
-    completion: Text | None = None
-    reference: Text | None = None
+    prompts: list | None = Field(None, max_length=4096)
+    completions: list | None = Field(None, max_length=4096)
+    prompt: Any = None
+    completion: Any = None
+    reference: Any = None
     group: int | None = Field(None, ge=2)
     rollout: str | None = Field(None, max_length=1000)
     group_id: str = Field("", max_length=1000)
 
 
-class OpenRLHFRequest(BaseModel):
+class OpenRLHFRequest(Body):
     """query: prompt and response in one text. Of two reward URLs the second gets an empty query."""
 
-    query: list[Text] = Field(max_length=4096)
-    prompts: list[Text]
+    query: list[str] = Field(max_length=4096)
+    prompts: list[str] = Field(max_length=4096)
     labels: list | None = None
 
 
-def context_of(prompt):
-    """A prompt as chat messages. A text is the user's message, word for word."""
-    if isinstance(prompt, str):
-        return messages_of(prompt)
-    return messages_of([message.model_dump() for message in prompt])
+def read_texts(prompt, responses, names):
+    """The conversation of a request. -> context, [text of each response], notes on what was joined or renamed
 
-
-# How ChatML and Llama 3 begin a turn, and the tokens that end a turn or a response.
-TURN = re.compile(r"(?:<\|im_start\|>|<\|start_header_id\|>)(\w+)(?:<\|end_header_id\|>)?\n+")
-END = re.compile(r"<\|(?:im_end|eot_id|endoftext|end_of_text)\|>|</s>|<｜end▁of▁sentence｜>")
-
-
-def rendered_context(prompt):
-    """The chat messages of a prompt that a trainer has put through its chat template.
-
-    A text is taken apart only if it is a rendered template as a whole: it begins with a turn, and every turn
-    has an end, except a last one of the assistant, which is the response's. All else is the user's message
-    word for word, since it may only quote a template.
+    A prompt and responses have every form that `read_conversation` reads, but a response that is a text is taken
+    word for word: it is what a policy wrote, which may look like anything.
     """
-    before, *parts = TURN.split(prompt)
-    roles, texts = parts[::2], parts[1::2]
-    contents = [without_end(text) for text in texts]
-    messages = [
-        {"role": role, "content": content} for role, content in zip(roles, contents, strict=True)
-    ]
-    has_end = [content != text for content, text in zip(contents, texts)]
-    if messages and roles[-1] == "assistant" and not has_end[-1]:
-        messages.pop()
-        has_end.pop()
-    is_rendered = messages and all(has_end) and before in ("", "<|begin_of_text|>")
-    return messages_of(messages if is_rendered else prompt)
+    notes = set()
+    replies = [as_written(response) for response in responses]
+    context, texts = read_conversation(prompt, replies, names=names, notes=notes)
+    longest = max(map(len, [*texts, *(message["content"] for message in context)]))
+    if longest > MOST_CHARACTERS:
+        raise ValueError(f"a text of {longest:,} characters; {MOST_CHARACTERS:,} at most")
+    return context, texts, {"notes": sorted(notes)} if notes else {}
 
 
-def without_end(response):
-    """A response without the tokens that end it. In linear time, since anybody can send such texts."""
-    end = len(response)
-    for token in reversed(list(END.finditer(response))):
-        if response[token.end() : end].strip():
-            break
-        end = token.start()
-    return response[:end]
+def in_field(name, read, value):
+    """What `read` makes of a field's value; its ValueError gets the field's name in front."""
+    try:
+        return read(value)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
 
 
 def usage(votes):
@@ -385,21 +372,24 @@ class Gate:
                 task.cancel()
 
     async def compare(self, body: CompareRequest, request: Request):
-        pair = Pair("", context_of(body.prompt), response_text(body.a), response_text(body.b), None)
+        context, (a, b), notes = read_texts(body.prompt, [body.a, body.b], ["a", "b"])
+        pair = Pair("", context, a, b, None)
         judge = self.open_judge()
         if body.stream:
             return StreamingResponse(
-                comparison_events(self, judge, pair, body.budget),
+                comparison_events(self, judge, pair, body.budget, notes),
                 media_type="text/event-stream",
                 headers={"Cache-Control": "no-store"},
             )
-        work = judge.acompare(pair.context, pair.a, pair.b, body.budget)
-        return comparison_body(await self.result(work, request), pair)
+        work = judge.acompare(pair, budget=body.budget)
+        return comparison_body(await self.result(work, request), pair) | notes
 
     async def rank(self, body: RankRequest, request: Request):
         self.check_count(len(body.responses), body.budget)
-        context = context_of(body.prompt)
-        work = self.open_judge().arank(context, body.responses, body.goal, body.budget)
+        names = [f"responses[{n}]" for n in range(len(body.responses))]
+        context, texts, notes = read_texts(body.prompt, body.responses, names)
+        replies = [as_written(text) for text in texts]
+        work = self.open_judge().arank(context, replies, body.goal, body.budget)
         ranked = await self.result(work, request)
         comparisons = [
             {
@@ -415,6 +405,7 @@ class Gate:
             **ranked.numbers(),
             "usage": usage(check_votes(ranked.votes)),
             "comparisons": comparisons,
+            **notes,
         }
 
     async def reward(self, body: RewardRequest, request: Request):
@@ -422,7 +413,11 @@ class Gate:
         if is_sample and body.reference is not None:
             return await self.reward_against_reference(body, request)
         if is_sample and body.group:
-            sample = (context_of(body.prompt), body.completion)
+            if isinstance(body.completion, str):  # may be empty: it gets no reward
+                sample = messages_of(body.prompt), body.completion
+            else:
+                context, (text,), _ = read_texts(body.prompt, [body.completion], ["completion"])
+                sample = context, text
             results = await self.reward_samples(
                 request, [sample], body.group, body.rollout or None, body.group_id
             )
@@ -435,20 +430,35 @@ class Gate:
                 "give prompts and completions, as many of each; or prompt and completion, and "
                 "either group, how many samples the prompt has, or reference, to compare with"
             )
-        contexts = [context_of(prompt) for prompt in prompts]
+        if body.prompt is not None or body.completion is not None:
+            raise ValueError("give prompts and completions, or prompt and completion, but not both")
+        notes = set()
+        read_prompt = partial(messages_of, notes=notes)
+        contexts = [in_field(f"prompts[{n}]", read_prompt, p) for n, p in enumerate(prompts)]
+        for n, (context, completion) in enumerate(zip(contexts, completions)):
+            if not isinstance(completion, str | list | dict):
+                raise ValueError(f"completions[{n}] is not a text or messages")
+            with suppress(ValueError):  # one that is empty or no reply gets no reward
+                read_conversation(context, [as_written(completion)], notes=notes)
+        if any(len(group) == 1 for _, group in groups_of(contexts, completions)):
+            notes.add("a completion that is alone: those of one prompt stand in a row")
         results = await self.reward_groups(request, contexts, completions)
-        return {
+        answer = {
             "rewards": [reward for reward, _ in results],
             "stderr": [stderr for _, stderr in results],
         }
+        return answer | ({"notes": sorted(notes)} if notes else {})
 
     async def reward_against_reference(self, body, request):
-        context = context_of(body.prompt)
-        work = self.open_judge().acompare(context, body.completion, body.reference)
+        context, (a, b), notes = read_texts(
+            body.prompt, [body.completion, body.reference], ["completion", "reference"]
+        )
+        work = self.open_judge().acompare(Pair("", context, a, b, None))
         comparison = await self.result(work, request)
         return {
             "reward": comparison.win if comparison.verdict else None,
             "usage": usage(check_votes(comparison.votes)),
+            **notes,
         }
 
     async def reward_groups(self, request, contexts, completions):
@@ -487,7 +497,7 @@ class Gate:
             return {"rewards": [], "scores": [], "extra_logs": {}}
         if len(prompts) != len(queries) or not all(map(str.startswith, queries, prompts)):
             raise ValueError("each query must be its prompt and the response after it")
-        contexts = [rendered_context(prompt) for prompt in prompts]
+        contexts = [in_field(f"prompts[{n}]", rendered_context, p) for n, p in enumerate(prompts)]
         responses = [without_end(query[len(prompt) :]) for query, prompt in zip(queries, prompts)]
 
         size = group or self.group_size
@@ -524,7 +534,7 @@ def event_text(name, data):
     return f"event: {name}\ndata: {json.dumps(data)}\n\n"
 
 
-async def comparison_events(gate, judge, pair, budget):
+async def comparison_events(gate, judge, pair, budget, notes):
     """A comparison as server-sent events: `vote` for each vote that is whole, then `done` or `error`."""
     loop = asyncio.get_running_loop()
     queue = asyncio.Queue()  # (number, vote), and None at the end
@@ -533,7 +543,7 @@ async def comparison_events(gate, judge, pair, budget):
         # A backend may report from a thread of its own.
         loop.call_soon_threadsafe(queue.put_nowait, (number, vote))
 
-    work = judge.acompare(pair.context, pair.a, pair.b, budget, on_vote=on_vote)
+    work = judge.acompare(pair, budget=budget, on_vote=on_vote)
     task = asyncio.ensure_future(gate.result(work))
     task.add_done_callback(lambda _: queue.put_nowait(None))
     try:
@@ -543,7 +553,7 @@ async def comparison_events(gate, judge, pair, budget):
                 break
             number, vote = item
             yield event_text("vote", {"number": number} | vote_as_json(vote, pair))
-        yield event_text("done", comparison_body(task.result(), pair))
+        yield event_text("done", comparison_body(task.result(), pair) | notes)
     except (Exception, Failure) as error:
         status, message = status_and_message(error)
         if status == 500:
@@ -563,7 +573,7 @@ def make_app(gate):
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,
-        responses={status: {"description": meaning} for status, meaning in STATUS_MEANINGS.items()},
+        responses={status: {"description": meaning} for status, (_, meaning) in STATUSES.items()},
     )
     app.add_middleware(Guard, gate=gate)
 
@@ -606,6 +616,9 @@ def page_policy(page):
 def answer_invalid(_, error):
     """The response to a body that does not fit: what its first error is, and where."""
     first = error.errors()[0]
+    if first["type"] == "json_invalid":
+        reason = f"the body is not JSON: {first['ctx']['error']} at character {first['loc'][-1]}"
+        return error_response(400, reason)
     param = ".".join(map(str, first["loc"][1:]))
     return error_response(400, f"{param or 'body'}: {first['msg']}", param)
 

@@ -5,7 +5,7 @@ Trainers that send one sample at a time: a sample waits for the others of its gr
 import asyncio
 from dataclasses import dataclass, field
 
-from judge.backends import Refused
+from judge.backends import NO_ANSWER, Refused
 from lib.files import Failure, digest
 
 KEEP_SECONDS = 600  # for which a judged sample answers a retry that has its id
@@ -16,14 +16,15 @@ TWIN_SECONDS = 1  # for which a text that is waited for already may turn out to 
 def check_votes(votes):
     """Return the votes of which at least one has a text; numbers without any text would say nothing.
 
-    Raises ValueError if the prompt leaves no room for a judgment, and Refused for every other reason.
+    Raises Refused where the model's server gave no answer, and ValueError for every other reason: it is final, and
+    a trainer that asked again would hear the same.
     """
     if not votes or any(vote.judgment.text for vote in votes):
         return votes
     reason = votes[0].judgment.reason
-    if reason.startswith("prompt"):
-        raise ValueError(reason)
-    raise Refused(reason)
+    if reason.startswith(NO_ANSWER):
+        raise Refused(reason)
+    raise ValueError(reason)
 
 
 class Busy(Exception):

@@ -248,7 +248,7 @@ def save_qwen2(folder, tied, std=0.1):
     torch.manual_seed(0)
     model = Qwen2ForCausalLM(
         Qwen2Config(
-            vocab_size=300,
+            vocab_size=448,  # more than the tokens of the toy tokenizer, which tests put beside it
             hidden_size=128,
             num_hidden_layers=3,
             num_attention_heads=4,

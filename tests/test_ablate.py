@@ -49,7 +49,7 @@ def test_each_prompt_of_the_ablations_asks_for_its_parts_only():
 
 @pytest.mark.parametrize("protocol", ["instruct", "rubrics", "plain", "verdict", "reasoning"])
 def test_the_prompt_travels_in_judge_json(tmp_path, protocol):
-    saved = style_to_save(PAIR, PromptStyle(protocol))
+    saved = style_to_save([PAIR], PromptStyle(protocol), pytest.fail)
     (tmp_path / "judge.json").write_text(json.dumps(saved))
     assert prompt_style(tmp_path, "m") == PromptStyle(protocol, saved["system"])
     assert chat_messages(PAIR, prompt_style(tmp_path, "m")) == chat_messages(
@@ -68,11 +68,11 @@ def test_a_published_row_is_asked_for_less_only_where_that_is_wanted():
     )
     assert chat_messages(published) == published.messages
     assert chat_messages(published, PromptStyle("plain"))[0]["content"] == rubrics.SYSTEMS["plain"]
-    assert style_to_save(published, PromptStyle()) == {
-        "protocol": "instruct",
-        "system": "Published.",
-    }
-    assert style_to_save(published, PromptStyle("rubrics"))["protocol"] == "rubrics"
+    said = []
+    saved = style_to_save([PAIR, published, published], PromptStyle(), said.append)
+    assert saved == {"protocol": "instruct", "system": "Published."}
+    assert "2 pairs; 1 have another" in said[0]
+    assert style_to_save([published], PromptStyle("rubrics"))["protocol"] == "rubrics"
 
 
 def test_sft_on_verdicts_learns_the_label_whatever_the_oracle_wrote(toy):

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -424,3 +425,21 @@ def test_real_rows(bench, comparisons, left_out):
     if left_out is not None:
         assert len(gone) == left_out, gone[:3]
     assert all("wrong schema" not in x["reason"] for x in gone)
+
+
+def test_a_slip_in_a_benchmarks_reader_is_no_bad_row(tmp_path):
+    """Whoever changes a reader must see what is wrong with the new code; a row's own faults are bad rows."""
+
+    def slip(row):
+        return row["no_such_field"]
+
+    bench = replace(B.BENCHES["rewardbench"], row=slip)
+    with pytest.raises(KeyError):
+        B.parse_rows(bench, "x.jsonl", [(1, RB, "")])
+    for name in RB:
+        for value in (None, 3, "x", [1], {}, [None], True):
+            row = {**RB, name: value}
+            if value is None:
+                del row[name]
+            good, bad = B.parse_rows(B.BENCHES["rewardbench"], "x.jsonl", [(1, row, "")])
+            assert len(good) + len(bad) == 1

@@ -66,20 +66,10 @@ def read(path):
         },
     ],
 )
-def test_every_form_becomes_two_conversations(row):
-    context, good, bad = R.split_turns(*R.conversations(row))
-    assert context == [USER("q")] and good == "good" and bad in ("bad", "gone")
-
-
-def test_turns_after_a_shared_beginning():
-    start = [USER("1"), BOT("2"), USER("3")]
-    assert R.split_turns(start + [BOT("x")], start + [BOT("y")]) == (start, "x", "y")
-    early = R.split_turns([USER("1"), BOT("a"), USER("b"), BOT("c")], [USER("1"), BOT("d")])
-    assert early == ([USER("1")], "Assistant: a\nUser: b\nAssistant: c", "d")
-    with pytest.raises(ValueError, match="do not begin alike"):
-        R.split_turns([USER("1"), BOT("a")], [USER("2"), BOT("a")])
-    with pytest.raises(ValueError, match="does not end with a response"):
-        R.split_turns([USER("1"), BOT("a"), USER("2")], [USER("1"), BOT("b")])
+def test_every_form_becomes_a_pair_whose_first_response_is_preferred(row):
+    _, pair = R.candidate(row, "mine", False, set())
+    assert pair.context == [USER("q")] and pair.a == "good" and pair.b in ("bad", "gone")
+    assert pair.label == "A"
 
 
 def published(tmp_path):
@@ -133,7 +123,7 @@ def test_the_published_mixture(tmp_path, monkeypatch):
     gone = read(tmp_path / "out/rejects.jsonl")
     assert (
         sorted(r["reason"] for r in gone)
-        == ["empty response"] + ["magpie_ultra, dropped as published"] * 10
+        == ["full_rejected is empty"] + ["magpie_ultra, dropped as published"] * 10
     )
     assert (
         gone[0]["place"] == f"{tmp_path / 'math.jsonl'}:4"
@@ -143,6 +133,14 @@ def test_the_published_mixture(tmp_path, monkeypatch):
     multi = next(p for p in read_pairs(tmp_path / "out/rl.jsonl") if len(p.context) > 1)
     text = chat_messages(multi)[1]["content"]
     assert text.count("Chatbot B:") == 2 and "Chabot" not in text
+
+
+def test_pairs_of_one_id_get_ids_of_their_own(tmp_path):
+    """Two sources may count their rows alike, while an evaluation tells its pairs by their ids."""
+    rows = [{"id": 1, "prompt": f"q{n}", "chosen": "good", "rejected": "bad"} for n in range(3)]
+    prepare(tmp_path, "--source", write(tmp_path / "mine.jsonl", rows), "--split", 0)
+    ids = [row["id"] for row in read(tmp_path / "out/rl.jsonl")]
+    assert ids[0] == "1" and len(set(ids)) == 3
 
 
 def test_bad_rows_are_counted_with_their_reasons(tmp_path):
@@ -174,7 +172,11 @@ def test_bad_rows_are_counted_with_their_reasons(tmp_path):
         "7",
         "8",
     ] and "7 rows left out" in out
-    assert [r for _, r in reasons[:3]] == ["empty response", "equal responses", "duplicate"]
+    assert [r for _, r in reasons[:3]] == [
+        "chosen is empty",
+        "the two responses are equal",
+        "duplicate",
+    ]
     done = prepare(
         tmp_path, "--source", write(tmp_path / "none.jsonl", [{"prompt": "q"}]), ok=False
     )
@@ -186,24 +188,37 @@ def test_bad_rows_are_counted_with_their_reasons(tmp_path):
 @pytest.mark.parametrize(
     "row, reason",
     [
-        ({"conversations": 5, "chosen": "x"}, "conversations is not a list"),
-        ({"conversations": [{"from": "human"}]}, "a turn is not {from, value}"),
-        ({"conversations": [], "chosen": 3, "rejected": 3}, "a turn is not {from, value}"),
-        ({"prompt": "q", "full_chosen": 3}, "full_chosen is not a text"),
+        ({"conversations": [], "chosen": "x"}, "neither"),
         (
-            {"prompt": "q", "full_chosen": "x", "initial_reason_steps": [1]},
+            {"conversations": 5, "chosen": "x", "rejected": "y"},
+            "conversations is not a text or messages, but a number",
+        ),
+        (
+            {"conversations": [{"from": "human"}], "chosen": "x", "rejected": "y"},
+            "conversations, message 1 has no content",
+        ),
+        ({"conversations": [], "chosen": 3, "rejected": 3}, "chosen is not a text"),
+        ({"prompt": "q", "full_chosen": 3, "full_rejected": "y"}, "full_chosen is not a text"),
+        (
+            {"prompt": "q", "full_chosen": "x", "full_rejected": "y", "initial_reason_steps": [1]},
             "initial_reason_steps is not a text",
         ),
-        ({"full_chosen": "x"}, "the context is missing"),
-        ({"accepted": "x"}, "the context is missing"),
-        ({"accepted": "x", "input": "q"}, "rejected is not a text"),
+        ({"full_chosen": "x", "full_rejected": "y"}, "the context is missing"),
+        ({"accepted": "x", "rejected": "y"}, "the context is missing"),
+        ({"accepted": "x", "input": "q", "rejected": 5}, "rejected is not a text"),
         ({"prompt": "q", "chosen": "x", "rejected": 5}, "rejected is not a text"),
-        ({"chosen": ["a", "b"], "rejected": ["c", "d"]}, "a message is not {role, content}"),
+        (
+            {"chosen": ["a", "b"], "rejected": ["c", "d"]},
+            "chosen, message 1 is not {role, content}",
+        ),
         (
             {"chosen": [USER("q"), {"role": "assistant"}], "rejected": [USER("q"), BOT("b")]},
-            "a message is not {role, content}",
+            "chosen, message 2 has no content",
         ),
-        ({"context_messages": 5, "winner": "model_a"}, "the context is missing"),
+        (
+            {"context_messages": 5, "winner": "model_a"},
+            "context_messages is not a text or messages",
+        ),
     ],
 )
 def test_a_field_of_a_wrong_type_gets_a_sentence(tmp_path, row, reason):
@@ -218,10 +233,10 @@ def test_a_slip_in_a_reader_is_no_bad_row(tmp_path, monkeypatch):
     data = write(tmp_path / "mine.jsonl", make(3))
     for error in (KeyError("no_such_field"), TypeError("a slip"), AttributeError("a slip")):
 
-        def slip(row):
+        def slip(row, *more):
             raise error
 
-        monkeypatch.setattr(R, "conversations", slip)
+        monkeypatch.setattr(R, "pair_of", slip)
         done = prepare(tmp_path, "--source", data, ok=False)
         assert done.returncode == 1 and "Traceback" in done.stderr and "in slip" in done.stderr
         assert not (tmp_path / "out/summary.txt").exists()
@@ -459,7 +474,11 @@ def test_odd_fields_are_rows_left_out(tmp_path):
     prepare(tmp_path, "--source", data, "--split", 0)
     assert [r["reason"] for r in read(tmp_path / "out/rejects.jsonl")] == [
         "type is not a text"
-    ] * 2 + ["source is not a text"] * 2 + ["id is not a text", "empty response"]
+    ] * 2 + ["source is not a text"] * 2 + [
+        "id is not a text",
+        "its column full_chosen is not read beside chosen, rejected, prompt; "
+        "put it into the prompt, or drop it",
+    ]
     rows = read(tmp_path / "out/rl.jsonl")
     assert (
         len(rows) == 2

@@ -196,6 +196,8 @@ def wrong_launch(words):
         return
     script = "sft.py" if stage == "sft" else "grpo.py"
     known = flags_of(script) | {"--dry-run"}
+    if "--dry-run" in words:
+        known |= flags_of("tools/dryrun.py")
     yield from (f"{script} has no {flag}" for flag in flags_in(words) - known)
 
 

@@ -1,16 +1,24 @@
 """What goes wrong is said once, by whoever met it, and nothing else ends with it."""
 
 import errno
+import io
+import json
+import math
+import os
 import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from test_serve import Model, events, gateway, post
 
+import rmr1
 from conftest import ROOT, call, environment
-from lib.files import Failure, exit_code
+from lib.files import Failure, exit_code, first_line, json_text, progress_bar, read_lines
 
 PAIR = {"prompt": "q", "a": "is 5", "b": "is 3"}
 
@@ -58,6 +66,9 @@ def test_each_sentence_is_said_once_by_a_rank_that_met_it(ranks, launches, tmp_p
     [
         ("raise Failure('a sentence')", 2, ["error: a sentence"]),
         ("sys.exit('a sentence')", 1, ["error: a sentence"]),
+        ("sys.exit(ValueError('a sentence'))", 1, ["error: a sentence"]),
+        ("sys.exit(3.5)", 1, ["error: 3.5"]),
+        ("sys.exit()", 0, []),
         ("None.missing", 1, ["Traceback", "AttributeError"]),
     ],
 )
@@ -174,3 +185,152 @@ def test_a_slip_in_a_streamed_comparison_goes_into_the_log_only(capfd):
     assert name == "error" and data["error"]["code"] == 500
     assert "secret" not in data["error"]["message"] and "log" in data["error"]["message"]
     assert "'NoneType' object has no attribute 'secret'" in capfd.readouterr().err
+
+
+# ---------------------------------------------------------------- what is written and printed
+
+
+@pytest.mark.parametrize(
+    "value, text",
+    [
+        ({"loss": math.nan}, '{"loss": null}'),
+        ({"a": [1.5, math.inf, (-math.inf,)]}, '{"a": [1.5, null, [null]]}'),
+        ({"x": {"y": [{"z": math.nan, "w": 0}]}}, '{"x": {"y": [{"z": null, "w": 0}]}}'),
+        ({"a": np.float32(0.5), "b": [np.int64(3), np.bool_(True)]}, '{"a": 0.5, "b": [3, true]}'),
+        ({"a": np.float32("nan"), "b": np.array([1.0, np.inf])}, '{"a": null, "b": [1.0, null]}'),
+        ({"a": torch.tensor(2), "b": torch.tensor([0.5]).bfloat16()}, '{"a": 2, "b": [0.5]}'),
+        ({math.nan: 1, np.int64(2): 3}, '{"nan": 1, "2": 3}'),
+        ({"whole": 1, "yes": True, "none": None, "text": "NaN"}, None),
+    ],
+    ids=str,
+)
+def test_numbers_that_json_has_not_are_null_and_others_are_pythons(value, text):
+    written = json_text(value)
+    assert written == (text or json.dumps(value))
+    json.loads(written, parse_constant=pytest.fail)
+
+
+@pytest.mark.parametrize(
+    "message, line",
+    [
+        ("no such file\nat 0x7", "no such file"),
+        ("\n\n  it is cut  \nat", "it is cut"),
+        ("Class validation error for validator 'layers':\n    ValueError: 3 is not 2", "is not 2"),
+        ("1 validation error for Thing\nsize\n  it must be a number", "Thing size"),
+        ("", "ValueError('')"),
+        ("x" * 999, "x" * 150),
+    ],
+)
+def test_the_first_line_of_a_message_says_why(message, line):
+    found = first_line(ValueError(message))
+    assert found.endswith(line) and "\n" not in found and len(found) <= 150
+
+
+def test_a_slip_in_what_is_written_keeps_its_traceback():
+    with pytest.raises(TypeError):
+        json_text({"a": {1, 2}})
+
+
+@pytest.mark.parametrize("terminal, lines", [(False, 1), (True, 30)])
+def test_a_bar_that_is_no_terminals_prints_a_line_each_ten_seconds(terminal, lines, monkeypatch):
+    """A hundred updates in twelve seconds by a clock of its own."""
+    clock = [1000.0]
+    monkeypatch.setattr("tqdm.std.time", lambda: clock[0])
+    err = io.StringIO()
+    err.isatty = lambda: terminal
+    monkeypatch.setattr(sys, "stderr", err)
+    for _ in progress_bar(range(100), "steps"):
+        clock[0] += 0.12
+    states = [state for state in re.split(r"[\r\n]+", err.getvalue()) if state.strip()]
+    assert len(states) >= lines and (terminal or len(states) <= 2)
+    assert "100/100" in states[-1] and ("\r" in err.getvalue()) == terminal
+
+
+def test_a_short_bar_in_a_file_prints_its_end(monkeypatch):
+    err = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", err)
+    bar = progress_bar(range(1000), "steps", leave=False)
+    for _ in bar:
+        bar.set_postfix({"loss": 1.0}, refresh=False)
+    assert err.getvalue() == ""
+    list(progress_bar(range(1000), "steps"))
+    assert len(err.getvalue().splitlines()) == 1 and "1000/1000" in err.getvalue()
+
+
+def test_other_ranks_draw_no_bar(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "1")
+    assert progress_bar(range(2), "steps").disable
+
+
+def test_every_bar_is_made_in_one_place():
+    """rmr1.py's is the one of a judge that nobody watches."""
+    folders = ("", "lib/", "judge/", "serve/", "data/", "tools/", "forks/")
+    files = [path for folder in folders for path in ROOT.glob(f"{folder}*.py")]
+    calls = re.compile(r"\btqdm\((?!disable=True\))")
+    assert [path.name for path in files if calls.search(path.read_text())] == ["files.py"]
+
+
+def test_what_libraries_print_in_python_or_below_goes_to_a_file(tmp_path):
+    """Also where the block ends in an error, which is printed where it belongs."""
+    log = tmp_path / "log"
+    script = f"""
+import os, subprocess, sys
+from lib.files import output_in_file
+print("before")
+with output_in_file({str(log)!r}):
+    print("from Python")
+    print("a warning", file=sys.stderr)
+    os.write(2, b"from C++\\n")
+    subprocess.run(["echo", "from a child"])
+    raise RuntimeError("no weights")
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    printed = ["a warning", "from C++", "from Python", "from a child"]
+    assert sorted(log.read_text().splitlines()) == printed
+    assert done.stdout == "before\n" and done.stderr.endswith("RuntimeError: no weights\n")
+
+
+def test_a_judge_says_what_it_waits_for_and_where_messages_go(monkeypatch, capfd):
+    """A model in this process: its libraries' messages are in the file that the first line names, also where the
+    model cannot be loaded; --verbose shows them. A server loads nothing here."""
+
+    def loads(model, *_, **__):
+        os.write(2, b"[rank0] Warning: NUMA\n")
+        raise Failure(f"{model}: cannot be loaded")
+
+    monkeypatch.setattr(rmr1, "Judge", loads)
+    pair = ("--question", "q", "--a", "x", "--b", "y")
+    done = call(rmr1, "judge", "--model", "m", *pair, ok=False)
+    first, *rest = done.stderr.splitlines()
+    log = Path(re.search(r"\S+\.log", first)[0])
+    assert "half a minute" in first and rest == ["error: m: cannot be loaded"]
+    assert "NUMA" in log.read_text() and "NUMA" not in capfd.readouterr().err
+    call(rmr1, "judge", "--model", "m", "--verbose", *pair, ok=False)
+    assert "NUMA" in capfd.readouterr().err
+    done = call(rmr1, "judge", "--model", "http://127.0.0.1:1/v1", *pair, ok=False)
+    assert "half a minute" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "line, complaint",
+    [
+        ('{"id": "p"}', "x.jsonl:2: has no step"),
+        ('{"step": "one"}', "x.jsonl:2: step is 'one'"),
+        ('{"step": null}', "x.jsonl:2: step is 'None'"),
+        ("[1]", "x.jsonl:2: not a JSON object"),
+    ],
+)
+def test_a_line_without_its_fields_is_named(line, complaint, tmp_path):
+    path = tmp_path / "x.jsonl"
+    path.write_text('{"step": 0}\n' + line + '\n{"step": 2}\n')
+    with pytest.raises(Failure, match=re.escape(complaint)):
+        read_lines(path, {"step": int})
+
+
+@pytest.mark.parametrize("command", ["journal", "rejects"])
+def test_what_cannot_be_written_is_refused_before_a_model_loads(command, tmp_path, monkeypatch):
+    monkeypatch.setattr(rmr1, "make_backend", lambda *_, **__: pytest.fail("it loads"))
+    data, path = tmp_path / "d.jsonl", tmp_path / "d.jsonl" / "inside"
+    data.write_text('{"prompt": "q", "completion": "x"}\n')
+    done = call(rmr1, "reward", "--model", "m", "--data", data, f"--{command}", path, ok=False)
+    assert done.returncode == 2 and f"--{command} {path}: cannot be written" in done.stderr

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import fcntl
 import json
+import math
 import re
 import shutil
 import signal
@@ -18,11 +19,12 @@ import numpy as np
 import pytest
 
 import eval as E
-from conftest import ROOT, SHARED, Replies, call, environment, run
+from conftest import ROOT, SHARED, Replies, call, environment, run, save_qwen2
 from judge import benchmarks as B
 from judge import report as R
 from judge.backends import Answer, LocalBackend, ServerBackend, make_backend
 from lib.files import Failure
+from lib.model_files import fingerprint
 from lib.pairs import Pair
 
 RB = [
@@ -224,11 +226,12 @@ def test_quotes_are_compared_with_the_displayed_responses():
 def test_groups_without_a_name_or_with_a_number_for_one(tmp_path):
     """What parquet makes of a missing text, in a folder that another writer has filled."""
     types = (None, "math", 3, ["x"])
-    pairs = [{**pair(str(n)), "type": t, "source": t} for n, t in enumerate(types)]
-    (tmp_path / "config.json").write_text('{"format": 2}')
+    texts = {"context": [], "a": "x", "b": "y", "swap": False}
+    pairs = [{**pair(str(n)), **texts, "type": t, "source": t} for n, t in enumerate(types)]
+    (tmp_path / "config.json").write_text('{"format": 3}')
     for name, rows in (
         ("pairs", pairs),
-        ("judgments", [line(p["id"], 0, False, "A", "A") for p in pairs]),
+        ("judgments", [line(p["id"], 0, False, "A", "A", text="") for p in pairs]),
     ):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(x) + "\n" for x in rows))
     m = E.measure(E.read_run(tmp_path))["f"]
@@ -243,7 +246,7 @@ def test_groups_without_a_name_or_with_a_number_for_one(tmp_path):
 def write_evaluation(folder):
     """A folder with one judgment, as far as reports need it."""
     folder.mkdir()
-    (folder / "config.json").write_text('{"format": 2, "model": "m"}')
+    (folder / "config.json").write_text('{"format": 3, "model": "m"}')
     pairs = pair("1") | {"context": [], "a": "x", "b": "y", "swap": False}
     (folder / "pairs.jsonl").write_text(json.dumps(pairs) + "\n")
     judgment = line("1", 0, False, "A", "A", text="", finish="stop")
@@ -251,13 +254,13 @@ def write_evaluation(folder):
 
 
 def test_a_training_run_is_no_place_for_an_evaluation(tmp_path):
-    (tmp_path / "config.json").write_text('{"format": 2, "script": "grpo.py"}')
+    (tmp_path / "config.json").write_text('{"format": 3, "script": "grpo.py"}')
     with pytest.raises(Failure, match="holds a training run"):
-        E.open_folder(tmp_path, {"format": 2})
+        E.open_folder(tmp_path, {"format": 3})
 
 
 @pytest.mark.parametrize(
-    "config", [{}, {"format": 1}, {"format": "2"}, {"model": "m", "format": 3}]
+    "config", [{}, {"format": 1}, {"format": "3"}, {"model": "m", "format": 4}]
 )
 def test_a_folder_of_another_format_is_refused(config, tmp_path):
     """By the report, by the comparison and by a run that would go on in it; each names the folder, and the
@@ -265,6 +268,7 @@ def test_a_folder_of_another_format_is_refused(config, tmp_path):
     for name in ("new", "old"):
         write_evaluation(tmp_path / name)
     (tmp_path / "old/config.json").write_text(json.dumps(config))
+    save_qwen2(tmp_path / "m", True)
     files = lambda: {p.name: p.read_bytes() for p in (tmp_path / "old").glob("*.json*")}
     before = files()
     data = write(tmp_path / "e.jsonl", ("1", *GOOD, "A"))
@@ -273,7 +277,7 @@ def test_a_folder_of_another_format_is_refused(config, tmp_path):
     for command in (
         ("report", new, old, "--out", page),
         ("compare", old, new),
-        ("--scalar", "--model", "m", "--data", data, "--out", old),
+        ("--scalar", "--model", tmp_path / "m", "--data", data, "--out", old),
     ):
         done = call(E, *command, ok=False)
         assert done.returncode == 2 and done.stderr.count("error: ") == 1
@@ -406,15 +410,30 @@ def test_a_server_with_limits_and_errors(server, bench, tmp_path):
     assert js["text"].startswith("<think>") and js["official"] == "error" and js["tokens"] == 7
 
 
-def test_what_got_no_answer_is_asked_again(server, bench, tmp_path):
-    Judge.fail_with = ("empty",)
+def test_what_got_no_answer_counts_as_wrong_and_is_asked_again(
+    server, bench, tmp_path, monkeypatch
+):
+    """The table is of all judgments, not of those that the server gave; the list names the others. They are asked
+    for again, those alone, and then the folder is as if nothing had happened."""
+    monkeypatch.setattr("judge.backends.FIRST_WAIT", 1e9)  # one try each
+    Judge.fail_with = (500,)
     done = ask(server, bench, tmp_path / "run", ok=False)
-    first = len(E.read_run(tmp_path / "run")["judgments"])
-    said = f"error: {26 - first} of 26 judgments: no answer from the server: an empty message"
-    assert done.returncode == 2 and said in done.stderr and 0 < first < 26
+    got = E.read_run(tmp_path / "run")
+    failed = [x for x in got["judgments"] if x.get("failed")]
+    assert done.returncode == 2 and len(got["judgments"]) == 26 and 0 < len(failed) < 26
+    assert f"error: {len(failed)} of 26 judgments: no answer from the server: 500" in done.stderr
+    assert all(x["verdict"] is None and x["id"] in done.stdout for x in failed)
+    numbers = E.measure(got)["rewardbench"]
+    assert numbers["no_verdict_reasons"]["no answer from the server"] == len(failed) / 26
+    report_text = call(E, "report", tmp_path / "run").stdout
+    assert all(x["id"] in report_text for x in failed)
+
     Judge.fail_with, Judge.calls = (), 0
-    ask(server, bench, tmp_path / "run")
-    assert Judge.calls == 26 - first and len(E.read_run(tmp_path / "run")["judgments"]) == 26
+    done = ask(server, bench, tmp_path / "run")
+    assert Judge.calls == len(failed) and "no answer" not in done.stdout
+    ask(server, bench, tmp_path / "whole")
+    same = [(tmp_path / name / "judgments.jsonl").read_text() for name in ("run", "whole")]
+    assert same[0] == same[1]
 
 
 def test_a_wrong_key_stops_at_once(server, bench, tmp_path, monkeypatch):
@@ -659,6 +678,57 @@ def test_reports_of_runs_under_way_and_of_the_same_name(server, bench, tmp_path)
         assert done.returncode == 2 and f"{run}: no judgments in it yet" in done.stderr
 
 
+@pytest.mark.parametrize(
+    "name, harm, complaint",
+    [
+        ("pairs", None, "pairs.jsonl: lacks the pair 1"),
+        ("pairs", lambda row: row.pop("bench"), "pairs.jsonl:1: has no bench"),
+        ("pairs", lambda row: row.update(id=7), "pairs.jsonl:1: id is '7'"),
+        ("judgments", lambda row: row.pop("swap"), "judgments.jsonl:1: has no swap"),
+        ("judgments", lambda row: row.pop("verdict"), "judgments.jsonl:1: has no verdict"),
+        ("judgments", lambda row: row.update(temperature="0"), "temperature is '0'"),
+        ("judgments", lambda row: row.update(tokens=None), "tokens is 'None'"),
+        ("left_out", lambda row: row.clear(), "left_out.jsonl:1: has no bench"),
+    ],
+)
+def test_a_damaged_evaluation_is_named_by_file_and_line(name, harm, complaint, tmp_path):
+    """Its files were cut, edited, or are another program's."""
+    folder = tmp_path / "run"
+    write_evaluation(folder)
+    path = folder / f"{name}.jsonl"
+    row = json.loads(path.read_text()) if path.exists() else {}
+    path.unlink(missing_ok=True)
+    if harm:
+        harm(row)
+        path.write_text(json.dumps(row) + "\n")
+    for command in (("report", folder), ("compare", folder, folder)):
+        done = call(E, *command, ok=False)
+        assert done.returncode == 2 and complaint in done.stderr, done.stderr
+        assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_curve_leaves_out_what_was_no_number(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(
+        '{"step": 0, "accuracy": null}\n{"step": 1, "accuracy": 0.5, "no_verdict": NaN}\n'
+    )
+    R.draw_curve(path, tmp_path / "curve.png")
+    assert (tmp_path / "curve.png").stat().st_size > 1000
+    path.write_text('{"accuracy": 0.5}\n')
+    with pytest.raises(Failure, match="metrics.jsonl:1: has no step"):
+        R.draw_curve(path, tmp_path / "curve.png")
+
+
+@pytest.mark.parametrize(
+    "word, hint",
+    [("repot", "did you mean report?"), ("comapre", "did you mean compare?"), ("runs/eval", "")],
+)
+def test_a_misspelt_command_is_named(word, hint):
+    done = call(E, word, "DIR", ok=False)
+    assert done.returncode == 2 and f"error: {word}: unknown command" in done.stderr
+    assert done.stderr.strip().endswith(hint)
+
+
 def test_help_names_report_and_compare():
     said = call(E, "--help").stdout
     assert "eval.py report" in said and "eval.py compare" in said
@@ -694,18 +764,23 @@ class Odd(Replies):
     """A server that says `body`, or what it makes of a request."""
 
     status, body, kind, asked = 200, b"", "application/json", []
-    retry_after = None
+    retry_after, headers_out = None, {}
 
     def do_POST(self):
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         Odd.asked.append(request)
-        status, body = Odd.body(self, request) if callable(Odd.body) else (Odd.status, Odd.body)
+        said = Odd.body(self, request) if callable(Odd.body) else (Odd.status, Odd.body)
+        if said is None:  # it has answered by itself
+            return
+        status, body = said
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
         with contextlib.suppress(ConnectionError):  # who asked has gone
             self.send_response(status)
             self.send_header("Content-Type", Odd.kind)
             if Odd.retry_after is not None:
                 self.send_header("Retry-After", Odd.retry_after)
+            for name, value in Odd.headers_out.items():
+                self.send_header(name, value)
             self.send_header("Content-Length", str(len(data)))
             self.end_headers()
             self.wfile.write(data)
@@ -716,7 +791,7 @@ def odd():
     s = ThreadingHTTPServer(("127.0.0.1", 0), Odd)
     threading.Thread(target=s.serve_forever, args=(0.01,), daemon=True).start()
     Odd.asked.clear()
-    Odd.kind = "application/json"
+    Odd.kind, Odd.headers_out = "application/json", {}
     yield f"http://127.0.0.1:{s.server_port}/v1"
     s.shutdown()
 
@@ -758,7 +833,7 @@ def answers(url, *prompts, **kw):
         b"data: {}\n\ndata: [DONE]\n\n",
         b"",
         reply(None),
-        reply([{"type": "text", "text": "x"}]),
+        reply([]),
         reply(7),
         b"{",
         b"[" * 100_000,
@@ -822,28 +897,26 @@ def test_a_server_that_refuses_everything_is_an_end(odd, tmp_path):
     assert len(E.read_run(tmp_path / "run")["judgments"]) == 100
 
 
-def test_refusals_are_final_where_the_prompt_is_too_long_only(odd):
-    """A filter refuses one of the first three prompts: the others go on, and it may be asked again."""
+def test_a_refusal_of_one_prompt_is_final(odd):
+    """Whatever words it has, and whether the prompt comes alone, first or last: a harmless prompt is answered, so
+    it is not the settings."""
     Odd.body = lambda _, request: (
-        refusal("filtered")
+        refusal("no")
         if (text := request["messages"][0]["content"]) == "bad"
         else refusal("This model's maximum context length is 9 tokens")
         if text == "long"
         else (200, reply(text))
     )
-    for p, failed in zip(("bad", "long", "fine"), (True, False, False)):
-        (a,) = answers(odd, p)
-        assert a.failed is failed and (a.text == p) is (p == "fine")
-    assert [a.failed for a in answers(odd, "bad", "long", "fine", "bad", "bad")] == [
-        True,
-        0,
-        0,
-        True,
-        True,
-    ]
-    assert [a.failed for a in answers(odd, "bad", "bad", "bad", "fine")] == [True] * 3 + [
-        False
-    ]  # votes
+    for prompts in (
+        ("bad",),
+        ("long",),
+        ("fine", "bad"),
+        ("bad", "long", "fine", "bad"),
+        ["bad"] * 4,
+    ):
+        for prompt, a in zip(prompts, answers(odd, *prompts), strict=True):
+            assert not a.failed and (a.text == prompt) is (prompt == "fine")
+            assert a.finish.startswith("stop" if prompt == "fine" else "refused by the server: 400")
 
 
 def test_a_prompt_that_leaves_less_room_than_the_limit_gets_what_there_is(odd):
@@ -982,7 +1055,7 @@ def test_nobody_listens(url, tmp_path):
 
 def test_a_server_that_hangs_is_not_waited_for_all_day(odd):
     limits = ServerBackend(odd, "m", 9).session.timeout
-    assert limits.sock_connect <= 10 and limits.sock_read <= 3600
+    assert limits.sock_connect <= 10 and limits.sock_read <= limits.total <= 3600
 
 
 def test_ctrl_c_does_not_wait_for_a_server(odd):
@@ -1038,6 +1111,7 @@ def test_token_ids_of_the_same_settings_travel_together(odd, monkeypatch):
     monkeypatch.setattr(backends, "decode_sample", lambda _, ids, tokens: str(tokens))
     backend = ServerBackend(odd, "m", max_tokens=5)
     backend.folder, backend.tokenizer, backend.stop, backend.window = "folder", None, [7], 8
+    backend.vocabulary = 100
     requests = [
         ([1, 2], 1, 0.0),
         ([3, 4], 2, 0.0),
@@ -1053,7 +1127,7 @@ def test_token_ids_of_the_same_settings_travel_together(odd, monkeypatch):
         assert answer is answers[2] or (answer.text, answer.finish) == (str(prompt), "stop")
     settings = {(r["temperature"], r["seed"], r["max_tokens"]): len(r["prompt"]) for r in Odd.asked}
     assert settings == {(0.0, 0, 5): 2, (0.0, 0, 2): 1, (1.0, 4, 5): 2, (1.0, 9, 5): 1}
-    assert all((r["top_p"], r["top_k"], r["stop_token_ids"]) == (1, 0, [7]) for r in Odd.asked)
+    assert all((r["top_p"], r["top_k"], r["stop_token_ids"]) == (1, -1, [7]) for r in Odd.asked)
 
 
 def test_a_prompt_as_long_as_the_window(monkeypatch):
@@ -1147,6 +1221,24 @@ def test_two_ranks_judge_as_one_and_overlong_prompts_count(toy, tmp_path):
     assert m["judgments"] == 32
 
 
+@pytest.mark.parametrize(
+    "a, b, verdict, reason",
+    [
+        (2.0, 1.0, "A", ""),
+        (1.0, 2.0, "B", ""),
+        (1.0, 1.0, None, "equal scores"),
+        (None, 1.0, None, "longer than the model's window"),
+        (math.nan, 1.0, None, "a score is not a number"),
+        (1.0, math.nan, None, "a score is not a number"),
+        (math.inf, 1.0, None, "a score is not a number"),
+    ],
+)
+def test_the_verdict_of_two_scores(a, b, verdict, reason):
+    pair = Pair("1", [{"role": "user", "content": "q"}], *GOOD, "A")
+    line = E.scalar_line(E.Task(pair, {}), a, b, E.PromptStyle())
+    assert (line["verdict"], line["reason"]) == (verdict, reason)
+
+
 def test_a_scalar_reward_model(toy, tmp_path):
     """A random classifier: verdicts are those of its scores, computed by transformers one by one."""
     import torch
@@ -1173,6 +1265,7 @@ def test_a_scalar_reward_model(toy, tmp_path):
     )
     got, tokenizer = E.read_run(tmp_path / "run"), AutoTokenizer.from_pretrained(model)
     assert len(got["judgments"]) == 16
+    assert got["config"]["weights"] == fingerprint(model, model)
     for x in got["judgments"]:
         p = got["pairs"][x["id"]]
         for score, response in zip(x["scores"], (p["a"], p["b"])):

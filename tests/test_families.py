@@ -7,12 +7,16 @@ import shutil
 import pytest
 import torch
 from families import FAMILIES, REFUSED, config_of, save
+from safetensors.torch import load_file
+from test_lora import set_adapters
 from test_policy import GROUPS, plain_logprobs
+from transformers import AutoModelForCausalLM
 
 from conftest import call
 from lib import model_files, packing
 from lib import policy as P
 from lib.files import Failure
+from lib.lora import adapted_layers, without_adapters
 
 CPU = torch.device("cpu")
 
@@ -38,6 +42,32 @@ def test_a_family_trains_as_transformers_computes_it(name, ranks, tmp_path):
         assert (p.grad.full_tensor() - theirs[key].grad).norm() <= 1e-4 * theirs[
             key
         ].grad.norm() + 1e-6, key
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_family_trains_with_adapters(name, ranks, tmp_path):
+    """Every matrix of its blocks gets one. The merged folder has the names of a full run, and transformers
+    computes the policy's log-probs from it; without adapters they are those of the model itself."""
+    plain = save(tmp_path / "base", *FAMILIES[name])
+    policy = set_adapters(P.load_policy(tmp_path / "base", CPU, torch.float32, lora=4))
+    matrices = {n for n, p in plain.model.layers.named_parameters() if p.dim() == 2}
+    adapted = adapted_layers(policy.lm.model.layers)
+    assert {f"{layer}.weight" for layer in adapted} == matrices
+
+    P.save_model(policy, tmp_path / "base", tmp_path / "out", torch.float32)
+    folders = [tmp_path / "base", tmp_path / "out"]
+    names = [set().union(*map(load_file, folder.glob("*.safetensors"))) for folder in folders]
+    assert names[0] == names[1]
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    (batch,) = packing.pack(GROUPS, 10**9, CPU)
+    with torch.no_grad():
+        logp, base = policy(batch), without_adapters(policy, batch)
+        assert (logp - plain_logprobs(merged, GROUPS)).abs().max() < 2e-5
+        assert (base - plain_logprobs(plain, GROUPS)).abs().max() < 2e-5
+    assert (logp - base).abs().max() > 1e-2, "the adapters were meant to change something"
+    policy(batch).sum().backward()
+    for layer in adapted.values():
+        assert layer.lora_A.grad.full_tensor().any() and layer.lora_B.grad.full_tensor().any()
 
 
 @pytest.mark.parametrize("name", REFUSED)

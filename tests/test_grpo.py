@@ -1,6 +1,7 @@
 """The loss, its gradient and the advantages, against cases worked by hand in float64."""
 
 import math
+from fractions import Fraction
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 
 import grpo
 import sft
+from forks import rloo
 from grpo import advantages, grpo_loss
 from lib import chat
 from lib.engine import check_mismatch
@@ -116,14 +118,49 @@ def test_truncated_importance_weights(over, weight):
     assert loss == pytest.approx(-weight) and grad == pytest.approx([-weight])
 
 
-@pytest.mark.parametrize("reward", [1.3, 1.2, 0.3, -0.9, 0.1, 1e6, 0.0])
+@pytest.mark.parametrize("reward", [1.3, 1.2, 0.3, -0.9, 0.1, 1e6, 0.0, 1e30, -1e-40])
 @pytest.mark.parametrize("kind", ["grpo", "drgrpo"])
 def test_equal_rewards_have_no_advantage_to_the_last_bit(reward, kind):
-    """In the fp32 of a run, where a mean of seven can differ from each of them."""
-    rewards = torch.full((2, 7), reward)
-    rewards[1, 3] = math.nan
-    assert advantages(rewards, kind).tolist() == [[0.0] * 7] * 2
+    """The mean of seven can differ from each of them, whatever the reward is and in whatever precision it came."""
+    for dtype in (torch.float32, torch.float64):
+        rewards = torch.full((3, 7), reward, dtype=dtype)
+        rewards[1, 3] = math.nan
+        rewards[2, 2:4] = math.inf
+        assert advantages(rewards, kind).tolist() == [[0.0] * 7] * 3
+    assert rloo.leave_one_out(rewards).tolist() == [[0.0] * 7] * 3
     assert grpo.is_zero_variance(group(*rewards[1].tolist()))
+
+
+def test_zeros_of_two_signs_are_equal():
+    rewards = torch.tensor([[-0.0, 0.0, 0.0]])
+    assert advantages(rewards).tolist() == [[0.0] * 3]
+    assert grpo.is_zero_variance(group(*rewards[0].tolist()))
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e15, 1e30, 1e200])
+def test_advantages_do_not_depend_on_the_scale_of_the_rewards(scale):
+    """In float32 the square of 1e30 is infinite, and every advantage would be 0."""
+    found = advantages(torch.tensor([[scale, -scale, 0.0, 0.0]], **D))[0]
+    assert found.tolist() == pytest.approx([1.2247, -1.2247, 0, 0], rel=2e-3)
+
+
+def test_rewards_that_differ_in_the_last_bit_hardly_teach():
+    """0.1 + 0.2 is not 0.3: what is no zero-variance group has an advantage, as small as the difference."""
+    rewards = [0.1 + 0.2, 0.3, 0.3]
+    found = advantages(torch.tensor([rewards], **D))[0]
+    assert not grpo.is_zero_variance(group(*rewards))
+    assert 0 < found[0] < 1e-9 and found.sum().abs() < 1e-15
+
+
+@pytest.mark.parametrize("kind", ["grpo", "drgrpo", "rloo"])
+@pytest.mark.parametrize("large", [1e38, 1e39, 1e308, 1.79e308])
+def test_advantages_of_finite_rewards_are_finite(kind, large):
+    rewards = torch.tensor([[large, -large, -large, math.nan], [1.0, 0.0, 0.0, 0.0]], **D)
+    found = rloo.leave_one_out(rewards) if kind == "rloo" else advantages(rewards, kind)
+    assert found.isfinite().all() and found[0, 0] > 0 > found[0, 1] == found[0, 2]
+    if kind == "grpo":
+        assert found[0].tolist() == pytest.approx([1.1547, -0.5774, -0.5774, 0], abs=1e-3)
+    assert grpo.mean_reward([large] * 3) == pytest.approx(large)
 
 
 def test_infinite_rewards_are_not_known():
@@ -159,7 +196,7 @@ def test_a_reward_that_fails_is_counted_and_costs_nothing_else(monkeypatch, caps
     rows = [grpo.Row(Pair(str(i), USER, "a", "b", "A"), np.array([1, 2])) for i in range(3)]
     sample = SimpleNamespace(tokens=np.array([3]), logprobs=np.array([-1.0]), finished=True)
     engine = SimpleNamespace(generate=lambda prompts, *_: [sample for _ in prompts])
-    tokenizer = SimpleNamespace(decode=lambda ids: "<answer>[[A]]</answer>")
+    monkeypatch.setattr(grpo, "decode_sample", lambda *_: "<answer>[[A]]</answer>")
     slips = {"0": IndexError("list index"), "1": AttributeError("no such part")}
 
     def reward_of(text, judgment, pair, *_):
@@ -168,18 +205,67 @@ def test_a_reward_that_fails_is_counted_and_costs_nothing_else(monkeypatch, caps
         return 1.0
 
     monkeypatch.setattr(grpo, "reward_of", reward_of)
-    monkeypatch.setattr(grpo, "SHOWN_ERRORS", [])
+    monkeypatch.setattr(grpo, "SHOWN_TRACEBACKS", [])
     monkeypatch.setattr(grpo, "all_gather", lambda mine: [mine])
     args = SimpleNamespace(seed=0, max_response=8)
-    groups = grpo.sample_groups(engine, tokenizer, [], args, 0, 1, rows, 0, group_size=2)
+    groups = grpo.sample_groups(engine, None, [], args, 0, 1, rows, 0, group_size=2)
     assert [[str(r.reward) for r in group] for group in groups] == [["nan"] * 2] * 2 + [["1.0"] * 2]
     err = capsys.readouterr().err
     assert err.count("Traceback") == 1
-    assert "step 0: 4 of 6 rewards raised an error, the first IndexError" in err
+    assert (
+        "step 0: 4 of 6 rewards raised an error, the first IndexError: list index (pair 0)" in err
+    )
+    assert err.count("step 0") == 1
     slips["2"] = ZeroDivisionError()
     with pytest.raises(Failure, match="step 1: every reward raised an error"):
-        grpo.sample_groups(engine, tokenizer, [], args, 0, 1, rows, 1, group_size=2)
+        grpo.sample_groups(engine, None, [], args, 0, 1, rows, 1, group_size=2)
     assert "Traceback" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "reward",
+    [None, "0.5", math.nan, -math.inf, [1.0], 1j, 10**400, torch.tensor([1.0, 2.0])],
+    ids=str,
+)
+def test_what_is_no_finite_number_is_no_reward(reward, monkeypatch, capsys):
+    found = rewards_of([1, reward], monkeypatch)
+    assert found[0] == 1.0 and math.isnan(found[1])
+    assert "step 0: 1 of 2 rewards raised an error" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "reward", [True, 1, np.float32(1), torch.tensor(1.0), Fraction(1)], ids=str
+)
+def test_every_kind_of_number_is_a_reward(reward, monkeypatch):
+    """Kept as a float: tensors of equal value are not equal as members of a set."""
+    found = rewards_of([1, reward], monkeypatch)
+    assert found == [1.0, 1.0] and type(found[1]) is float
+
+
+def rewards_of(rewards, monkeypatch):
+    """What becomes of what a reward function returns, for a group."""
+    rows = [grpo.Row(Pair("0", USER, "a", "b", "A"), np.array([1, 2]))]
+    sample = SimpleNamespace(tokens=np.array([3]), logprobs=np.array([-1.0]), finished=True)
+    engine = SimpleNamespace(generate=lambda prompts, *_: [sample for _ in prompts])
+    monkeypatch.setattr(grpo, "decode_sample", lambda *_: "<answer>[[A]]</answer>")
+    values = iter(rewards)
+    monkeypatch.setattr(grpo, "reward_of", lambda *_: next(values))
+    monkeypatch.setattr(grpo, "all_gather", lambda mine: [mine])
+    args = SimpleNamespace(seed=0, max_response=8)
+    (found,) = grpo.sample_groups(engine, None, [], args, 0, 1, rows, 0, group_size=len(rewards))
+    return [rollout.reward for rollout in found]
+
+
+def test_of_several_ranks_one_prints_the_first_traceback(monkeypatch, capsys):
+    monkeypatch.setattr(grpo, "SHOWN_TRACEBACKS", [])
+    monkeypatch.setenv("RANK", "1")
+    grpo.report_errors(0, [("KeyError: 'x'", "Traceback\n")] * 3, 8)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(grpo, "SHOWN_TRACEBACKS", [])
+    monkeypatch.setenv("RANK", "0")
+    for step in range(3):
+        grpo.report_errors(step, [("KeyError: 'x'", "Traceback\n")] * 3, 8)
+    assert len(capsys.readouterr().err.splitlines()) == 4
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
@@ -198,14 +284,14 @@ def test_a_text_does_not_depend_on_the_ranks(world, monkeypatch):
         ]
 
     engine = SimpleNamespace(generate=generate)
-    tokenizer = SimpleNamespace(decode=lambda ids: "<answer>[[A]]</answer>")
+    monkeypatch.setattr(grpo, "decode_sample", lambda *_: "<answer>[[A]]</answer>")
     args = SimpleNamespace(seed=3, max_response=8, reward="verdict")
     sent = {}
 
     def sample(rank, gather):
         monkeypatch.setattr(grpo, "all_gather", gather)
         return grpo.sample_groups(
-            engine, tokenizer, [], args, rank, world, rows, 7, group_size=2, temperature=1.0
+            engine, None, [], args, rank, world, rows, 7, group_size=2, temperature=1.0
         )
 
     def record(rank, mine):

@@ -108,8 +108,13 @@ def test_equal_and_empty_responses():
     found = one.compare("q", "is 5", "is 5")
     assert (found.verdict, found.reason) == ("tie", "the responses are equal") and not model.asked
     assert one.rank("q", ["is 5"] * 3).reward == [0.5] * 3 and not model.asked
-    for bad in ("", "  ", None, [], [{"role": "assistant", "content": None}]):
-        with pytest.raises(ValueError, match="a response is empty, or not a text"):
+    for bad, why in (
+        ("  ", "b is empty"),
+        (None, "two responses"),
+        ([], "b does not end with"),
+        ([{"role": "assistant", "content": None}], "b, message 1 has no content"),
+    ):
+        with pytest.raises(ValueError, match=why):
             one.compare("q", "is 5", bad)
     with pytest.raises(ValueError, match="1 responses: a ranking needs two or more"):
         one.rank("q", ["is 5"])
@@ -543,7 +548,7 @@ def test_rank_writes_a_line_for_each_and_asks_for_nothing_twice(cli, tmp_path):
             json.dumps({"prompt": "q", "responses": [f"is {n}" for n in range(100)]}),
             "100 responses; 2 to 32 are ranked (--most), each line asks for up to 400 judgments",
         ),
-        ('{"prompt": "q", "responses": ["x", ""]}', "a response is empty, or not a text"),
+        ('{"prompt": "q", "responses": ["x", ""]}', "rows.jsonl:1: response 2 is empty"),
         ('{"prompt": "q", "responses": 3}', "rows.jsonl:1: "),
         ('{"responses": ["x", "y"]}', "the context is missing"),
         ("[1]", "one JSON value"),
@@ -582,7 +587,7 @@ def test_rewards_of_lines_keep_their_order(cli, tmp_path):
     assert got[1] < got[4] < got[5] < got[2] and got[6] > got[7] > got[8]
     assert [
         (r["line"], r["reason"]) for r in map(json.loads, rejects.read_text().splitlines())
-    ] == [(3, "a response is empty, or not a text"), (10, "not a JSON object")]
+    ] == [(3, "completion is empty"), (10, "not a JSON object")]
     kept = journal.read_text()
     with pytest.warns(UserWarning):
         again = cli(
@@ -590,7 +595,7 @@ def test_rewards_of_lines_keep_their_order(cli, tmp_path):
         ).stdout
     assert again == first and journal.read_text() == kept
     done = cli("reward", "--data", data, ok=False)
-    assert done.returncode == 2 and "rows.jsonl:3: a response is empty" in done.stderr
+    assert done.returncode == 2 and "rows.jsonl:3: completion is empty" in done.stderr
 
 
 def test_standard_input_is_read_as_it_comes(cli, monkeypatch):
@@ -650,21 +655,15 @@ def no_key():
 
 @pytest.mark.parametrize("command", ["judge", "rank", "reward", "select"])
 def test_a_wrong_key_is_one_sentence(command, no_key, tmp_path):
+    pair = {"a": "x", "b": "y", "label": "A"}
+    rows = {
+        "judge": [pair],
+        "select": [pair, pair | {"a": "z"}],
+        "rank": [{"responses": ["x", "y"]}],
+        "reward": [{"completion": "x"}, {"completion": "y"}],
+    }[command]
     (tmp_path / "rows.jsonl").write_text(
-        "".join(
-            json.dumps(
-                {
-                    "prompt": "q",
-                    "a": "x",
-                    "b": "y",
-                    "label": "A",
-                    "responses": ["x", "y"],
-                    "completion": c,
-                }
-            )
-            + "\n"
-            for c in "xy"
-        )
+        "".join(json.dumps({"prompt": "q", **row}) + "\n" for row in rows)
     )
     done = call(
         rmr1,

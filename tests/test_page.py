@@ -81,7 +81,7 @@ def page(tmp_path_factory):
         (out / "config.json").write_text(
             json.dumps(
                 {
-                    "format": 2,
+                    "format": 3,
                     "model": f"models/{name}",
                     "protocol": "instruct",
                     "scalar": False,

@@ -311,7 +311,7 @@ def test_fp32_goes_through_sdpa_on_a_card_too(ranks, monkeypatch):
 def test_an_optimizer_moves_without_its_counters():
     """Elsewhere AdamW would ask the device for every one of them at every step."""
     state = {0: {"step": torch.tensor(3.0), "exp_avg": torch.ones(2)}}
-    P.move_to(torch.device("meta"), type("Optimizer", (), {"state": state})())
+    P.move_state(type("Optimizer", (), {"state": state})(), torch.device("meta"))
     assert state[0]["exp_avg"].is_meta and not state[0]["step"].is_meta
 
 

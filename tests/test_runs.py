@@ -1,6 +1,7 @@
 """A run's folder is its own: not continued as another, not shared, not lost; and what a run says when it ends."""
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -379,7 +380,7 @@ def test_a_judge_whose_weights_lack_a_tensor_is_not_asked(lost, toy, tmp_path, c
     [
         (lambda m: (m / "tokenizer.json").unlink(), "does not give a text back"),
         (lambda m: (m / "tokenizer.json").write_text("{"), "no usable tokenizer"),
-        (lambda m: (m / "generation_config.json").write_text('{"eos'), "no usable tokenizer"),
+        (lambda m: (m / "generation_config.json").write_text('{"eos'), "not a JSON object"),
     ],
 )
 def test_a_tokenizer_that_lost_its_words_is_refused(spoil, complaint, toy, tmp_path, capsys):
@@ -502,3 +503,28 @@ def test_ctrl_c_saves_and_a_second_one_ends(monkeypatch, capsys):
     finally:
         for n, handler in before.items():
             signal.signal(n, handler)
+
+
+def test_what_is_not_finite_is_null_in_a_log_that_goes_on(ranks, tmp_path):
+    """In the lines of a run that diverges, and in those that an older version of it has left."""
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0, "loss": NaN, "norms": [Infinity]}\n')
+    log = lib_run.RunLog(tmp_path, 1, {})
+    log.write({"step": 1, "loss": math.nan}, [math.inf])
+    log.append("samples.jsonl", [{"step": 1, "reward": -math.inf}])
+    lines = (tmp_path / "metrics.jsonl").read_text() + (tmp_path / "samples.jsonl").read_text()
+    first, second, sample = (
+        json.loads(line, parse_constant=pytest.fail) for line in lines.splitlines()
+    )
+    assert first == {"step": 0, "loss": None, "norms": [None]}
+    assert second["loss"] is None and sample["reward"] is None
+    assert log.bad_updates == 1 and log.diverged(1, last=False)
+    assert log.headline("loss") == {"loss": "nan"}
+
+
+def test_a_folder_with_nothing_but_a_lock_takes_the_next_run(settings):
+    """As a run leaves it that ended before its first step."""
+    args, *more = settings
+    lib_run.open_run(args, *more)
+    assert [path.name for path in R.Path(args.out).iterdir()] == [".lock"]
+    files.LOCKED.clear()
+    lib_run.open_run(args, *more)

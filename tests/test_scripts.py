@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -408,6 +409,53 @@ def make(*words, ok=True):
     return done
 
 
+FAKE_PYTHON = """#!/bin/sh
+case "$*" in
+*version_info*) exit {old} ;;
+*ensurepip*) exit {without_venv} ;;
+"-m venv "*) mkdir -p "$3/bin" && printf '%s' '{pip}' > "$3/bin/pip" && chmod +x "$3/bin/pip" ;;
+esac
+"""
+# Has the CPU build at no index, at PyTorch's own only, or at the index at hand.
+PIPS = {
+    "nowhere": '#!/bin/sh\ncase "$*" in *torch==*) exit 1 ;; esac\n',
+    "its own": '#!/bin/sh\ncase "$*" in *--index-url*) exit 0 ;; *torch==*) exit 1 ;; esac\n',
+    "at hand": "#!/bin/sh\nexit 0\n",
+}
+
+
+@pytest.mark.parametrize(
+    "old, without_venv, index, complaint",
+    [
+        (0, 0, "at hand", ""),
+        (0, 0, "its own", ""),
+        (0, 0, "nowhere", "error: pip found the CPU build of torch"),
+        (1, 0, "at hand", "error: python3 is older than 3.11"),
+        (0, 1, "at hand", "apt-get install python3-venv"),
+    ],
+)
+def test_an_environment_that_cannot_be_made_gets_a_sentence(
+    old, without_venv, index, complaint, tmp_path
+):
+    """With a python3 that only makes a folder, and its pip, which finds torch in one place or in none."""
+    python = tmp_path / "bin/python3"
+    python.parent.mkdir()
+    python.write_text(FAKE_PYTHON.format(old=old, without_venv=without_venv, pip=PIPS[index]))
+    python.chmod(0o755)
+    for name in ("Makefile", "requirements-cpu.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    path = f"{python.parent}:{os.environ['PATH']}"
+    done = subprocess.run(
+        ["make", ".venv/ready"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env=environment() | {"PATH": path},
+    )
+    assert (done.returncode == 0) == (complaint == "") == (tmp_path / ".venv/ready").exists()
+    assert complaint in done.stderr and len(done.stderr.splitlines()) <= 2, done.stderr
+
+
 def test_a_demo_removes_its_own_folder_only(tmp_path):
     """A folder that it did not make stays; its own is made anew; every seed and every oracle has one."""
     mine, demo = tmp_path / "mine", tmp_path / "demo"
@@ -442,7 +490,7 @@ def test_a_demo_removes_its_own_folder_only(tmp_path):
     "row, complaint",
     [
         ('{"prompt": "q", "a": "x"', "not a JSON object"),
-        (json.dumps({**GOOD, "b": ""}), "response B is empty"),
+        (json.dumps({**GOOD, "b": ""}), "b is empty"),
         (json.dumps({**GOOD, "b": "x"}), "the two responses are equal"),
         (json.dumps({**GOOD, "label": "C"}), "unknown label 'C'"),
     ],
@@ -453,8 +501,10 @@ def test_bad_lines_get_one_sentence(row, complaint, toy, tmp_path):
 
 
 def test_pairs_without_traces_cannot_be_fitted(toy, tmp_path):
-    assert "1 pairs have no trace to learn from" in bad(
-        toy, tmp_path, "sft.py", "--max-len", 160, data=json.dumps(GOOD) + "\n"
+    rows = [GOOD, GOOD | {"trace": None}, GOOD | {"trace": ""}, GOOD | {"trace": " \n"}]
+    data = "".join(json.dumps(row) + "\n" for row in rows)
+    assert "4 pairs have no trace to learn from" in bad(
+        toy, tmp_path, "sft.py", "--max-len", 160, data=data
     )
 
 

@@ -27,11 +27,12 @@ from test_judge import Model, Slow, noisy, until
 
 import serve.__main__
 import serve.groups
-from conftest import ROOT, Replies, call, environment
+from conftest import ROOT, SHARED, Replies, call, environment
 from judge.backends import Answer
 from rmr1 import Judge
 from serve import gateway as G
 from serve.groups import Busy, PendingGroups
+from serve.rendered import rendered_context, without_end
 
 
 @contextlib.contextmanager
@@ -109,6 +110,117 @@ def test_compare_rank_and_reward():
         )
 
 
+def user(content):
+    return [{"role": "user", "content": content}]
+
+
+def assistant(content):
+    return {"role": "assistant", "content": content}
+
+
+def parts(text):
+    return [{"type": "text", "text": text[:2]}, {"type": "text", "text": text[2:]}]
+
+
+CALL = assistant(None) | {"tool_calls": [{"function": {"name": "look", "arguments": "{}"}}]}
+TOOL_TURNS = [*user("q"), CALL, {"role": "tool", "content": "12"}]
+
+
+@pytest.mark.parametrize(
+    "body, notes",
+    [
+        ({"prompt": user(parts("a question"))}, ["text parts joined"]),
+        ({"prompt": {"role": "user", "content": "a question"}}, None),
+        ({"prompt": [{"from": "human", "value": "a question"}]}, None),
+        ({"prompt": TOOL_TURNS}, ["tool calls written as text"]),
+        (
+            {"prompt": "q", "a": [assistant(parts("is 5"))], "b": assistant("is 3")},
+            ["text parts joined"],
+        ),
+        ({"a": [*user("q"), assistant("is 5")], "b": [*user("q"), assistant("is 3")]}, None),
+    ],
+)
+def test_prompts_and_responses_in_other_forms(body, notes):
+    """What was joined or written otherwise is said in the answer."""
+    body = {"a": "is 5", "b": "is 3"} | body
+    with gateway() as url:
+        answers = [
+            post(url, "/compare", body).json(),
+            post(
+                url, "/rank", {"prompt": body.get("prompt"), "responses": [body["a"], body["b"]]}
+            ).json(),
+            [*events(url, body)][-1][1],
+        ]
+        assert answers[0]["verdict"] == "A" and answers[1]["ranking"] == [0, 1]
+        assert [answer.get("notes") for answer in answers] == [notes] * 3
+        if "prompt" in body:
+            reward = {"prompts": [body["prompt"]] * 2, "completions": [body["a"], body["b"]]}
+            assert post(url, "/reward", reward).json()["rewards"] == answers[1]["reward"]
+
+
+@pytest.mark.skipif(not (SHARED / "data/bugs").exists(), reason="needs ../shared/data/bugs")
+def test_a_body_of_text_parts_that_somebody_sent():
+    body = json.loads((SHARED / "data/bugs/compare-content-parts.json").read_text())
+    with gateway(model := Reads()) as url:
+        model.prompt = "[Client Question]\nName a fruit.\n"
+        assert post(url, "/compare", body | {"a": "is 1", "b": "is 2"}).json()["verdict"] == "B"
+
+
+@pytest.mark.parametrize(
+    "path, body, message",
+    [
+        ("/compare", {"prompt": [*user("q"), assistant(None)]}, "the prompt, message 2 has no content"),
+        ("/compare", {"prompt": user(None)}, "the prompt, message 1 has no content"),
+        (
+            "/compare",
+            {"prompt": user([{"type": "image_url", "image_url": {"url": "x"}}])},
+            "the prompt, message 1 has a part of type 'image_url'; only text is read",
+        ),
+        ("/compare", {"prompt": 5}, "the prompt is not a text or messages, but a number"),
+        ("/compare", {"prompt": "q", "a": None}, "a is not a text or messages, but null"),
+        ("/compare", {"prompt": "q", "b": user("is 3")}, "b does not end with a message of the assistant"),
+        ("/rank", {"prompt": "q", "responses": ["is 1", 7]}, "responses[1] is not a text or messages"),
+        ("/reward", {"prompts": ["q", 5], "completions": ["is 1", "is 2"]}, "prompts[1]: "),
+        ("/reward", {"prompts": ["q"] * 2, "completions": ["is 1", None]}, "completions[1] is not a text"),
+        ("/reward", {"prompt": user(None), "completion": "is 1", "group": 2}, "the prompt, message 1 "),
+        ("/reward", {"prompt": "q", "completion": "is 1", "reference": 3}, "reference is not a text"),
+        ("/compare", {"prompt": "q" * 4_000_001}, "a text of 4,000,001 characters"),
+        ("/compare", {"prompt": "q", "system": "French only."}, "system: "),
+        ("/rank", {"prompt": "q", "responses": ["is 1", "is 2"], "context": "p"}, "context: "),
+        (
+            "/reward",
+            {"prompts": ["q"], "completions": ["is 1"], "prompt": "q", "completion": "is 2"},
+            "give prompts and completions, or prompt and completion",
+        ),
+    ],
+)  # fmt: skip
+def test_what_the_reader_refuses_is_said_with_its_place(path, body, message):
+    if path == "/compare":
+        body = {"a": "is 5", "b": "is 3"} | body
+    with gateway() as url:
+        error = post(url, path, body).json()["error"]
+        assert error["code"] == 400 and error["message"].startswith(message)
+        assert "\n" not in error["message"]
+
+
+def test_a_response_that_is_a_text_is_read_word_for_word():
+    """It is what a policy wrote: messages as JSON, or a transcript, are a text like any other."""
+    odd = ['[{"role": "user", "content": "x"}]', "\n\nHuman: x\n\nAssistant: y"]
+
+    class Sees(Model):
+        def answer(self, messages, *more):
+            shown = messages[-1]["content"]
+            assert any(text in shown for text in odd)
+            return Answer("<answer>[[A]]</answer>", "stop", 1, 1)
+
+    with gateway(Sees()) as url:
+        for text in odd:
+            assert post(url, "/compare", {"prompt": "q", "a": text, "b": "is 3"}).is_success
+            assert post(url, "/rank", {"prompt": "q", "responses": [text, "is 3"]}).is_success
+            group = {"prompts": ["q"] * 2, "completions": [text, "is 3"]}
+            assert post(url, "/reward", group).json()["rewards"] == pytest.approx([0.5, 0.5])
+
+
 def test_openrlhf_as_its_code_asks():
     """One sample a call, in a chat template, with the token that ends it."""
     prompt = "<|im_start|>system\nbe brief<|im_end|>\n<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n"
@@ -160,76 +272,203 @@ START, END = "<|im_start|>", "<|im_end|>"
 CHATML = (
     f"{START}user\nq{END}\n{START}assistant\nx{END}\n{START}user\nmore{END}\n{START}assistant\n"
 )
-LLAMA = (
-    "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nq<|eot_id|>"
-    "<|start_header_id|>assistant<|end_header_id|>\n\n"
+
+
+TALK = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "Name a fruit."},
+    {"role": "assistant", "content": "Plum."},
+    {"role": "user", "content": "Another?\n\nAnd <s>why</s>?"},
+]
+# How a family writes a turn, and what stands before the first one and after the last one.
+FAMILIES = {
+    "ChatML": ("", "<|im_start|>{role}\n{content}<|im_end|>\n", "<|im_start|>assistant\n<think>\n"),
+    "Phi-4": (
+        "",
+        "<|im_start|>{role}<|im_sep|>{content}<|im_end|>",
+        "<|im_start|>assistant<|im_sep|>",
+    ),
+    "padded on the left": (
+        "<|endoftext|><|endoftext|>",
+        "<|im_start|>{role}\n{content}<|im_end|>\n",
+        "<|im_start|>assistant\n<think>\n\n</think>\n\n",
+    ),
+    "Llama 3": (
+        "<|begin_of_text|>",
+        "<|start_header_id|>{role}<|end_header_id|>\n\n{content}<|eot_id|>",
+        "<|start_header_id|>assistant<|end_header_id|>\n\n",
+    ),
+    "Llama 4": (
+        "<|begin_of_text|>",
+        "<|header_start|>{role}<|header_end|>\n\n{content}<|eot|>",
+        "<|header_start|>assistant<|header_end|>\n\n",
+    ),
+    "Gemma": ("<bos>", "<start_of_turn>{role}\n{content}<end_of_turn>\n", "<start_of_turn>model\n"),
+    "Gemma 4": ("<bos>", "<|turn>{role}\n{content}<turn|>\n", "<|turn>model\n"),
+    "Command R": (
+        "<BOS_TOKEN>",
+        "<|START_OF_TURN_TOKEN|><|{role}_TOKEN|>{content}<|END_OF_TURN_TOKEN|>",
+        "<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>",
+    ),
+    "Granite": (
+        "",
+        "<|start_of_role|>{role}<|end_of_role|>{content}<|end_of_text|>\n",
+        "<|start_of_role|>assistant<|end_of_role|>",
+    ),
+    "Phi-3": ("", "<|{role}|>\n{content}<|end|>\n", "<|assistant|>\n"),
+    "GLM": ("[gMASK]<sop>", "<|{role}|>\n{content}", "<|assistant|>\n<think></think>\n"),
+    "Tulu": ("", "<|{role}|>\n{content}\n", "<|assistant|>\n"),
+    "OLMo": ("<|endoftext|>", "<|{role}|>\n{content}\n", "<|assistant|>\n"),
+    "Zephyr": ("", "<|{role}|>\n{content}</s>\n", "<|assistant|>\n"),
+}
+ROLE_NAMES = {"Gemma": {"assistant": "model"}, "Gemma 4": {"assistant": "model"}}
+ROLE_NAMES["Command R"] = {"system": "SYSTEM", "user": "USER", "assistant": "CHATBOT"}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_rendered_template_is_taken_apart(family):
+    before, turn, after = FAMILIES[family]
+    for talk in (TALK, TALK[1:], TALK[1:2]):
+        roles = [ROLE_NAMES.get(family, {}).get(m["role"], m["role"]) for m in talk]
+        turns = [turn.format(role=role, content=m["content"]) for role, m in zip(roles, talk)]
+        assert rendered_context(before + "".join(turns) + after) == talk
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "<｜begin▁of▁sentence｜>Be brief.<｜User｜>Name a fruit.<｜Assistant｜>Plum.<｜end▁of▁sentence｜>"
+        "<｜User｜>Another?\n\nAnd <s>why</s>?<｜Assistant｜><think>\n",
+        "<s>[SYSTEM_PROMPT]Be brief.[/SYSTEM_PROMPT][INST]Name a fruit.[/INST]Plum.</s>"
+        "[INST]Another?\n\nAnd <s>why</s>?[/INST]",
+        "<s>[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\nName a fruit. [/INST] Plum. </s>"
+        "<s>[INST] Another?\n\nAnd <s>why</s>? [/INST]",
+    ],
+    ids=["DeepSeek", "Mistral", "Llama 2"],
 )
+def test_a_template_without_a_system_turn_of_the_common_form_is_taken_apart(prompt):
+    assert rendered_context(prompt) == TALK
 
 
-def test_a_rendered_template_is_taken_apart():
-    assert G.rendered_context(CHATML) == [
-        {"role": role, "content": content}
-        for role, content in (("user", "q"), ("assistant", "x"), ("user", "more"))
-    ]
-    assert G.rendered_context(LLAMA) == [{"role": "user", "content": "q"}]
-    thinks = f"{START}user\nwhat is <s>x</s> ?{END}\n{START}assistant\n<think>\n"
-    assert G.rendered_context(thinks)[0]["content"] == "what is <s>x</s> ?"
-    for text, without in (
+@pytest.mark.skipif(not (SHARED / "tokenizers").exists(), reason="needs ../shared/tokenizers")
+def test_published_templates_are_taken_apart():
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    folder = SHARED / "tokenizers"
+    qwen = json.loads((folder / "qwen2.5/tokenizer_config.json").read_text())["chat_template"]
+    deepseek = (folder / "deepseek_r1_distill_qwen/chat_template.jinja").read_text()
+    for template in (qwen, deepseek):
+        (prompt,), _ = render_jinja_template(
+            [TALK],
+            chat_template=template,
+            add_generation_prompt=True,
+            bos_token="<｜begin▁of▁sentence｜>",
+        )
+        assert rendered_context(prompt) == TALK
+
+
+@pytest.mark.parametrize(
+    "text, without",
+    [
         (f"x{END}\n", "x"),
         (f"x{END} y{END}</s> ", f"x{END} y"),
         ("x \n", "x \n"),
         (END, ""),
-    ):
-        assert G.without_end(text) == without
+        ("Plum.<end_of_turn>\n<eos><pad><pad>", "Plum."),
+        ("Plum.<|end|><|endoftext|>", "Plum."),
+        ("Plum.<|user|>", "Plum."),  # with which GLM ends its turn
+        ("<think>\nhm\n</think>\n\nPlum.<｜end▁of▁sentence｜>", "<think>\nhm\n</think>\n\nPlum."),
+    ],
+)
+def test_a_response_loses_the_tokens_that_end_it(text, without):
+    assert without_end(text) == without
 
 
 QUOTES = (
     f"Explain this: {START}user\nhi{END} what is it?",
+    "Where does <s>this</s> end: </s>, <end_of_turn> or [/INST] here?",
+    "plain",
+)
+CUT = (
     f"{START}user\nhi{END} what is it?",
     f"{START}user\nhi",
     f"{CHATML} what is it?{END} And {START}user\nthat?",
-    "plain",
+    CHATML[20:],  # as a trainer cuts a long prompt from the left
+    f"{START}user\nwhat is {START}user\nhi{END} ?{END}\n{START}assistant\n",
+    f"{CHATML}Sure, here is",  # begins the response
+    "<|user|>\nwhat is <|user|> ?<|assistant|>\n",
+    "<|start|>user<|message|>Name a fruit.<|end|><|start|>assistant",  # a family that is not known
+    "<|im_start|>User: Name a fruit.<end_of_utterance>\nAssistant:",
+    "]~!b[]~b]user\nName a fruit.[e~[\n]~b]ai\n",
+    "<SPECIAL_11>User\nName a fruit.\n<SPECIAL_11>Assistant\n",
+    "<reserved_106>Name a fruit.<reserved_107>",
 )
 
 
-@pytest.mark.parametrize("prompt", QUOTES)
-def test_a_prompt_that_quotes_a_template_is_judged_as_it_is(prompt):
-    """On every route: the judge reads the whole question."""
-
-    class Reads(Model):
-        def answer(self, messages, *more):
-            assert prompt in messages[-1]["content"]
-            return super().answer(messages, *more)
-
+def routes(prompt):
+    """(path, body) of every route, which compares two responses to a prompt."""
     texts = ["is 1", "is 2"]
-    with gateway(Reads()) as url:
-        for path, body in (
-            ("/compare", {"prompt": prompt, "a": "is 1", "b": "is 2"}),
-            ("/rank", {"prompt": prompt, "responses": texts}),
-            ("/reward", {"prompts": [prompt] * 2, "completions": texts}),
-            ("/get_reward", {"query": [prompt + t for t in texts], "prompts": [prompt] * 2}),
-        ):
-            assert post(url, path, body).status_code == 200, path
+    return (
+        ("/compare", {"prompt": prompt, "a": "is 1", "b": "is 2"}),
+        ("/rank", {"prompt": prompt, "responses": texts}),
+        ("/reward", {"prompts": [prompt] * 2, "completions": texts}),
+        ("/get_reward", {"query": [prompt + t for t in texts], "prompts": [prompt] * 2}),
+    )
+
+
+class Reads(Model):
+    """Is asked about the whole of a prompt, or fails."""
+
+    prompt = ""
+
+    def answer(self, messages, *more):
+        assert self.prompt in messages[-1]["content"]
+        return super().answer(messages, *more)
+
+
+def test_a_prompt_that_quotes_a_template_is_judged_as_it_is():
+    """On every route: the judge reads the whole question."""
+    with gateway(model := Reads()) as url:
+        for model.prompt in QUOTES:
+            for path, body in routes(model.prompt):
+                assert post(url, path, body).status_code == 200, (path, body)
+
+
+def test_a_rendered_prompt_that_cannot_be_taken_apart_is_refused():
+    """By OpenRLHF's route. The others read every text word for word."""
+    with gateway(model := Reads()) as url:
+        for model.prompt in CUT:
+            *others, (path, body) = routes(model.prompt)
+            error = post(url, path, body).json()["error"]
+            assert error["code"] == 400 and error["message"].startswith("prompts[0]: "), body
+            assert "Gemma, " in error["message"]
+            for path, body in others:
+                assert post(url, path, body).status_code == 200, (path, body)
 
 
 def test_only_openrlhfs_route_takes_a_template_apart():
-    class Reads(Model):
-        def answer(self, messages, *more):
-            assert CHATML in messages[-1]["content"]
-            return super().answer(messages, *more)
-
-    with gateway(Reads()) as url:
+    with gateway(model := Reads()) as url:
+        model.prompt = CHATML
         assert post(url, "/compare", {"prompt": CHATML, "a": "is 1", "b": "is 2"}).is_success
 
 
 def test_texts_are_taken_apart_in_linear_time():
     begin = time.process_time()
-    for hostile in ("\n" * 10**6, f"{START}user\n" * 10**5, END * 10**5, f"{END}\n" * 10**5 + "x"):
-        G.without_end(f"x{hostile}x")
+    for hostile in (
+        "\n" * 10**6,
+        f"{START}user\n" * 10**5,
+        END * 10**5,
+        f"{END}\n" * 10**5 + "x",
+        "<pad> " * 10**5,
+        "<|user|><|assistant|>" * 10**5,
+        "[INST]" * 10**5 + "[/INST]" * 10**5,
+        "<a>" * 10**5,
+    ):
+        without_end(f"x{hostile}x")
         with contextlib.suppress(ValueError):
-            G.rendered_context(hostile + "x")
+            rendered_context(hostile + "x")
         with contextlib.suppress(ValueError):
-            G.rendered_context(f"{START}user\n{hostile}{END}\n" * 3)
+            rendered_context(f"{START}user\n{hostile}{END}\n" * 3)
     assert time.process_time() - begin < 10  # quadratic: hours
 
 
@@ -487,7 +726,12 @@ class Away(Model):
 
 
 @pytest.mark.parametrize(
-    "why, status", [(Away.why, 502), ("prompt longer than the window of 9 tokens", 400)]
+    "why, status",
+    [
+        (Away.why, 502),
+        ("prompt longer than the window of 9 tokens", 400),
+        ("refused by the server: 400: flagged", 400),
+    ],
 )
 def test_what_has_no_text_is_an_error_and_not_a_number(why, status, monkeypatch):
     monkeypatch.setattr(Away, "why", why)
@@ -605,7 +849,9 @@ def test_without_a_key_this_machine_is_answered_only(host, status):
         assert httpx.get(url, headers={"Host": host}).status_code == status
 
 
-@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.7"])
+@pytest.mark.parametrize(
+    "host", ["0.0.0.0", "::", "192.168.1.7", "", "localhost.example", "::ffff:127.0.0.1", "0"]
+)
 def test_an_address_for_everybody_needs_a_key(host, monkeypatch):
     monkeypatch.delenv("RMR1_API_KEY", raising=False)
     done = call(serve.__main__, "--model", "none", "--host", host, ok=False)
@@ -621,7 +867,7 @@ def test_an_address_for_everybody_needs_a_key(host, monkeypatch):
         ("/compare", b"[" * 50_000, 400, ""),
         ("/compare", b"\xff", 400, ""),
         ("/compare", {"prompt": "q", "a": "x"}, 400, "b: Field required"),
-        ("/compare", {"prompt": "q", "a": "", "b": "y"}, 400, "a response is empty"),
+        ("/compare", {"prompt": "q", "a": "", "b": "y"}, 400, "a is empty"),
         ("/compare", {"prompt": [], "a": "x", "b": "y"}, 400, "the context is missing"),
         ("/compare", {"prompt": "q", "a": "is 1", "b": "is 2", "budget": 10**30}, 400, "budget"),
         ("/compare", b'{"prompt": "q", "a": "\\ud800", "b": "is 2"}', 400, ""),
@@ -806,6 +1052,28 @@ def in_group(group):
     return found
 
 
+def greedy_chats(vllm, bodies, folder):
+    """What vLLM's server says to the same questions as chats. -> [Comparison, ...]"""
+    words = vllm.cmdline()
+    port = words[words.index("--port") + 1]
+    (folder / "system.txt").write_text("Judge.")
+    judge = Judge(
+        f"http://127.0.0.1:{port}/v1/",
+        "instruct",
+        str(folder / "system.txt"),
+        key=vllm.environ()["VLLM_API_KEY"],
+        max_tokens=16,
+    )
+    return [judge.compare(**body, budget=2) for body in bodies]
+
+
+def as_served(judge, text):
+    """A text as a server gives it: without special tokens, and without a last character that is not whole."""
+    for token in judge.backend.tokenizer.all_special_tokens:
+        text = text.replace(token, "")
+    return text.rstrip("\ufffd")
+
+
 def test_a_server_that_is_killed_costs_nobody_an_answer(judge_folder, tmp_path):
     """vLLM is killed while it answers and comes again: no request fails, and the answers are those of the model in
     this process. SIGTERM refuses who waits for a group, and leaves nothing running; started again, in front of a
@@ -817,6 +1085,7 @@ def test_a_server_that_is_killed_costs_nobody_an_answer(judge_folder, tmp_path):
     ):
         (vllm,) = psutil.Process(process.pid).children()
         answers = [httpx.post(url + "/compare", json=asked[0], timeout=300)]
+        chats = greedy_chats(vllm, asked[:4], tmp_path)
         vllm.suspend()
         rest = pool.map(
             lambda body: httpx.post(url + "/compare", json=body, timeout=300), asked[1:]
@@ -833,6 +1102,10 @@ def test_a_server_that_is_killed_costs_nobody_an_answer(judge_folder, tmp_path):
         assert waits.result().status_code == 503 and process.wait(30) in (0, -signal.SIGTERM)
         assert not in_group(again.pid)
     here = Judge(str(judge_folder), dtype="float32", max_tokens=16, max_len=200)
+    for body, chat in zip(asked, chats):
+        greedy = here.compare(**body, budget=2).votes
+        texts = [as_served(here, vote.judgment.text) for vote in greedy]
+        assert [as_served(here, vote.judgment.text) for vote in chat.votes] == texts
     for body, r in zip(asked[:4], answers):
         texts = [v["text"] for v in r.json()["votes"]]
         assert [v.judgment.text for v in here.compare(**body).votes] == texts and len(
@@ -857,3 +1130,84 @@ def test_a_server_that_is_killed_costs_nobody_an_answer(judge_folder, tmp_path):
                 got | {"usage": 0} == r.json() | {"usage": 0}
                 and got["usage"]["cached"] == got["usage"]["judgments"]
             )
+
+
+def test_a_port_is_kept_for_vllm_while_it_is_away():
+    """Nobody else gets it, and a server of vLLM's kind can take it again and again."""
+    reserved = serve.__main__.reserve_port()
+    address = reserved.getsockname()
+    with socket.socket() as stranger, pytest.raises(OSError):
+        stranger.bind(address)
+    for _ in range(2):
+        with socket.socket() as server:
+            server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)  # as vLLM does
+            server.bind(address)
+            server.listen()
+            with socket.create_connection(address, 5), server.accept()[0] as accepted:
+                accepted.sendall(b"x")
+
+
+def test_vllm_ends_with_a_gateway_that_is_killed():
+    """The program between them becomes vLLM: the same process, which gets SIGTERM when its parent dies."""
+    child = [sys.executable, "-c", serve.__main__.END_WITH_PARENT, "/bin/sleep", "60"]
+    parent = (
+        "import subprocess, sys, time; child = subprocess.Popen(sys.argv[1:], start_new_session=True); "
+        "print(child.pid, flush=True); time.sleep(60)"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", parent, *child], stdout=subprocess.PIPE, text=True
+    )
+    sleeper = psutil.Process(int(process.stdout.readline()))
+    until(lambda: sleeper.name() == "sleep")
+    process.kill()
+    process.wait()
+    until(lambda: not sleeper.is_running() or sleeper.status() == psutil.STATUS_ZOMBIE)
+
+
+@pytest.mark.parametrize("content", ["a folder", b"no journal", b'{"x": 1}\n', b'{"x"\n{"y": 1}\n'])
+def test_a_journal_that_cannot_be_used_is_refused_before_vllm_is_started(
+    content, toy, tmp_path, monkeypatch
+):
+    journal = tmp_path / "journal.jsonl"
+    if content == "a folder":
+        journal.mkdir()
+    else:
+        journal.write_bytes(content)
+    monkeypatch.setattr(serve.__main__, "find_judge", lambda args: None)
+    monkeypatch.setattr(serve.__main__, "serve", lambda *_: pytest.fail("it would be started"))
+    done = call(serve.__main__, "--model", toy, "--journal", journal, "--port", 8129, ok=False)
+    assert done.returncode == 2 and str(journal) in done.stderr and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "path, body, words",
+    [
+        ("/compare", b'{"prompt": "q", bad', "the body is not JSON: "),
+        ("/compare", {"prompt": "q", "a": "is 1", "b": "is 2", "stream": "yes"}, "stream: "),
+        ("/compare", {"prompt": "q", "a": "is 1", "b": "is 2", "budget": "8"}, "budget: "),
+        ("/compare", {"prompt": "q", "a": "is 1", "b": "is 2", "budget": True}, "budget: "),
+        ("/compare", {"prompt": "q", "a": "is 1", "b": "is 2", "budget": 2.5}, "budget: "),
+        ("/rank", {"prompt": "q", "responses": "is 1, is 2"}, "responses: "),
+        ("/reward", {"prompt": "q", "completion": "is 1", "group": "2"}, "group: "),
+    ],
+)
+def test_a_value_of_another_type_is_refused_and_not_guessed(path, body, words):
+    with gateway() as url:
+        content = body if isinstance(body, bytes) else json.dumps(body).encode()
+        r = httpx.post(url + path, content=content, headers={"Content-Type": "application/json"})
+        error = r.json()["error"]
+        assert (r.status_code, error["type"]) == (400, "BadRequestError")
+        assert error["message"].startswith(words) and error["param"] in (words.strip(": "), None)
+
+
+def test_every_error_has_a_type_of_its_own():
+    with gateway() as url:
+        for method, path, headers, kind in (
+            ("GET", "/compare", {}, "MethodNotAllowedError"),
+            ("POST", "/nowhere", {"Content-Type": "application/json"}, "NotFoundError"),
+            ("POST", "/compare", {"Content-Type": "text/plain"}, "UnsupportedMediaTypeError"),
+            ("GET", "/", {"Host": "evil.example"}, "PermissionDeniedError"),
+        ):
+            r = httpx.request(method, url + path, headers=headers)
+            assert r.json()["error"]["type"] == kind, path

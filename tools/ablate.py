@@ -17,7 +17,6 @@ OUT/table.md, OUT/rows.jsonl (every row with its commands and commits) and OUT/t
 
 import functools
 import hashlib
-import json
 import os
 import re
 import shlex
@@ -43,6 +42,7 @@ from judge.report import (
 from lib.files import (
     Failure,
     Flags,
+    json_text,
     lock_folder,
     number,
     read_lines,
@@ -346,7 +346,7 @@ def row_cost(stages, seeds):
     tokens, seconds = 0, 0
     for stage in stages:
         lines = read_lines(Path(stage.folder) / "metrics.jsonl")
-        tokens += sum(line.get("tokens", 0) for line in lines)
+        tokens += sum(line.get("tokens") or 0 for line in lines)
         seconds += int(stage.done()[1])
     return {
         "tokens learned": tokens / seeds,
@@ -399,7 +399,7 @@ def write_table(plan, chains, out, only):
     heads = table_heads(temperatures)
     lines = [heads, ["---"] * len(heads), *(table_cells(row, temperatures) for row in rows)]
     write_lines(out / "table.md", (f"| {' | '.join(line)} |" for line in lines))
-    write_lines(out / "rows.jsonl", map(json.dumps, rows))
+    write_lines(out / "rows.jsonl", map(json_text, rows))
     draw_differences([row for row in rows if "accuracy" in row], temperatures, out / "table.png")
 
 

@@ -10,7 +10,6 @@ a line for the table of docs/speed.md, and writes a JSON file to attach to a bug
 """
 
 import argparse
-import json
 import os
 import statistics
 import subprocess
@@ -27,7 +26,7 @@ import pytest
 import torch
 
 import common
-from lib.files import Flags, run_main
+from lib.files import Flags, json_text, run_main
 
 
 @dataclass
@@ -232,7 +231,7 @@ def write_report(path, **content):
         name: value for name, value in os.environ.items() if name.startswith(prefixes)
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=2) + "\n")
+    path.write_text(json_text(content, indent=2) + "\n")
 
 
 def main():
