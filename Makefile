@@ -65,7 +65,7 @@ EVAL = $(TWO_RANKS) eval.py --data $(DATA)/test.jsonl --max-len $(CONTEXT) --max
 # takes over what the other has not begun. For a test or two (T=name) the second process costs more than it saves.
 WORKERS = $(shell $(PY) -c 'import xdist' 2>/dev/null && echo --numprocesses=auto --dist=worksteal)
 
-.PHONY: demo controls pretrained test trainers soak check
+.PHONY: demo controls pretrained test trainers trl soak check
 .DELETE_ON_ERROR:
 
 demo: $(READY)
@@ -141,9 +141,11 @@ check: $(READY)
 	$(PY) tools/check.py
 
 # Another trainer's environment, for tests/test_trainers.py. TRL and verl want different versions of transformers.
-trainers: .venv-trl/ready .venv-verl/ready
-	PYTHONPATH=. .venv-trl/bin/python -m pytest -q -rs -W ignore tests/test_trainers.py
+trainers: trl .venv-verl/ready
 	PYTHONPATH=. .venv-verl/bin/python -m pytest -q -rs -W ignore tests/test_trainers.py
+
+trl: .venv-trl/ready
+	PYTHONPATH=. .venv-trl/bin/python -m pytest -q -rs -W ignore tests/test_trainers.py
 
 .venv-trl/ready: TRAINER = trl==1.16 verifiers==0.4.0
 .venv-verl/ready: TRAINER = verl==0.9.0

@@ -15,8 +15,9 @@ from conftest import SHARED, call
 from judge.backends import Answer
 from lib.files import Failure
 from lib.pairs import Pair, messages_of, pair_of, read_conversation, read_pairs, row_conversation
-from rmr1 import Judge
+from rmr1 import Judge, conversation_of_call
 from rubrics import chat_messages
+from serve.gateway import read_texts
 
 BUGS = SHARED / "data/bugs"
 needs_bugs = pytest.mark.skipif(not BUGS.exists(), reason="../shared is absent")
@@ -235,8 +236,13 @@ def test_a_conversation_comes_back_the_same_from_every_form(conversation):
         assert R.candidate(row, "x", False, set())[1].context == context
     assert pair_of(pair.row(), "x") == Pair("x", context, good, bad, "A")  # written and read again
 
+    # Calls in Python, and bodies over HTTP, where texts are what a policy wrote.
     for responses in ([[bot(good)], [bot(bad)]], whole):
         assert read_conversation(context, responses) == (context, [good, bad])
+        assert conversation_of_call(context, responses) == (context, [good, bad])
+        assert read_texts(context, responses, ["a", "b"])[:2] == (context, [good, bad])
+    assert read_texts(context, [good, bad], ["a", "b"])[:2] == (context, [good, bad])
+    assert read_texts(None, whole, ["a", "b"])[:2] == (context, [good, bad])
 
 
 WORDS = st.sampled_from("one two three four five six seven eight".split())
