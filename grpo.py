@@ -43,7 +43,7 @@ import numpy as np
 import torch
 
 from lib import packing
-from lib.chat import PromptRefused, decode_sample, encode, load_tokenizer
+from lib.chat import decode_sample, encode_or_leave_out, load_tokenizer
 from lib.checkpoint import Checkpoints
 from lib.dist import (
     all_gather,
@@ -346,10 +346,8 @@ def tokenize_prompts(source, tokenizer, style, args):
     pairs = read_pairs(source, args.skip_bad)
     rows, too_long = [], 0
     for pair in progress_bar(pairs, "tokenize", leave=False):
-        try:
-            prompt = encode(tokenizer, chat_messages(pair, style))
-        except PromptRefused as refusal:
-            print0(f"{source}: {pair.id} is left out: {refusal}")
+        prompt = encode_or_leave_out(tokenizer, chat_messages(pair, style), f"{source}: {pair.id}")
+        if prompt is None:
             continue
         if len(prompt) <= args.max_prompt:
             rows.append(Row(pair, prompt))

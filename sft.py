@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from lib import packing
-from lib.chat import PromptRefused, encode, encode_reply, load_tokenizer
+from lib.chat import encode_or_leave_out, encode_reply, load_tokenizer
 from lib.checkpoint import Checkpoints
 from lib.dist import all_sum, explain, phase, print0, shard_size, signal_caught, start_ranks
 from lib.files import Failure, Flags, number, progress_bar, run_main
@@ -211,10 +211,10 @@ def tokenize(pairs, tokenizer, style, args):
         )
     rows, too_long = [], 0
     for pair in progress_bar(pairs, "tokenize", leave=False):
-        try:
-            prompt = encode(tokenizer, chat_messages(pair, style))
-        except PromptRefused as refusal:
-            print0(f"{args.data}: {pair.id} is left out: {refusal}")
+        prompt = encode_or_leave_out(
+            tokenizer, chat_messages(pair, style), f"{args.data}: {pair.id}"
+        )
+        if prompt is None:
             continue
         trace = encode_reply(tokenizer, prompt, pair.trace)
         if len(prompt) + len(trace) <= args.max_len:

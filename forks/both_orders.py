@@ -54,8 +54,9 @@ def tokenize_prompts(source, tokenizer, style, args):
     both = []
     for row in rows:
         swapped = row.pair.swapped()
-        prompt = grpo.encode(tokenizer, grpo.chat_messages(swapped, style))
-        if len(prompt) <= args.max_prompt:
+        messages = grpo.chat_messages(swapped, style)
+        prompt = grpo.encode_or_leave_out(tokenizer, messages, f"{source}: {swapped.id}")
+        if prompt is not None and len(prompt) <= args.max_prompt:
             both += [row, grpo.Row(swapped, prompt)]
     return pairs, both
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from lib.files import Failure, first_line, read_object
+from lib.files import Failure, first_line, read_object, this_rank
 
 # How families mark their thoughts: {what opens them: what closes them}. All of the project reads this table.
 THOUGHTS = {
@@ -407,6 +407,16 @@ def encode(tokenizer, messages, generation_prompt=True):
     ) from cause
 
 
+def encode_or_leave_out(tokenizer, messages, name):
+    """`encode` for training: None for a prompt that is refused for its words, with a line that names it."""
+    try:
+        return encode(tokenizer, messages)
+    except PromptRefused as refusal:
+        if this_rank() == 0:
+            print(f"{name} is left out: {refusal}", flush=True)
+        return None
+
+
 def try_to_encode(tokenizer, messages, generation_prompt):
     """-> token ids of messages; the reason why there are none, "" if there are; and its exception or None"""
     try:
@@ -549,7 +559,7 @@ def opened_thought(tokenizer, prompt):
     opening = open_thought(tokenizer.decode(prompt[-100:]))
     tag = next((tag for tag in THOUGHTS if opening.startswith(tag)), "")
     behind = opening.removeprefix(tag)
-    # Behind a control token the reply would begin, so a tag before one is quoted in a message.
+    # If a control token follows the tag, the tag was quoted in a message and opens nothing.
     habits = habits_of(tokenizer)
     if habits.control.search(behind) or behind.rstrip().endswith(habits.endings):
         return ""
