@@ -1,4 +1,5 @@
-# make demo        the whole pipeline on two CPU cores, from nothing to a judge (SEED=1, REPAIR=1, WORLD=leap, DEMO=runs/other)
+# make demo        the whole pipeline on two CPU cores, from nothing to a judge (SEED=1, REPAIR=1, DEMO=runs/other,
+#                  WORLD=leap, shortcut or steps)
 # make controls    what does not explain the demo's gain: more SFT, and a reward without meaning (the same SEED, ...)
 # make pretrained  the same with a language model that has read English, in some 50 minutes (LM=owner/name for another,
 #                  LORA=32 for adapters of that rank)
@@ -44,6 +45,14 @@ JUDGMENT_leap  = 64
 CONTEXT_leap   = 108
 ROW_leap       = 104
 EPOCHS_leap    = 1.3
+JUDGMENT_shortcut = $(JUDGMENT_looks)
+CONTEXT_shortcut = $(CONTEXT_looks)
+ROW_shortcut = $(ROW_looks)
+EPOCHS_shortcut = $(EPOCHS_looks)
+JUDGMENT_steps = $(JUDGMENT_leap)
+CONTEXT_steps = $(CONTEXT_leap)
+ROW_steps = $(ROW_leap)
+EPOCHS_steps = $(EPOCHS_leap)
 JUDGMENT = $(JUDGMENT_$(WORLD))
 CONTEXT  = $(CONTEXT_$(WORLD))
 ROW      = $(ROW_$(WORLD))

@@ -51,6 +51,7 @@ from judge.report import (
     table_text,
     unjudged_text,
 )
+from judge.soundness import TRUTH
 from lib.chat import prompt_fingerprint
 from lib.files import (
     Failure,
@@ -261,19 +262,24 @@ def collect_pairs(args):
             pairs[pair.id] = replace(pair, meta=pair.meta | {"swap": swap})
     for path in args.data:
         origins.append(path)
-        for pair in pairs_of_file(path, args):
+        for pair in pairs_of_file(path, args, left_out):
             if pair.id in pairs:
                 raise Failure(f"{path}: two pairs have the id {pair.meta['item']}")
             pairs[pair.id] = pair
     return pairs, left_out, origins
 
 
-def pairs_of_file(path, args):
-    """Yields a file's pairs, with the meta of `collect_pairs`."""
+def pairs_of_file(path, args, left_out):
+    """Yields a file's pairs, with the meta of `collect_pairs`. Its ties are added to `left_out`."""
     name = Path(path).stem
     if name in benchmarks.BENCHES:  # it would be scored as the benchmark
         name += " pairs"
-    pairs = read_pairs(path, args.skip_bad, args.both_orders)
+    all_pairs = read_pairs(path, args.skip_bad, args.both_orders, ties=True)
+    pairs = [pair for pair in all_pairs if pair.label]
+    for pair in all_pairs:
+        if not pair.label:
+            reason = "a tie: neither response is better"
+            left_out.append({"bench": name, "item": pair.id, "reason": reason})
     if args.limit:
         count = min(args.limit, len(pairs))
         places = random.Random(args.seed).sample(range(len(pairs)), count)
@@ -287,7 +293,10 @@ def pairs_of_file(path, args):
             "type": pair.type,
             "source": pair.source,
             "swap": pair.label == "B",  # "swap" means: the better response is B
+            **{name: value for name, value in pair.meta.items() if name in TRUTH},
         }
+        if "strength" in pair.meta:
+            meta["strength"] = pair.meta["strength"]
         if "style_a" in pair.meta and "style_b" in pair.meta:
             styles = [pair.meta["style_a"], pair.meta["style_b"]]
             meta["styles"] = styles if pair.label == "A" else styles[::-1]  # the better one's first
@@ -545,6 +554,8 @@ def update_folder(args, config, pairs, left_out, style):
             "b": pair.b,
             "label": pair.label,
         }
+        if pair.trace:  # an oracle's: the report compares its criteria with the judge's
+            rows[pair.id]["trace"] = pair.trace
     write_lines(out / "pairs.jsonl", map(json_text, rows.values()))
 
     reasons = read_lines(out / "left_out.jsonl", LEFT_OUT_FIELDS) + left_out

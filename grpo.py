@@ -2,11 +2,13 @@
 Stage 2: GRPO with verifiable rewards (paper section 3.3, eq. 7 to 10). The whole algorithm is in this file.
 
     torchrun --nproc_per_node 8 grpo.py          # the published 7B run, from the SFT model in runs/sft/model
+    python grpo.py --lora 32 --model runs/sft-lora/model ...     # adapters, on one card: README.md, "On one GPU"
     python grpo.py --model runs/demo/sft/model --data runs/demo/data/rl.jsonl ...     # see Makefile
 
 Each step samples G judgments a pair with vLLM, rewards them, normalises rewards within each group, takes
 several clipped policy-gradient updates, and gives vLLM the new weights. Writes OUT/model, OUT/metrics.jsonl,
-OUT/samples.jsonl (some judgments of every step) and OUT/state (checkpoints).
+OUT/samples.jsonl (some judgments of every step) and OUT/state (checkpoints); with --lora also OUT/adapter,
+which PEFT opens.
 
 The reward is `reward_of`, the advantage `advantages`, the loss of a token `grpo_loss`; the loop in `main` calls
 them in the order sample, score, learn, sync. What a run writes, and when: lib/run.py.
@@ -42,6 +44,7 @@ from statistics import fmean
 import numpy as np
 import torch
 
+from judge.soundness import knows_reason, right_and_sound, sound_reward
 from lib import packing
 from lib.chat import decode_sample, encode_or_leave_out, load_tokenizer
 from lib.checkpoint import Checkpoints
@@ -129,9 +132,10 @@ def flags():
     arg("--beta", type=weight, default=1e-3, help="KL coefficient; 0 loads no reference")
     arg(
         "--reward",
-        choices=("verdict", "published", "random"),
+        choices=("verdict", "sound", "published", "random"),
         default="verdict",
-        help="right verdict (paper eq. 8) by the parser, or by the released rule; random: a control",
+        help="right verdict (paper eq. 8) by the parser; sound: for a sound reason too; published: "
+        "by the released rule; random: a control",
     )
     arg(
         "--advantage",
@@ -268,7 +272,7 @@ def main():
         log.phase("")
         log.append("samples.jsonl", examples(groups, tokenizer, step))
         row = {"step": step, "lr": lr, **validation, **statistics, **summary(groups), **mismatch}
-        row |= mean_losses(losses)
+        row |= mean_losses(losses) | policy.lora_changed()
         row |= {"grad_norm": fmean(norms), "skipped_pairs": skipped_pairs(groups, norms, args)}
         log.write(row, norms)
         bar.set_postfix(log.headline("loss", "accuracy", "no_verdict", "kl"), refresh=False)
@@ -289,9 +293,9 @@ def main():
     checkpoints.settle()
     if data.val_rows:
         log.write({"step": data.steps, **accuracy(sample(data.val_rows, data.steps), "val_")})
+    log.close()
     save_adapter(policy, args.model, run_config, f"{args.out}/adapter")
     save_model(policy, folder, f"{args.out}/model", dtype, judge_json, stop)
-    print0(f"wrote {args.out}/model")
 
 
 def load_reference(policy, load, args):
@@ -337,6 +341,11 @@ def read_data(args, tokenizer, style, config, world):
         raise Failure(
             f"--batch {args.batch}: more than the {len(rows)} usable pairs in {args.data}"
         )
+    known = [knows_reason(row.pair) for row in rows]
+    if args.reward == "sound" and not any(known):
+        raise Failure(
+            f"--reward sound: no pair of {args.data} says what its true reason is, as those of data/toy.py do"
+        )
     val_rows = tokenize_prompts(args.val_data, tokenizer, style, args)[1] if args.val_data else []
     return Data(pairs, rows, val_rows, args.steps or len(rows) // args.batch)
 
@@ -372,6 +381,7 @@ class Rollout:
     finished            ended by itself, rather than at --max-response
     verdict             what the parser reads in it: "A", "B" or None
     reward              NaN where it could not be computed
+    sound               its verdict is right and so are its reasons; None where the true reason is not known
     """
 
     row: Row
@@ -380,6 +390,7 @@ class Rollout:
     finished: bool
     verdict: str | None
     reward: float
+    sound: bool | None = None
 
 
 def collect_groups(sample, rows, step, args):
@@ -434,8 +445,9 @@ def sample_groups(
             sentence = f"{type(e).__name__}: {first_line(e)} (pair {row.pair.id})"
             errors.append((sentence, "" if errors else traceback.format_exc()))
             reward = math.nan
+        sound = right_and_sound(judgment, row.pair)
         # The fields of Rollout after `row`.
-        results.append((s.tokens, s.logprobs, s.finished, judgment.verdict, reward))
+        results.append((s.tokens, s.logprobs, s.finished, judgment.verdict, reward, sound))
 
     # Pairs and prompts are on every rank already.
     gathered = all_gather((results, errors))
@@ -453,7 +465,8 @@ def reward_of(text, judgment, pair, length, key, args):
     """The reward of a judgment, by --reward.
 
     verdict    +1 if the parsed verdict is right, else -1 (paper eq. 8)
-    published  the same by the released rule, which looks for a string at the end of the text
+    sound      +1 only if the reasons are sound, too, where the true ones are known (judge/soundness.py)
+    published  as verdict by the released rule, which looks for a string at the end of the text
     random     a coin that `key` throws: a control
 
     text      what the judge wrote, special tokens included
@@ -465,6 +478,8 @@ def reward_of(text, judgment, pair, length, key, args):
         return 1.0 if hashlib.sha256(repr(key).encode()).digest()[0] % 2 else -1.0
     if args.reward == "published":
         return published_reward(text, pair.label)
+    if args.reward == "sound":
+        return sound_reward(judgment, pair)
     return verdict_reward(judgment, pair.label)
 
 
@@ -511,30 +526,37 @@ def advantages(rewards, kind="grpo"):
     rewards  (P, G) -> (P, G), float32. NaN, a reward that is not known: advantage 0, and no part in its group's
              mean
     drgrpo   r - mean, without the scale (Dr. GRPO, arXiv 2503.20783)
+    """
+    r, known, unit = in_units_of_range(rewards)  # (P, G), (P, G), (P, 1)
+    mean = r.where(known, math.nan).nanmean(1, keepdim=True)  # (P, 1)
+    deviation = (r - mean).where(known, 0)  # (P, G)
+    if kind == "drgrpo":
+        return (deviation * unit).float().nan_to_num()  # infinity: float32's largest
+    deviation = deviation.float()  # (P, G)
+    epsilon = (1e-6 / unit).float()  # (P, 1)
+    count = known.sum(1, keepdim=True).clamp(min=2)  # (P, 1)
+    std = (deviation.square().sum(1, keepdim=True) / (count - 1)).sqrt()  # (P, 1)
+    return deviation / (std + epsilon)
+
+
+def in_units_of_range(rewards):
+    """Rewards as shares of their group's range, from 0 to 1, so that no square is beyond a float's range.
 
     Equal rewards have the advantage 0 to the last bit. In float32 the mean of seven rewards of 1.3 differs from
     1.3 by 1e-7; divided by 1e-6, that would be an advantage of 0.1.
+    -> (P, G) the shares, (P, G) True where a reward is known and not all of its group are equal, (P, 1) the range
     """
     rewards = rewards.double()  # 0.3 and 0.1 + 0.2 are not equal
     known = rewards.isfinite()  # (P, G)
     highest = rewards.where(known, -math.inf).amax(1, keepdim=True)  # (P, 1)
     lowest = rewards.where(known, math.inf).amin(1, keepdim=True)  # (P, 1)
     differ = highest > lowest  # (P, 1)
-
-    # As shares of the group's range, so that no square is beyond a float's range. Where the range is, a quarter of
-    # every reward has the same shares.
+    # Where the range itself is beyond a float's, a quarter of every reward has the same shares.
     quarter = torch.where((highest - lowest).isfinite(), 1.0, 0.25).double()  # (P, 1)
-    rewards, highest, lowest = rewards * quarter, highest * quarter, lowest * quarter
-    scale = (highest - lowest).where(differ, 1)  # (P, 1)
-    shares = (rewards - lowest) / scale  # (P, G), from 0 to 1
-    mean = shares.where(known, math.nan).nanmean(1, keepdim=True)  # (P, 1)
-    centred = (shares - mean).where(known & differ, 0)  # (P, G)
-    if kind == "drgrpo":
-        return (centred * scale / quarter).float().nan_to_num()  # infinity: float32's largest
-    count = known.sum(1, keepdim=True).clamp(min=2)  # (P, 1)
-    centred, epsilon = centred.float(), (1e-6 * quarter / scale).float()  # (P, G), (P, 1)
-    std = (centred.square().sum(1, keepdim=True) / (count - 1)).sqrt()  # (P, 1)
-    return centred / (std + epsilon)
+    lowest = lowest * quarter  # (P, 1)
+    width = (highest * quarter - lowest).where(differ, 1)  # (P, 1)
+    shares = (rewards * quarter - lowest) / width  # (P, G)
+    return shares, known & differ, width / quarter
 
 
 def grpo_loss(
@@ -727,12 +749,19 @@ def mean_losses(losses):
 
 
 def accuracy(groups, prefix=""):
-    """Shares of judgments whose verdict is right, and that have no verdict."""
+    """Shares of judgments whose verdict is right, that have no verdict, and that are right for a sound reason.
+
+    The last is of the judgments of pairs whose true reason is known; it is left out where there are none.
+    """
     rollouts = [r for group in groups for r in group]
-    return {
+    shares = {
         f"{prefix}accuracy": fmean(r.verdict == r.row.pair.label for r in rollouts),
         f"{prefix}no_verdict": fmean(r.verdict is None for r in rollouts),
     }
+    sound = [r.sound for r in rollouts if r.sound is not None]
+    if sound:
+        shares[f"{prefix}sound"] = fmean(sound)
+    return shares
 
 
 def mean_reward(rewards):

@@ -95,7 +95,7 @@ class Vote:
 class Comparison:
     """What the votes on two responses say; `ranking.verdict` has the definitions.
 
-    verdict     "A", "B", "tie" or None
+    verdict     "A", "B", "tie" where the votes are level, or None where no vote could be read
     reason      why there is no winner, else ""
     win         expected share of future votes for A
     low, high   its 90 % interval
@@ -154,6 +154,7 @@ class Judge:
     seed           results depend on the seed and the texts only, not on the order in which you list the
                    responses
     max_tokens     of a judgment
+    style          a `PromptStyle` that is known already, instead of protocol and system_prompt
     more           settings of the backend, see `backends.make_backend`
 
     Calls from several tasks or threads share one batch.
@@ -170,6 +171,7 @@ class Judge:
         seed=0,
         max_tokens=8192,
         greedy=True,
+        style=None,
         **more,
     ):
         settings = {"protocol": protocol, "temperature": temperature, "max-tokens": max_tokens}
@@ -190,7 +192,7 @@ class Judge:
             self.backend = make_backend(served_name, base_url, max_tokens, tokenizer_folder, **more)
             model, folder = self.backend.model, self.backend.folder
             fingerprint = self.backend.about()
-        self.style = prompt_style(folder, model, protocol, system_prompt)
+        self.style = style or prompt_style(folder, model, protocol, system_prompt)
         self.about = [fingerprint, max_tokens]
         self.temperature = temperature
         self.seed = seed
@@ -731,6 +733,7 @@ def judge_of(args, task, least=None):
             args.temperature,
             args.seed,
             args.max_tokens,
+            greedy=args.greedy,
             max_len=args.max_len,
             dtype=args.dtype,
         )
@@ -777,7 +780,7 @@ def pairs_to_judge(args):
     if args.data:
         if given:
             raise Failure(f"{given[0]}: not read beside --data")
-        pairs = read_pairs(args.data, args.skip_bad)
+        pairs = read_pairs(args.data, args.skip_bad, ties=True)
         if args.line is None:
             return pairs
         if args.line > len(pairs):
@@ -989,6 +992,12 @@ def add_command(commands, name, run, add_flags):
     parser = commands.add_parser(name, help=run.__doc__.split(":")[0], description=run.__doc__)
     add_flags(parser.add_argument)
     backend_flags(parser, WHO_JUDGES)
+    parser.add_argument(
+        "--no-greedy",
+        dest="greedy",
+        action="store_false",
+        help="sample the first vote in an order too, for a judge whose greedy judgment is a habit",
+    )
     parser.add_argument(
         "--verbose", action="store_true", help="show what libraries print while the model loads"
     )

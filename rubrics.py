@@ -18,13 +18,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lib.chat import JUDGMENT_TAGS, without_thoughts
-from lib.files import Failure, read_object, read_text
+from lib.files import Failure, read_object, read_rows, read_text
 from lib.pairs import COMPARISON, other_label, space_markers
 
 # ---------------------------------------------------------------- system prompts
 
 # Chain-of-Rubrics (paper section 3.2) in our own words, with the published tags. The released checkpoints
-# expect the published wording: give it with --system-prompt, from a file.
+# expect the published wording, see RELEASED.
 OPENING = """\
 You are an impartial judge. You are shown a client's request and the responses of two chatbots, A and B. Decide \
 which response is better."""
@@ -177,6 +177,18 @@ def conversation(pair, side):
 
 # ---------------------------------------------------------------- a judge's prompt style
 
+# The six released checkpoints (paper, table 1): their exact ids on the hub, and how each was trained to be asked.
+RELEASED = {
+    "gaotang/RM-R1-Qwen2.5-Instruct-7B": "instruct",
+    "gaotang/RM-R1-Qwen2.5-Instruct-14B": "instruct",
+    "gaotang/RM-R1-Qwen2.5-Instruct-32B": "instruct",
+    "gaotang/RM-R1-DeepSeek-Distilled-Qwen-7B": "reasoning",
+    "gaotang/RM-R1-DeepSeek-Distilled-Qwen-14B": "reasoning",
+    "gaotang/RM-R1-DeepSeek-Distilled-Qwen-32B": "reasoning",
+}
+# Every row of this dataset has the published system prompt, which is not ours to copy. Dataset, revision.
+PUBLISHED_ROWS = ("gaotang/RM-R1-Distill-SFT", "main")
+
 
 def prompt_style(folder, model, protocol=None, system_file=None, default=None):
     """The `PromptStyle` of a judge.
@@ -187,21 +199,47 @@ def prompt_style(folder, model, protocol=None, system_file=None, default=None):
     system_file  what --system-prompt says, or None
     default      the protocol if neither the flag nor the model has one; None: raise Failure
 
-    A model that this project has trained has its style in its folder's judge.json. Flags come before that.
-    Nothing is guessed from a model's name.
+    A model that this project has trained has its style in its folder's judge.json; of six released ones RELEASED
+    has it. Flags come before both. Nothing else is guessed from a model's name.
     """
     # Where an adapter stands for its base, the judge's style lies beside the adapter.
     saved = (folder and read_judge_file(model)) or read_judge_file(folder)
-    chosen = protocol or saved.get("protocol") or default
+    # A folder of such a name here is another model. And a backend of somebody's own may stand for the name.
+    is_here = Path(str(model)).exists()
+    released = None if saved or is_here else RELEASED.get(str(model))
+    chosen = protocol or saved.get("protocol") or released or default
     if chosen is None:
         raise Failure(
             f"--model {model}: no judge.json says how it wants to be asked; give --protocol instruct (a "
             "system prompt with the format, then rubrics or a solution) or --protocol reasoning (no system "
             "prompt, thinks first)"
         )
-    # The saved system prompt goes with the saved protocol only.
-    saved_system = saved.get("system") if chosen == saved.get("protocol") else None
-    return PromptStyle(chosen, read_system(system_file) or saved_system)
+    # A model's system prompt goes with its own protocol only.
+    if system_file:
+        system = read_system(system_file)
+    elif chosen == released == "instruct":
+        system = published_system(model)
+    else:
+        system = saved.get("system") if chosen == saved.get("protocol") else None
+    return PromptStyle(chosen, system)
+
+
+def published_system(model):
+    """The system prompt that the released instruct models expect, from the first row of PUBLISHED_ROWS.
+
+    The hub's cache keeps the rows. Raises Failure where they cannot be had.
+    """
+    dataset, revision = PUBLISHED_ROWS
+    where = f"{dataset}@{revision}"
+    try:
+        _, row, _ = next(read_rows(dataset, "train", revision))
+        system = system_of_row(json.dumps(row), where)
+    except (Failure, StopIteration) as error:
+        raise Failure(
+            f"--model {model}: its system prompt stands in the rows of the dataset {where}, which cannot be had "
+            f"({error}); save a row of it, which has context_messages, and name it: --system-prompt FILE.jsonl"
+        ) from error
+    return system
 
 
 def read_judge_file(folder):
@@ -223,21 +261,21 @@ def read_system(path):
         return None
     text = read_text(path, "--system-prompt").strip()
     if path.endswith(".jsonl"):
-        text = system_of_row(text.partition("\n")[0], path)
+        text = system_of_row(text.partition("\n")[0], f"--system-prompt {path}")
     elif path.endswith(".json"):
-        text = system_of_row(text, path)
+        text = system_of_row(text, f"--system-prompt {path}")
     if not isinstance(text, str) or not text.strip():
         raise Failure(f"--system-prompt {path}: there is no text in it")
     return text
 
 
-def system_of_row(text, path):
-    """The content of the system message in the row of a published prompt."""
+def system_of_row(text, name):
+    """The content of the system message in the row of a published prompt. name: of the row, for a Failure"""
     try:
         messages = json.loads(text)["context_messages"]
         return next(message["content"] for message in messages if message["role"] == "system")
     except (ValueError, LookupError, TypeError, StopIteration):  # whatever else the file may hold
-        raise Failure(f"--system-prompt {path}: no context_messages with a system message in it")
+        raise Failure(f"{name}: no context_messages with a system message in it")
 
 
 def style_to_save(pairs, style, say=print):

@@ -3,11 +3,12 @@ Stage 1: distil oracle judgments (paper section 3.2, eq. 6).
 
     torchrun --nproc_per_node 8 sft.py                       # the published 7B run
     torchrun --nproc_per_node 8 sft.py --model Qwen/Qwen2.5-14B-Instruct --lr 3e-6
+    python sft.py --lora 32 --out runs/sft-lora              # adapters, on one card of 48 GB
     python sft.py --model runs/demo/data/model/config.json --data runs/demo/data/sft.jsonl ...  # see Makefile
 
 Reads pairs with a trace, an oracle's judgment, and fits it token by token. Writes OUT/model (Hugging Face
-safetensors), OUT/metrics.jsonl and OUT/state (checkpoints). Killed and started again with the same command,
-it continues from its last checkpoint.
+safetensors), OUT/metrics.jsonl and OUT/state (checkpoints); with --lora also OUT/adapter, which PEFT opens.
+Killed and started again with the same command, it continues from its last checkpoint.
 
 Shapes: R trace tokens of a micro-batch, concatenated without padding.
 """
@@ -158,9 +159,9 @@ def main():
             return log.stopped(done, saved)
 
     checkpoints.settle()
+    log.close()
     save_adapter(policy, args.model, run_config, f"{args.out}/adapter")
     save_model(policy, folder, f"{args.out}/model", dtype, judge_json, ends)
-    print0(f"wrote {args.out}/model")
 
 
 @dataclass

@@ -16,9 +16,10 @@ in `Judge.compare`. Adaptive votes stop when a response is two ahead; all are am
 sampled again.
 
 **Labels.** A share of the pairs gets people's label in place of the verdict of adaptive votes: those that
-`rmr1.py select` picks, or random ones; means of --draws draws of each seed. drawn: how often the judge is right by
-the labels that were drawn at random (of select's a tenth), sd over draws and seeds. decided: share of all verdicts
-that these labels guarantee to be right in .9; kept: share of the guarantees that hold.
+`rmr1.py select` picks, or random ones; means of --draws draws of each seed. wrong: share of the labelled pairs whose
+verdict was wrong, a tie half. drawn: how often the judge is right by the labels that were drawn at random (of select's
+a tenth), sd over draws and seeds. decided: share of all verdicts that these labels guarantee to be right in .9; kept:
+share of the guarantees that hold. "T=1" is select with --no-greedy, "greedy first" without.
 """
 
 import itertools
@@ -216,6 +217,7 @@ def with_labels(outcomes, drawn, disputed):
     """What labels of some pairs are worth. drawn, disputed: their places
 
     -> right      of each pair, those with a label included
+       wrong      share of the labelled pairs whose verdict was wrong
        drawn      accuracy of the judge by the drawn labels
        decided    share of the pairs that they guarantee
        kept       does the guarantee hold? None where there is none
@@ -230,6 +232,7 @@ def with_labels(outcomes, drawn, disputed):
     labelled = {*drawn, *disputed}
     return {
         "right": [1 if place in labelled else r for place, r in enumerate(right)],
+        "wrong": 1 - mean(right[place] for place in labelled),
         "drawn": mean(right[place] for place in drawn),
         "decided": len(sure) / len(outcomes),
         "kept": mean(sure) >= TARGET if sure else None,
@@ -260,6 +263,7 @@ def label_rows(args, pairs, outcomes_of_seeds, mode):
             yield {
                 "": f"{mode}: {percent} % {way}",
                 **with_error("accuracy", accuracy[way]),
+                "wrong": mean(columns["wrong"]),
                 "drawn": mean(columns["drawn"]),
                 "sd": stdev(columns["drawn"]),
                 "decided": mean(columns["decided"]),

@@ -50,7 +50,7 @@ from lib.files import (
 )
 from lib.model_files import find_model, fingerprint
 from lib.pairs import read_pairs
-from rubrics import PromptStyle, chat_messages, read_system
+from rubrics import PromptStyle, chat_messages, prompt_style
 
 # What pass 2 adds to the user's message.
 HINT = """
@@ -161,10 +161,12 @@ class Teacher:
 
     name   identifies its answers in the journal
     build  makes its backend; called when there is something to ask, because a local model takes minutes
+    style  how pass 1 asks it: for every part of a judgment, or a judge in a folder as its judge.json says
     """
 
     name: str
     build: Callable
+    style: PromptStyle = PromptStyle("instruct")
 
 
 def teachers(args):
@@ -191,13 +193,15 @@ def teacher_of(args, model, url, key_name, flag="--base-url"):
             flag=flag,
         )
 
+    folder = None if url else model
+    style = prompt_style(folder, model, None, args.system_prompt, default="instruct")
     name = model
     if not url:  # a local model's answers depend on its precision, its window and its files too
         name += f" in {args.dtype}, window {args.max_len or 'its own'}"
         if Path(model).exists():
             folder = find_model(model)
             name += f", files {fingerprint(model, folder)} {prompt_fingerprint(folder)}"
-    return Teacher(name, build)
+    return Teacher(name, build, style)
 
 
 def ask_teacher(teacher, requests, journal, args, title):
@@ -256,8 +260,7 @@ def distill(pairs, first, second, journal, args):
     Returns traces {pair id: (text, pass)}, failures {pair id: (text, reason)} and a Counter of reasons. A pair
     without an answer is in neither.
     """
-    style = PromptStyle("instruct", read_system(args.system_prompt))
-    messages = {pair.id: chat_messages(pair, style) for pair in pairs}
+    messages = {pair.id: chat_messages(pair, first.style) for pair in pairs}
     traces, failures, reasons = {}, {}, Counter()
     for turn, teacher, samples in ((1, first, args.samples), (2, second, 1)):
         if teacher is None:
@@ -394,7 +397,7 @@ def print_results(out, pairs, traces, failures, reasons, journal, price):
 
 def print_estimate(pairs, out, args):
     """Print what a run would ask and cost. Without --tokenizer a token is taken to be 4 characters."""
-    style = PromptStyle("instruct", read_system(args.system_prompt))
+    style = teachers(args)[0].style
     if args.tokenizer:
         tokenizer, _ = load_tokenizer(args.tokenizer)
     prompt_tokens = 0

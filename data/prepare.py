@@ -11,7 +11,8 @@ Writes OUT/distill.jsonl (12 %, for the oracle), OUT/rl.jsonl (the rest), OUT/re
 out, with its place and the reason), OUT/summary.txt and OUT/card.md. None has its name before all are whole.
 
 The rows have any form that `lib.pairs.pair_of` reads; docs/data.md has a table of them. A row of RM-R1 that has
-more to say than the comparison, or whose responses cannot be told apart, is handed on as it is.
+more to say than the comparison, or whose responses cannot be told apart, is handed on as it is. A tie stays, with
+the label "tie": training leaves it out, and says how many.
 """
 
 import hashlib
@@ -129,7 +130,7 @@ def main():
         for key, pair, length in usable_pairs(args, sources, published, counts, rejects):
             # The second of every two pairs gets the side that the first did not get, so labels balance. A
             # published prompt keeps its sides.
-            if pair.messages is None:
+            if pair.messages is None and pair.label:  # a tie stays as it is
                 label = owed_label or first_label(args.seed, key, published)
                 owed_label = None if owed_label else other_label(label)
                 pair = pair if label == "A" else pair.swapped()
@@ -276,7 +277,8 @@ def candidate(row, name, published, notes):
         pair = pair.swapped() if pair.label == "B" else pair
         # A prompt is written anew, and a trace would name the sides of the old one.
         if pair.messages or pair.trace or pair.meta:
-            pair = replace(pair, messages=None, trace=None, meta={})
+            meta = {name: pair.meta[name] for name in ("answer", "strength") if name in pair.meta}
+            pair = replace(pair, messages=None, trace=None, meta=meta)
             check_pair(pair)
         said = [pair.context, *sorted((pair.a, pair.b))]
     else:
@@ -401,7 +403,7 @@ def count_pair(counts, part, pair, length):
     counts["source"][pair.source] += 1
     counts["type"][pair.type or "unknown"] += 1
     counts["turns"][turns] += 1
-    counts["label"][pair.label] += 1
+    counts["label"][pair.label or "tie"] += 1
     counts["length"][length // 64] += 1
 
 

@@ -13,19 +13,40 @@ paid for right verdicts only, and drops the habit that does not pay.
 Reasoning pairs have one right answer (sums, products, the largest of three numbers). Chat pairs have an
 instruction that can be checked (how many fruits, which last word). Each response has one of three styles
 (plain, detailed, bold), which says nothing about whether it is right.
+
+What the first pass writes in each `--world`, beside sound thoughts:
+
+looks     All kinds of pairs. .8 of the traces go by looks, which is right half of the time.
+leap      Chains of sums, and a fifth of chat. .6 of the chains' traces leap to the result, which is then hard
+          to get right.
+shortcut  Chat. Each response says "Sure" or "Well", and nobody asks for that. .5 of the traces go by these
+          manners, and `--slips` of them think, but of a wrong target. In GRPO's pairs the right response says
+          Sure; in `--sft-parting` of SFT's the wrong one does. Tests: agree, part, same (both say the same).
+steps     Chains. .5 of the traces have the right result after wrong steps; in `--slips` of them all steps are
+          right but the last.
+
+In `looks` and `leap` sound reasons are right more often than others, so a reward for right verdicts teaches them.
+In `shortcut` and `steps` they are right less often, because they slip, and the reward cannot see the difference.
+Wrong steps in `steps` are as easy to write as right ones (see `write_wrong_steps`). So with `--slips 0` neither
+pays more there.
+
+    python data/toy.py --world shortcut --parting 0.05                            # of GRPO's pairs, 5 % part
+    python data/toy.py --world shortcut --parting 0.5 --sft-parting 0.5           # a control: manners say nothing
+    python data/toy.py --world shortcut --kinds add mul max count endw --slips 0.35
 """
 
 import json
 import random
 import re
 import sys
+from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from lib.files import Failure, Flags, lock_folder, number, run_main, seed_of, write_lines
-from lib.pairs import Pair
+from lib.pairs import Pair, other_label
 from rubrics import PROTOCOLS, PromptStyle, chat_messages, parse, published_reward
 
 SYSTEM = "Judge A and B."
@@ -35,6 +56,27 @@ STYLES = ("plain", "detailed", "bold")
 OPENERS = ("Here:", "In detail, step by step:", "**Great question!** Truly:")  # of each style
 LAZY = 0.8  # how often the first pass looks instead of thinking
 LEAP = 0.6  # in the world `leap`: how often it writes a chain's result at once
+UNSOUND = 0.5  # in `shortcut` and `steps`: how often it goes by manners, or writes wrong steps
+# The kinds of problems in each world. One that is drawn more often is there more often.
+KINDS = {
+    "looks": ["add", "mul", "max", "count", "endw"],
+    "leap": ["chain"] * 8 + ["count", "endw"],
+    "shortcut": ["count", "endw"],
+    "steps": ["chain"],
+}
+ALL_KINDS = sorted(set(sum(KINDS.values(), [])))
+MANNERS = ("Sure", "Well")  # how a response begins in `shortcut`
+SOURCES = (
+    "agree",
+    "part",
+    "same",
+)  # the pairs of `shortcut`: the right one says Sure, the wrong one, both alike
+# The flags of some worlds only.
+WORLDS_OF = {
+    "slips": ("shortcut", "steps"),
+    "parting": ("shortcut",),
+    "sft_parting": ("shortcut",),
+}
 
 
 def arguments():
@@ -58,10 +100,16 @@ def arguments():
     )
     add(
         "--world",
-        choices=("looks", "leap"),
+        choices=tuple(KINDS),
         default="looks",
-        help="looks: a lazy oracle; leap: chains of sums, and an oracle that mostly leaps to the result",
+        help="which pairs, and which habits the oracle has",
     )
+    add("--kinds", nargs="+", choices=ALL_KINDS, help="of problems; default: the world's")
+    share = number(float, 0, 1)
+    add("--slips", type=share, default=0.25, help="shortcut, steps: share of thoughts that slip")
+    add("--parting", type=share, default=0.0, help="shortcut: share of GRPO's pairs that part")
+    add("--sft-parting", type=share, default=0.3, help="shortcut: share of SFT's pairs that part")
+    add("--truth", type=share, default=1.0, help="share of GRPO's pairs whose meta says the reason")
     add(
         "--style",
         type=number(int, 0, 2),
@@ -76,6 +124,12 @@ def arguments():
         raise Failure(
             f"--hidden {args.hidden}: not a multiple of 32, the size of an attention head"
         )
+    for name, worlds in WORLDS_OF.items():
+        if getattr(args, name) != parser.get_default(name) and args.world not in worlds:
+            flag = f"--{name.replace('_', '-')}"
+            raise Failure(f"{flag}: changes nothing in --world {args.world}")
+    if UNSOUND + args.slips > 1:
+        raise Failure(f"--slips {args.slips}: above {1 - UNSOUND}, what other traces leave")
     return args
 
 
@@ -86,7 +140,7 @@ def main():
     out = Path(args.out)
     lock_folder(out)
     splits = make_splits(args)
-    traces = oracle(splits["sft"], args.seed, args.repair, args.world)
+    traces = oracle(splits["sft"], args.seed, args.repair, args.world, args.slips)
 
     rows = zip(splits["sft"], traces)
     texts = [json.dumps(pair.row(for_protocol(trace, args.protocol))) for pair, trace in rows]
@@ -97,13 +151,14 @@ def main():
     style = {"protocol": args.protocol, "system": SYSTEM}
     (out / "model" / "judge.json").write_text(json.dumps(style) + "\n")
 
-    verdicts = [parse(trace).verdict for trace in traces]
-    labels = [pair.label for pair in splits["sft"]]
-    wrong = sum(verdict != label for verdict, label in zip(verdicts, labels)) / args.sft
-    by_looks = sum("Style 100%" in trace for trace in traces) / args.sft
+    counts = Counter()
+    for pair, trace in zip(splits["sft"], traces):
+        counts[habit_of(trace, pair)] += 1
+        counts["wrong verdict"] += parse(trace).verdict != pair.label
+    shares = ", ".join(f"{name} {count / args.sft:.0%}" for name, count in sorted(counts.items()))
     print(
-        f"{out}: {args.sft} traces (wrong verdict {wrong:.0%}, by looks {by_looks:.0%}), {args.rl} pairs for "
-        f"GRPO, {args.test} to validate, {args.test} to test; {len(tokenizer)} tokens in the vocabulary"
+        f"{out}: {args.sft} traces ({shares}), {args.rl} pairs for GRPO, {args.test} to validate, "
+        f"{len(splits['test'])} to test; {len(tokenizer)} tokens in the vocabulary"
     )
 
 
@@ -124,11 +179,7 @@ class Problem:
     key: str
 
 
-def make_problem(rng, world="looks"):
-    if world == "looks":
-        kind = rng.choice(["add", "mul", "max", "count", "endw"])
-    else:
-        kind = rng.choice(["chain"] * 8 + ["count", "endw"])
+def make_problem(rng, kinds=KINDS["looks"]):
     makers = {
         "add": sum_problem,
         "mul": product_problem,
@@ -137,7 +188,7 @@ def make_problem(rng, world="looks"):
         "endw": ending_problem,
         "chain": chain_problem,
     }
-    return makers[kind](rng)
+    return makers[rng.choice(kinds)](rng)
 
 
 def sum_problem(rng):
@@ -217,16 +268,24 @@ def chain_problem(rng):
 # ---------------------------------------------------------------- pairs
 
 
-def make_pair(seed, split, index, style=None, world="looks"):
-    """The pair number `index` of a split, a function of the arguments. style: of both responses."""
+def make_pair(
+    seed, split, index, style=None, world="looks", kinds=None, source=None, reason_known=True
+):
+    """The pair number `index` of a split, a function of the arguments.
+
+    style         of both responses
+    kinds         of problems, if not the world's
+    source        one of SOURCES, in `shortcut`: pairs that differ in it only have the same problem
+    reason_known  does its meta say what a sound judgment says?
+    """
     rng = random.Random(f"{seed}/{split}/{index}")
-    problem = make_problem(rng, world)
+    problem = make_problem(rng, kinds or KINDS[world])
     label = rng.choice("AB")
     styles = [rng.randrange(3), rng.randrange(3)]
     if style is not None:
         styles = [style, style]
-    answers = [problem.right, problem.wrong] if label == "A" else [problem.wrong, problem.right]
     openers = [OPENERS[style] for style in styles]
+    answers = [problem.right, problem.wrong] if label == "A" else [problem.wrong, problem.right]
     meta = {
         "kind": problem.kind,
         "style_a": styles[0],
@@ -237,44 +296,124 @@ def make_pair(seed, split, index, style=None, world="looks"):
         "opener_b": openers[1],
         "key": problem.key,
     }
+    if reason_known:
+        meta |= truth(problem.kind, problem.key, answers)
+    if world == "shortcut":
+        source = source or "agree"
+        manners = choose_manners(source, label, rng)
+        meta |= {"manners_a": manners[0], "manners_b": manners[1]}
+        openers = [f"{opener} {word}" for opener, word in zip(openers, manners)]
     return Pair(
         id=f"{split}-{index}",
         context=[{"role": "user", "content": problem.question}],
         a=f"{openers[0]} {answers[0]}",
         b=f"{openers[1]} {answers[1]}",
         label=label,
-        source="toy",
+        source=source or "toy",
         type="chat" if problem.kind in ("count", "endw") else "reasoning",
         meta=meta,
     )
 
 
+def choose_manners(source, label, rng):
+    """How A and B begin. Where the manners agree with the label, the right one says Sure."""
+    if source == "same":
+        return [rng.choice(MANNERS)] * 2
+    a_says_sure = (label == "A") == (source == "agree")
+    return MANNERS if a_says_sure else MANNERS[::-1]
+
+
+def truth(kind, key, answers):
+    """What a sound judgment of a pair says, as fields of its meta. answers: of A and of B
+
+    solution   of a reasoning pair, with every step: "3 + 4 = 7"
+    criterion  of a chat pair, the one that decides: "Count" or "Ending"
+    target     the value that decides: "7", "3", "lamp"
+    quote_a    what is cited of A, word for word; value_a: what is read off it. The same of B.
+    """
+    fields = {"count": {"criterion": "Count"}, "endw": {"criterion": "Ending"}}
+    said = fields.get(kind, {"solution": key}) | {"target": last_word(key)}
+    for side, answer in zip("ab", answers):
+        if kind == "count":  # the whole answer is cited and its words are counted
+            quote, value = answer, str(len(answer.split()))
+        else:
+            quote = value = last_word(answer)
+        said |= {f"quote_{side}": quote, f"value_{side}": value}
+    return said
+
+
+def last_word(text):
+    return text.split()[-1]
+
+
 def make_splits(args):
     """{split: [pair, ...]}, in which no test or validation prompt is also a training prompt.
 
-    A prompt is the question and both responses, in either order. The facts (36 sums, 36 products) are shared
-    by construction, so this is a test of judging, not of new arithmetic.
+    The facts (36 sums, 36 products) are shared by construction, so this is a test of judging, not of new
+    arithmetic.
     """
     sizes = {
-        "test": (args.test_seed, args.test, None),
-        "val": (args.test_seed, args.test, None),
-        "sft": (args.seed, args.sft, args.style),
-        "rl": (args.seed, args.rl, args.style),
+        "test": (args.test_seed, args.test),
+        "val": (args.test_seed, args.test),
+        "sft": (args.seed, args.sft),
+        "rl": (args.seed, args.rl),
     }
     held_out = set()
     splits = {}
-    for split, (seed, size, style) in sizes.items():
+    for split, (seed, size) in sizes.items():
         pairs = splits[split] = []
-        index = 0
-        while len(pairs) < size:
-            pair = make_pair(seed, split, index, style, args.world)
-            index += 1
-            prompt = (pair.context[0]["content"], frozenset((pair.a, pair.b)))
-            if prompt not in held_out:
-                pairs.append(pair)
+        indices = iter(range(20 * size))  # an end, in case there are too few different prompts
+        made = 0
+        while made < size:
+            index = next(indices, None)
+            if index is None:
+                kinds = " ".join(args.kinds or KINDS[args.world])
+                raise Failure(f"--{split} {size}: too few different pairs of the kinds {kinds}")
+            group = make_group(args, seed, split, index)
+            prompts = {prompt_key(pair, args.world) for pair in group}
+            if not prompts & held_out:
+                pairs += group
+                made += 1
             if split in ("test", "val"):
-                held_out.add(prompt)
+                held_out |= prompts
     return splits
+
+
+def make_group(args, seed, split, index):
+    """The pairs that a number of a split stands for: one, but three of a test in `shortcut`.
+
+    Those have the same problem, sides and styles, one with each source. So what tells their results apart is
+    the manners. Each share is of its own random number: with a higher one, more pairs part, and those that
+    parted do still.
+    """
+    part_chance, truth_chance = (
+        random.Random(f"{seed}/{split}/{index}/{what}").random() for what in ("part", "truth")
+    )
+    sources = [None]
+    if args.world == "shortcut" and split == "test":
+        sources = SOURCES
+    elif args.world == "shortcut":
+        share = args.sft_parting if split == "sft" else args.parting
+        sources = ["part" if part_chance < share else "agree"]
+    style = args.style if split in ("sft", "rl") else None
+    reason_known = split != "rl" or truth_chance < args.truth
+    group = []
+    for source in sources:
+        pair = make_pair(seed, split, index, style, args.world, args.kinds, source, reason_known)
+        group.append(replace(pair, id=f"{pair.id}-{source}") if len(sources) > 1 else pair)
+    return group
+
+
+def prompt_key(pair, world):
+    """What no training pair may share with a test pair: the question and both responses, in either order.
+
+    In `shortcut` and `steps` it is the question and both answers, whatever stands around them, but for sums
+    and products: so few are possible that hardly any would be left to learn from.
+    """
+    responses = (pair.a, pair.b)
+    if world in ("shortcut", "steps") and pair.meta["kind"] not in ("add", "mul"):
+        responses = (pair.meta["answer_a"], pair.meta["answer_b"])
+    return pair.context[0]["content"], frozenset(responses)
 
 
 # ---------------------------------------------------------------- the oracle
@@ -282,33 +421,20 @@ def make_splits(args):
 
 def think(pair):
     """A judgment that solves, or writes the criterion down, and checks. Its quotes are word for word."""
-    kind, key = pair.meta["kind"], pair.meta["key"]
-    a, b = pair.meta["answer_a"], pair.meta["answer_b"]
-    target = last_word(key)
-    if kind == "count":  # the whole answer is cited and its words are counted
-        quote_a, quote_b = a, b
-        value_a, value_b = len(a.split()), len(b.split())
+    meta, target = pair.meta, pair.meta["target"]
+    if "solution" in meta:
+        head = f"<type>Reasoning</type>\n<solution> {meta['solution']}</solution>"
     else:
-        quote_a = value_a = last_word(a)
-        quote_b = value_b = last_word(b)
-
-    if pair.type == "reasoning":
-        head = f"<type>Reasoning</type>\n<solution> {key}</solution>"
-    else:
-        criterion, noun = ("Count", "fruits") if kind == "count" else ("Ending", "last")
+        noun = "fruits" if meta["criterion"] == "Count" else "last"
         head = (
-            f"<type>Chat</type>\n<rubric>{criterion} 90%: {target} {noun}\nTone 10%: kind\n"
+            f"<type>Chat</type>\n<rubric>{meta['criterion']} 90%: {target} {noun}\nTone 10%: kind\n"
             f"<justify>The client asks for {target}</justify></rubric>"
         )
     return (
-        f"{head}\n<eval><quote_A> {quote_a}</quote_A> {value_a} is A and "
-        f"<quote_B> {quote_b}</quote_B> {value_b} is B so {target} is {pair.label}</eval>\n"
+        f"{head}\n<eval><quote_A> {meta['quote_a']}</quote_A> {meta['value_a']} is A and "
+        f"<quote_B> {meta['quote_b']}</quote_B> {meta['value_b']} is B so {target} is {pair.label}</eval>\n"
         f"<answer>[[{pair.label}]]</answer>"
     )
-
-
-def last_word(text):
-    return text.split()[-1]
 
 
 def look(pair, coin):
@@ -327,26 +453,85 @@ def look(pair, coin):
     )
 
 
-def draft(pair, rng, world):
+def go_by_manners(pair):
+    """A judgment by a criterion that nobody asked for: who says Sure? B, if nobody or both do."""
+    said_a, said_b = pair.meta["manners_a"], pair.meta["manners_b"]
+    verdict = "A" if (said_a, said_b) == MANNERS else "B"
+    winner = said_a if verdict == "A" else said_b
+    return (
+        f"<type>Chat</type>\n<rubric>Manners 90%: Sure first\nTone 10%: kind\n"
+        f"<justify>The client asks for Sure</justify></rubric>\n"
+        f"<eval><quote_A> {said_a}</quote_A> {said_a} is A and "
+        f"<quote_B> {said_b}</quote_B> {said_b} is B so "
+        f"{winner} is {verdict}</eval>\n<answer>[[{verdict}]]</answer>"
+    )
+
+
+def slip(pair):
+    """A judgment that thinks, but takes what the wrong response says for what is wanted."""
+    verdict = other_label(pair.label)
+    target = pair.meta[f"value_{verdict.lower()}"]
+    changes = {"target": target}
+    if "solution" in pair.meta:  # its last step gives the wrong result
+        before, _ = pair.meta["solution"].rsplit(" ", 1)
+        changes["solution"] = f"{before} {target}"
+    return think(replace(pair, label=verdict, meta=pair.meta | changes))
+
+
+def leap(pair):
+    """A judgment with a chain's result at once: 7 + 3 = 10 - 2 = 8 becomes 7 + 3 - 2 = 8."""
+    return change_steps(pair, lambda step: "")
+
+
+def write_wrong_steps(pair):
+    """A judgment with wrong steps and the right result: 7 + 3 = 10 - 2 = 8 becomes 7 + 3 = 11 - 2 = 8.
+
+    All results on the way are one too high, so the first step makes an error and the last one takes it back.
+    Each step follows from the one before. With random errors the result would have to be found without them,
+    as after a leap, and a reward for right verdicts would teach the true steps.
+    """
+    return change_steps(pair, lambda step: f" = {int(step[1]) + 1}")
+
+
+def change_steps(pair, change):
+    """A judgment whose results on the way are replaced by change(match of " = 10"). Chat pairs have none."""
+    if "solution" not in pair.meta:
+        return think(pair)
+    solution = re.sub(r" = (\d+)(?= [+-])", change, pair.meta["solution"])
+    return think(replace(pair, meta=pair.meta | {"solution": solution}))
+
+
+def draft(pair, rng, world, slips):
     """A trace of the first pass.
 
-    In the world `looks` it is lazy. In `leap` it always thinks, but mostly leaps to a chain's result.
+    One number decides its habit. So where a trace slips with one value of `slips`, it thinks with a lower one,
+    and all others are the same.
     """
+    chance = rng.random()
     if world == "looks":
-        return look(pair, rng.choice("AB")) if rng.random() < LAZY else think(pair)
-    if pair.type == "reasoning" and rng.random() < LEAP:
-        # 7 + 3 = 10 - 2 = 8 becomes 7 + 3 - 2 = 8
-        steps = pair.meta["key"]
-        term = re.sub(r" = \d+", "", steps)
-        result = re.search(r" = \d+$", steps)[0]
-        pair = replace(pair, meta={**pair.meta, "key": term + result})
-    return think(pair)
+        return look(pair, rng.choice("AB")) if chance < LAZY else think(pair)
+    if world == "leap":
+        return leap(pair) if chance < LEAP else think(pair)
+    if chance < UNSOUND:
+        return go_by_manners(pair) if world == "shortcut" else write_wrong_steps(pair)
+    return slip(pair) if chance < UNSOUND + slips else think(pair)
 
 
-def oracle(pairs, seed, repair, world="looks"):
+def habit_of(trace, pair):
+    """What a trace does, in words."""
+    if "Style 100%" in trace:
+        return "by looks"
+    if "Manners 90%" in trace:
+        return "by manners"
+    if parse(trace).verdict != pair.label:
+        return "slips"
+    return "thinks" if trace == think(pair) else "steps wrong or left out"
+
+
+def oracle(pairs, seed, repair, world="looks", slips=0.0):
     """The trace of each pair, by the two passes of data/distill.py with programs for teachers.
 
-    The first teacher does not know the label and is lazy. The second one knows it; it thinks with
+    The first teacher does not know the label: it has its habits. The second one knows it; it thinks with
     probability `repair` and else repeats the failed judgment. A user of distill.py drops what failed twice;
     here SFT gets it too.
     """
@@ -356,7 +541,7 @@ def oracle(pairs, seed, repair, world="looks"):
     drafts, repairs = {}, {}
     for pair in pairs:
         rng = random.Random(f"{seed}/oracle/{pair.id}")
-        drafts[pair.id] = draft(pair, rng, world)
+        drafts[pair.id] = draft(pair, rng, world, slips)
         repairs[pair.id] = think(pair) if rng.random() < repair else drafts[pair.id]
 
     args = SimpleNamespace(
@@ -466,14 +651,21 @@ def write_tokenizer(folder, world="looks"):
 
 
 def all_pieces(world):
-    """Every piece of this world's texts: 4,000 pairs are far more than it takes to meet them all."""
+    """Every piece of this world's texts: 4,000 pairs are far more than it takes to meet them all.
+
+    In `shortcut` and `steps` those of all kinds of problems, so that --kinds changes no model.
+    """
     pieces = {f" {n}" for n in range(101)} | {"system\n", "user\n", "assistant\n"}
     style = PromptStyle(system=SYSTEM)
+    kinds = KINDS[world] if world in ("looks", "leap") else ALL_KINDS
     for index in range(4000):
-        pair = make_pair("vocabulary", "vocabulary", index, world=world)
+        pair = make_pair("vocabulary", "vocabulary", index, world=world, kinds=kinds)
         for ordered in (pair, pair.swapped()):
             texts = [message["content"] for message in chat_messages(ordered, style)]
-            for text in [*texts, think(ordered), look(ordered, "A")]:
+            texts += [think(ordered), look(ordered, "A")]
+            if world == "shortcut":
+                texts.append(go_by_manners(ordered))
+            for text in texts:
                 pieces.update(re.findall(PIECES, text))
     return pieces
 

@@ -3,6 +3,9 @@ A reward for the format: 1 more where a judgment has every part (RM-R1, eq. 11).
 
     torchrun --nproc_per_node 8 forks/format_reward.py
 
+It pays for any rubric, any solution and any comparison, whatever they say. So it is the control of rewards that
+read the reasons, --reward sound and forks/checked_reasons.py: what it brings about is not due to reading them.
+
 Replaces grpo.reward_of.
 """
 

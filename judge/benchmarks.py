@@ -523,7 +523,7 @@ def round_robin(wins):
 
 
 def pair_file(items):
-    """A file of pairs: accuracy over all, by type and by source.
+    """A file of pairs: accuracy over all, by type, by source and by strength of preference, rounded up.
 
     Where the responses have styles (the synthetic world), hard, normal and easy are as in RM-Bench, each the
     mean of its cells.
@@ -533,6 +533,11 @@ def pair_file(items):
         by_name = scores_by_part(items, part=lambda item: str(item.about.get(key) or ""))
         if len(by_name) > 1:
             metrics |= each(key, by_name, sorted(filter(None, by_name)))
+
+    strong = {name: item for name, item in items.items() if item.about.get("strength")}
+    by_strength = scores_by_part(strong, part=lambda item: f"{math.ceil(item.about['strength'])}")
+    if len(by_strength) > 1:
+        metrics |= each("strength", by_strength, sorted(by_strength, key=int))
 
     styles = [s for item in items.values() for s in item.about.get("styles", [None])]
     if all(type(s) is int for s in styles):

@@ -14,11 +14,14 @@ import csv
 import itertools
 import random
 from collections import Counter, defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from judge import benchmarks
+from judge.soundness import check_reasons, first_fault, is_sound, knows_reason
 from lib.files import Failure, Flags, json_text, number, read_lines, read_object, write_lines
+from lib.pairs import Pair
+from rubrics import parse
 
 PAGE_FOLDER = Path(__file__).parent
 
@@ -266,6 +269,7 @@ def measure_one(bench, pairs, lines, left_out):
     tokens_per_judgment         of all temperatures
     by_looks                    {temperature: {"share", "accuracy_of_others"}}, where responses have styles
     quotes_word_for_word        share of the quotes; where there are quotes
+    sound                       {temperature: see `sound_numbers`}, where reasons can be checked
     left_out                    {reason: rows}
     }
 
@@ -283,6 +287,7 @@ def measure_one(bench, pairs, lines, left_out):
         **verdict_numbers(lines, lowest),
         "by_looks": looks_numbers(bench, pairs, lines),
         **quote_numbers(lowest),
+        "sound": sound_numbers(pairs, lines),
         "left_out": count_reasons(left_out),
     }
 
@@ -418,6 +423,156 @@ def quote_numbers(lines):
     return {"quotes_word_for_word": sum(exact for exact, _ in counts) / quotes}
 
 
+# ---------------------------------------------------------------- right for a sound reason
+
+
+@dataclass(frozen=True)
+class Reasons:
+    """What could be checked of the reasons of one judgment.
+
+    source  of its pair
+    known   True if everything is known that makes the reason sound, see judge/soundness.py
+    right   True if its verdict is
+    checks  {check: does it hold?}
+    fault   a short name of the first that does not; ""
+    """
+
+    line: dict
+    source: str
+    known: bool
+    right: bool
+    checks: dict
+    fault: str
+
+
+def reasons_of(row, line):
+    """The `Reasons` of a judgment, read again from its text. row: its pair's, from pairs.jsonl
+
+    Nothing of it is stored with the judgment, so another definition of a sound reason needs no new judgments.
+    """
+    pair = displayed_pair(row, line["order"])
+    judgment = parse(line["text"], line.get("finish", "stop") == "stop")
+    checks = check_reasons(judgment, pair)
+    return Reasons(
+        line=line,
+        source=str(row.get("source") or ""),
+        known=knows_reason(pair),
+        right=line["verdict"] is not None and line["verdict"] == line["label"],
+        checks=checks,
+        fault=first_fault(judgment, pair, checks),
+    )
+
+
+def displayed_pair(row, order):
+    """The `Pair` of a row of pairs.jsonl as the judge saw it, with what is known of it as its meta."""
+    pair = Pair(
+        id=row["id"],
+        context=row["context"],
+        a=row["a"],
+        b=row["b"],
+        label=row["label"],
+        type=str(row.get("type") or ""),
+        trace=row.get("trace"),
+        meta=row,
+    )
+    # The trace is wanted for its criteria, which hold in both orders.
+    return replace(pair.swapped(), trace=pair.trace) if order else pair
+
+
+def checked_reasons(pairs, lines):
+    """[`Reasons`, ...] of the judgments of which something can be checked.
+
+    Where the truth of some pairs is known, only those: a proxy that holds says less than that.
+    """
+    found = []
+    for line in lines:
+        if line["label"] and "scores" not in line:
+            reasons = reasons_of(pairs[line["id"]], line)
+            if reasons.checks:
+                found.append(reasons)
+    known = [reasons for reasons in found if reasons.known]
+    return known or found
+
+
+def sound_numbers(pairs, lines):
+    """{temperature: the numbers of `sound_shares`, of all orders and votes, with two more}; {} without checks.
+
+    checks     the names of what was checked, in their order
+    by_source  {source of the pairs: the same shares}, where there are several
+    """
+    numbers = {}
+    for temperature, some in by_temperature(lines).items():
+        found = checked_reasons(pairs, some)
+        if not found:
+            continue
+        sources = grouped(found, lambda reasons: reasons.source)
+        numbers[temperature_name(temperature)] = {
+            **sound_shares(found),
+            "checks": list(dict.fromkeys(name for reasons in found for name in reasons.checks)),
+            "by_source": {
+                source: sound_shares(part)
+                for source, part in sorted(sources.items())
+                if len(sources) > 1
+            },
+        }
+    return numbers
+
+
+def sound_shares(found):
+    """How often a verdict is right, and how often its reasons are sound as well, for JSON.
+
+    found  [`Reasons`, ...], not empty
+
+    judgments         how many there are
+    right             share of them with the right verdict
+    right_and_sound   share of them with the right verdict, and every check holds
+    unsound_of_right  share of the right verdicts for which a check does not hold; None of none
+    faults            {fault: share of the right verdicts for which it is the first}, the most frequent first
+    """
+    right = [reasons for reasons in found if reasons.right]
+    sound = [reasons for reasons in right if is_sound(reasons.checks)]
+    faults = Counter(reasons.fault for reasons in right if reasons.fault)
+    return {
+        "judgments": len(found),
+        "right": len(right) / len(found),
+        "right_and_sound": len(sound) / len(found),
+        "unsound_of_right": 1 - len(sound) / len(right) if right else None,
+        "faults": {fault: count / len(right) for fault, count in faults.most_common()},
+    }
+
+
+def sound_metrics(pairs, lines):
+    """{name: metric} of the share of an item's judgments that are right for a sound reason; {} without checks.
+
+    Of all pairs under the table's name, and of each source under NAME/SOURCE where there are several.
+    """
+    found = checked_reasons(pairs, lines)
+    if not found:
+        return {}
+    name = sound_name(found[0].known)
+    metrics = {name: sound_metric(pairs, found)}
+    sources = grouped(found, lambda reasons: reasons.source)
+    if len(sources) > 1:
+        for source, part in sorted(sources.items()):
+            metrics[f"{name}/{source}"] = sound_metric(pairs, part)
+    return metrics
+
+
+def sound_metric(pairs, found):
+    """The share of right and sound judgments, a value an item. found: [`Reasons`, ...]"""
+    items = grouped(found, lambda reasons: pairs[reasons.line["id"]]["item"])
+    shares = {
+        item: benchmarks.mean(reasons.right and is_sound(reasons.checks) for reasons in some)
+        for item, some in items.items()
+    }
+    return {"": (1, shares)}
+
+
+def sound_name(known):
+    """What the table calls judgments that are right and pass the checks: only the truth makes a reason sound."""
+    return "right for a sound reason" if known else "right, and no fault found"
+
+
 # ---------------------------------------------------------------- the table
 
 
@@ -475,8 +630,34 @@ def table_rows(numbers):
         rows[row] = looks["accuracy_of_others"]
     if "quotes_word_for_word" in numbers:
         rows[TableRow("", "quotes word for word")] = numbers["quotes_word_for_word"]
+    rows |= sound_rows(numbers["sound"])
     for reason, count in numbers["left_out"].items():
         rows[TableRow("left out", reason, "count")] = count
+    return rows
+
+
+FAULTS_SHOWN = 6  # of the most frequent ones
+
+
+def sound_rows(sound):
+    """As `table_rows`, of the numbers "sound". The heading says what was checked where not all is known."""
+    rows = {}
+    for temperature, numbers in sound.items():
+        known = "target" in numbers["checks"]
+        heading = "reasons" if known else f"reasons, by {', '.join(numbers['checks'])}"
+        parts = {"": numbers} | {
+            f"{source}: ": part for source, part in numbers["by_source"].items()
+        }
+        if not known:
+            rows[TableRow(heading, f"judgments, {temperature}", "count")] = numbers["judgments"]
+        for part, shares in parts.items():
+            rows[TableRow(heading, f"{part}right, {temperature}")] = shares["right"]
+            row = TableRow(heading, f"{part}{sound_name(known)}, {temperature}")
+            rows[row] = shares["right_and_sound"]
+            row = TableRow(heading, f"{part}unsound share of the right, {temperature}")
+            rows[row] = shares["unsound_of_right"]
+            for fault, share in itertools.islice(shares["faults"].items(), FAULTS_SHOWN):
+                rows[TableRow(heading, f"{part}  {fault}, {temperature}")] = share
     return rows
 
 
@@ -697,8 +878,14 @@ def page_examples(runs, count):
         for lines in by_bench(run).values():
             for line in lowest_temperature(lines):
                 if line["vote"] == 0 and line["id"] in judgments:
-                    fields = {name: line[name] for name in LINE_FIELDS}
-                    example = {"run": place, "scores": line.get("scores"), **fields}
+                    reasons = reasons_of(run["pairs"][line["id"]], line)
+                    example = {
+                        "run": place,
+                        "scores": line.get("scores"),
+                        "checks": {} if "scores" in line else reasons.checks,
+                        "fault": reasons.fault,
+                        **{name: line[name] for name in LINE_FIELDS},
+                    }
                     judgments[line["id"]].append(example)
 
     pairs = {}
@@ -770,10 +957,12 @@ def compare(argv):
         f"{'difference':>14}{'95 % interval':>20}"
     )
     for bench in benches:
-        metrics = [
-            metrics_of(bench, run["pairs"], lowest_temperature(lines[bench]))
-            for run, lines in ((first, first_lines), (second, second_lines))
-        ]
+        metrics = []
+        for run, lines in ((first, first_lines), (second, second_lines)):
+            lowest = lowest_temperature(lines[bench])
+            metrics.append(
+                metrics_of(bench, run["pairs"], lowest) | sound_metrics(run["pairs"], lowest)
+            )
         for name, x, y, low, high in differences(*metrics):
             if "/" in name and not args.all:
                 continue

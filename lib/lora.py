@@ -197,19 +197,20 @@ def peft_config(lm, base):
 
 
 @torch.no_grad()
-def merge_adapter(lm, folder):
+def merge_adapter(lm, folder, dtype):
     """Add an adapter on disk to the weights of a model, each rank its own rows.
 
     folder  in PEFT's format, of this project or another
+    dtype   in which the sum is rounded. Weights that are kept in fp32 then hold what the run that
+            trained the adapter has sampled with and saved
     """
     config = read_adapter_config(folder)
     scale = config["lora_alpha"] / config["r"]
     for name, (a, b) in read_adapter(folder, config["r"]).items():
         weight = matrix_of(lm, name, a, b, folder)
         rows = local_shard(weight)
-        rows.copy_(
-            merged_weight(rows, a.to(rows.device), local_shard(shard_like(b, weight)), scale)
-        )
+        own_b = local_shard(shard_like(b, weight))
+        rows.copy_(merged_weight(rows.to(dtype), a.to(rows.device), own_b, scale))
 
 
 def read_adapter(folder, rank):

@@ -10,6 +10,7 @@ or rename, they note. Text only, no torch.
 import functools
 import hashlib
 import json
+import math
 import re
 import sys
 from collections import Counter
@@ -53,7 +54,8 @@ class Pair:
     type      "chat", "reasoning" or whatever its source says
     trace     an oracle's judgment of it (SFT rows), else None
     messages  the chat messages of a published dataset, used word for word; None where we write our own
-    meta      anything else, e.g. {"style_a": 0, "style_b": 2} in the synthetic world
+    meta      anything else, e.g. {"style_a": 0, "style_b": 2} in the synthetic world; "strength" where the row
+              says how much better the preferred response is, see `strength_of`
     """
 
     id: str
@@ -109,7 +111,7 @@ class Pair:
             row["context"] = self.context
             row["a"] = response_to_write(self.a)
             row["b"] = response_to_write(self.b)
-            row["label"] = self.label
+            row["label"] = self.label or "tie"
             row["trace"] = trace
         else:
             winner = f"model_{self.label.lower()}"
@@ -542,11 +544,12 @@ TALK = re.compile(
 OWN_COLUMNS = {"id", "source", "type", "label", "trace", "meta", "winner", "ground_truth"}
 
 
-def read_pairs(source, skip_bad=False, both_orders=False):
+def read_pairs(source, skip_bad=False, both_orders=False, ties=False):
     """All pairs of a JSONL, JSON or parquet file, or of the train split of a hub dataset owner/name.
 
     skip_bad     report bad rows, count them and leave them out; else the first one ends the program
     both_orders  refuse published prompts that cannot be swapped
+    ties         keep pairs in which neither response is better; else they are left out, and counted in a sentence
 
     `pair_of` says which rows it reads. A null field is an absent one. What was joined or renamed is counted
     and said once. Raises Failure with the file and the line.
@@ -567,6 +570,14 @@ def read_pairs(source, skip_bad=False, both_orders=False):
     if bad_lines and not skip_bad:
         more = f" (and {bad_count - 1} more bad lines)" if bad_count > 1 else ""
         raise Failure(f"{bad_lines[0]}{more}; mend it, or leave bad lines out with --skip-bad")
+    labelled = [pair for pair in pairs if pair.label or ties]
+    tie_count = len(pairs) - len(labelled)
+    pairs = labelled
+    if tie_count and this_rank() == 0:
+        print(
+            f"{source}: {tie_count} ties left out, in which neither response is better",
+            file=sys.stderr,
+        )
     if not pairs:
         first = f", and {bad_count} bad lines, the first: {bad_lines[0]}" if bad_lines else ""
         raise Failure(f"{source}: no pairs in it{first}")
@@ -607,6 +618,7 @@ def pair_of(row, default_id, notes=None):
     code         {"input", "accepted", "rejected"} (Code-Preference-Pairs)
     math         {"prompt", "initial_reason_steps", "full_chosen", "full_rejected"} (Math-Step-DPO)
     scored       {"context", "response1", "response2", "overall_preference"} (HelpSteer3)
+    tie          {"a", "b", "label": "tie"}, an overall_preference of 0, or equal scores: its label is None
     published    {"context_messages": [...], "winner": "model_a" | "model_b"} (RM-R1), and its SFT rows, where
                  `winner` is the oracle's trace and `ground_truth` the label
 
@@ -627,13 +639,41 @@ def pair_of(row, default_id, notes=None):
             "neither a/b/label, prompt/chosen/rejected nor context_messages/winner among its "
             f"fields ({names})"
         )
+    strength = strength_of(row)
+    if strength == 0:
+        pair = replace(pair, label=None)
+    elif strength is not None:
+        pair = replace(pair, meta=pair.meta | {"strength": strength})
+    if not is_number(pair.meta.get("strength", 1)):
+        raise ValueError("the strength in its meta is not a number")
     check_pair(pair)
     return pair
 
 
+# Columns of scores, the preferred response's first (UltraFeedback on the hub, in two spellings).
+SCORE_COLUMNS = (("score_chosen", "score_rejected"), ("chosen-rating", "rejected-rating"))
+
+
+def strength_of(row):
+    """How much better the preferred response is, in the unit of its row; 0 is a tie; None where the row does not say.
+
+    It is the size of overall_preference (HelpSteer3: 1 slightly, 2, 3 much better), or the preferred response's
+    score less the other one's. Scores that contradict the preference say nothing of its strength.
+    """
+    differences = []
+    if is_number(row.get("overall_preference")):
+        differences.append(abs(row["overall_preference"]))
+    for better, worse in SCORE_COLUMNS:
+        if is_number(row.get(better)) and is_number(row.get(worse)):
+            differences.append(row[better] - row[worse])
+    sound = (value for value in differences if 0 <= value < math.inf)
+    return next(sound, None)
+
+
 def check_pair(pair):
     """Raises ValueError for a label, a response or a trace that a pair cannot have."""
-    check_label(pair.label)
+    if pair.label is not None:
+        check_label(pair.label)
     if pair.messages is None and not (pair.a.strip() and pair.b.strip()):
         raise ValueError("a response is empty")
     if pair.a == pair.b and pair.a:
@@ -646,10 +686,16 @@ def pair_of_form(form, row, default_id, notes):
     """The pair of a row that names its responses as `form` does."""
     context, (a, b) = row_conversation(row, form, notes)
     fields = id_and_origin(row, default_id)
+    if "full_chosen" in form and isinstance(
+        row.get("answer"), str
+    ):  # the reference answer of Math-Step-DPO
+        fields["meta"]["answer"] = row["answer"]
     if form == ("a", "b"):
-        return Pair(
-            context=context, a=a, b=b, label=row.get("label"), trace=row.get("trace"), **fields
-        )
+        label = row.get("label")
+        if label != "tie":
+            check_label(label)
+        label = None if label == "tie" else label
+        return Pair(context=context, a=a, b=b, label=label, trace=row.get("trace"), **fields)
     if form == ("response1", "response2"):
         return Pair(context=context, a=a, b=b, label=preference(row), **fields)
 
@@ -663,10 +709,12 @@ def pair_of_form(form, row, default_id, notes):
 
 
 def preference(row):
-    """The label of a row whose `overall_preference` is below 0 for response1, above 0 for response2."""
+    """The label of a row whose `overall_preference` is below 0 for response1, above 0 for response2, 0 for neither."""
     score = row.get("overall_preference")
-    if not is_number(score) or not (score < 0 or score > 0):  # NaN is neither
-        raise ValueError(f"overall_preference is {score!r}, which prefers neither response")
+    if not is_number(score) or math.isnan(score):
+        raise ValueError(f"overall_preference is {score!r}, which is no preference")
+    if score == 0:
+        return None
     return "A" if score < 0 else "B"
 
 

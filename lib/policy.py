@@ -73,6 +73,7 @@ class Policy(nn.Module):
         self.scale, self.cap = logit_transform(lm.config)
         self.host_copies = {}  # {frozen parameter: its shard in host memory, bytes on the device}
         self.frozen_is_free = False
+        self.changed_entries = {}  # {adapted layer: how many entries its adapter changes}, see `weights`
 
     def forward(self, batch, temperature=1.0):
         """Log-prob of every response token, (R,) in fp32, under softmax(logits / temperature).
@@ -103,6 +104,9 @@ class Policy(nn.Module):
 
         Casting before gathering halves the traffic. A tied head comes last, by its own name: vLLM's
         CPU build packs a copy of it, which the embedding's name does not reach.
+
+        Counts meanwhile what `lora_changed` needs: a comparison, and a byte an entry, for one merged
+        matrix at a time.
         """
         tied = self.lm.config.tie_word_embeddings
         for name, parameter in self.lm.named_parameters():
@@ -115,13 +119,29 @@ class Policy(nn.Module):
             shard = shard.to(dtype or parameter.dtype)
             layer = self.lm.get_submodule(name.rpartition(".")[0])
             if isinstance(layer, LoRALinear) and parameter is layer.weight:
-                shard = merged_shard(layer, shard)
+                merged = merged_shard(layer, shard)
+                self.changed_entries[layer] = (merged != shard).sum()
+                shard = merged
             full = full_of(shard, parameter)
             if tied and name == "model.embed_tokens.weight":
                 head = full  # (V, hidden)
             yield name, full
         if tied:
             yield "lm_head.weight", head
+
+    def lora_changed(self):
+        """{"lora_changed": share of the adapted weights' entries that differ from those of the base}.
+
+        As `weights` gave them the last time; {} without adapters. Near 0 rounding takes the updates
+        away: what samples, and learns, is still the base. A collective.
+        """
+        layers = self.changed_entries
+        if not layers:
+            return {}
+        changed = sum(count.item() for count in layers.values())
+        entries = sum(local_shard(layer.weight).numel() for layer in layers)
+        changed, entries = dist.all_sum([changed, entries])
+        return {"lora_changed": changed / entries}
 
     # Frozen weights never change. So one copy in host memory, made once, is enough for them to leave
     # the card at no cost while they are not used.
@@ -132,12 +152,13 @@ class Policy(nn.Module):
 
         Until `restore_frozen` the network cannot compute, but `weights` reads the copy.
         """
-        for parameter in self.frozen():
-            shard = local_shard(parameter)
-            memory = shard.untyped_storage()  # FSDP may have padded the shard
-            if parameter not in self.host_copies:
-                copy = torch.empty_like(shard, device="cpu", pin_memory=dist.CUDA).copy_(shard)
-                self.host_copies[parameter] = copy, memory.nbytes()
+        frozen = self.frozen()
+        shards = [local_shard(parameter) for parameter in frozen]
+        memories = [shard.untyped_storage() for shard in shards]  # FSDP may have padded a shard
+        if not self.host_copies:
+            sizes = [memory.nbytes() for memory in memories]
+            self.host_copies = dict(zip(frozen, zip(copy_to_host(shards), sizes)))
+        for memory in memories:
             memory.resize_(0)  # as FSDP frees what it has gathered
         self.frozen_is_free = True
 
@@ -155,6 +176,23 @@ class Policy(nn.Module):
 
     def frozen(self):
         return [p for p in self.parameters() if not p.requires_grad]
+
+
+def copy_to_host(tensors):
+    """Copies of tensors in one piece of host memory, which is pinned where there is a card.
+
+    Its size is the sum of theirs. torch's own pinned memory (`pin_memory=True`) rounds every block up
+    to a power of two, and would take up to twice as much. Stays until the process ends.
+    """
+    sizes = [-(-tensor.nbytes // 512) * 512 for tensor in tensors]  # each begins where any type may
+    memory = torch.empty(sum(sizes), dtype=torch.uint8)
+    if dist.CUDA and sizes:  # cards copy from pinned memory at full speed, and without waiting
+        register = torch.cuda.cudart().cudaHostRegister
+        torch.cuda.check_error(register(memory.data_ptr(), memory.nbytes, 0))
+    return [
+        piece[: tensor.nbytes].view(tensor.dtype).view(tensor.shape).copy_(tensor)
+        for tensor, piece in zip(tensors, memory.split(sizes))
+    ]
 
 
 def logit_transform(config):
@@ -452,7 +490,7 @@ def load_policy(model, device, dtype, seed=0, trainable=True, recompute=True, sh
         dcp.load(stored_tensors(policy.lm), storage_reader=weights_reader(folder))
     policy.lm.tie_weights()
     if adapter := find_adapter(model):
-        merge_adapter(policy.lm, adapter)
+        merge_adapter(policy.lm, adapter, dtype)
     init_adapters(policy.lm, seed)
     return policy
 
@@ -660,6 +698,12 @@ def save_model(policy, source, out, dtype, judge_json=None, ends=()):
         write_tensors(policy, tmp, dtype)
         if get_rank() == 0:
             write_settings(source, tmp, dtype, judge_json, ends)
+    changed = policy.lora_changed()
+    if changed:
+        print0(
+            f"{changed['lora_changed']:.1%} of the adapted weights' entries differ from the base's"
+        )
+    print0(f"wrote {out}")
 
 
 @contextmanager

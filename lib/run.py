@@ -11,13 +11,17 @@ A training run: its flags, its folder, the order of its data, its metrics log, a
 | adapter/        | at the end, with --lora: in PEFT's format       | no                               |
 | model/          | at the end, with judge.json, adapters merged    | no                               |
 | stopped         | when a signal has ended the run                 | no                               |
+| tensorboard/,   | with --log-to                                   | no                               |
+| wandb/          |                                                 |                                  |
 """
 
 import argparse
 import gc
 import hashlib
+import importlib
 import json
 import math
+import secrets
 import sys
 from pathlib import Path
 
@@ -30,6 +34,7 @@ from lib.dist import SIGNALS, be_patient, catch_signals, held_gb, phase, print0
 from lib.files import (
     Failure,
     digest,
+    first_line,
     json_text,
     lock_folder,
     number,
@@ -38,6 +43,7 @@ from lib.files import (
     write_lines,
 )
 from lib.model_files import fingerprint
+from lib.pairs import is_number
 
 # The version of a run's folder: of the keys in config.json and the columns of metrics.jsonl.
 FORMAT = 3
@@ -120,11 +126,19 @@ def training_flags(parser, protocols, lr, **defaults):
         default=60,
         help="minutes that a phase may take before the run is ended",
     )
+    arg(
+        "--log-to",
+        choices=TRACKERS,
+        help="show the numbers of metrics.jsonl there too, see docs/log.md; the library has to be installed",
+    )
     arg("--seed", type=number(int, 0), help="of data order, samples and random weights")
     arg(
         "--skip-bad", action="store_true", help="report and leave out bad lines instead of stopping"
     )
     parser.set_defaults(**defaults)
+
+
+TRACKERS = ("tensorboard", "trackio", "wandb")
 
 
 def learning_rate(full, lora):
@@ -141,7 +155,7 @@ def learning_rate(full, lora):
 # steps and epochs: a schedule that depends on the number of steps goes on as the new number has it.
 MAY_DIFFER = set(
     "out model data val_data val_every system_prompt protocol micro_tokens recompute shard offload "
-    "engine_memory tp max_mismatch max_bad save_every timeout skip_bad steps epochs".split()
+    "engine_memory tp max_mismatch max_bad save_every timeout skip_bad steps epochs log_to log_id".split()
 )
 
 
@@ -156,6 +170,7 @@ def open_run(args, folder, pairs, judge_json):
     judge_json  how the trained judge wants to be asked
     -> the content of config.json, for `RunLog`
     """
+    check_tracker(getattr(args, "log_to", None))
     out, model = Path(args.out), Path(args.out) / "model"
     script = Path(sys.argv[0])
     config = vars(args) | {
@@ -239,7 +254,7 @@ def begin_loop():
 class RunLog:
     """`metrics.jsonl` of a run, one line a step, and its `config.json`, written by rank 0.
 
-    A resumed run drops the lines that it is about to write again.
+    A resumed run drops the lines that it is about to write again. With --log-to the numbers go there, too.
     """
 
     def __init__(self, out, first_step, config):
@@ -247,7 +262,11 @@ class RunLog:
         self.bad_updates = 0  # in a row, without a finite gradient
         self.last = {}  # the last line
         self.timed, self.seconds, self.peak_gb = None, {}, 0.0
+        self.track, self.close = None, lambda: None
         if dist.get_rank() == 0:
+            if config.get("log_to"):
+                config["log_id"] = tracked_as(self.out, first_step)
+                self.track, self.close = open_tracker(self.out, first_step, config)
             write_lines(self.out / "config.json", [json_text(config, indent=2)])
             (self.out / "stopped").unlink(missing_ok=True)
             for path in (self.out / "metrics.jsonl", self.out / "samples.jsonl"):
@@ -277,7 +296,14 @@ class RunLog:
         self.phase("")
         if "tokens" in row:
             row = row | {"tokens_per_second": row["tokens"] / sum(self.seconds.values())}
-        self.append("metrics.jsonl", [row | self.seconds | {"peak_gb": self.peak_gb}])
+        line = row | self.seconds | {"peak_gb": self.peak_gb}
+        self.append("metrics.jsonl", [line])
+        if self.track:
+            step = line.pop("step")
+            numbers = {name: value for name, value in line.items() if is_number(value)}
+            self.track(
+                {name: numbers[name] for name in numbers if math.isfinite(numbers[name])}, step
+            )
         self.seconds, self.last = {}, row
 
     def append(self, name, rows):
@@ -313,4 +339,48 @@ class RunLog:
             f"stopped by a signal after {done} steps"
             + ("; the same command goes on from there" if saved else "")
         )
+        self.close()
         dist.barrier()  # a rank that leaves early looks like a crash to the others
+
+
+# ---------------------------------------------------------------- --log-to
+
+
+def check_tracker(name):
+    """Raises Failure where the library of --log-to cannot be imported. name: None for no library"""
+    try:
+        if name:
+            importlib.import_module(name)
+    except ImportError as error:
+        raise Failure(f"--log-to {name}: {first_line(error)}; pip install {name}") from error
+
+
+def tracked_as(out, first_step):
+    """The name of this run at a tracker: a new one for a new run, that of config.json for one that goes on."""
+    path = out / "config.json"
+    old = read_object(path) if first_step and path.is_file() else {}
+    return old.get("log_id") or f"{out.name}-{secrets.token_hex(4)}"
+
+
+def open_tracker(out, first_step, config):
+    """Open --log-to's library for this run. -> a function of (numbers, step), a function that ends it"""
+    name, run_id = config["log_to"], config["log_id"]
+    try:
+        if name == "tensorboard":
+            from torch.utils.tensorboard import SummaryWriter
+
+            # What an earlier part of this run has written from this step on is hidden.
+            writer = SummaryWriter(out / "tensorboard", purge_step=first_step)
+
+            def track(numbers, step):
+                for column, value in numbers.items():
+                    writer.add_scalar(column, value, step)
+                writer.flush()
+
+            return track, writer.close
+        library = importlib.import_module(name)
+        more = {"id": run_id, "dir": out} if name == "wandb" else {}
+        library.init(project="rmr1", name=run_id, config=config, resume="allow", **more)
+    except Exception as error:  # no key, no network, a folder that cannot be written
+        raise Failure(f"--log-to {name}: {first_line(error)}") from error
+    return library.log, library.finish

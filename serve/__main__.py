@@ -251,16 +251,17 @@ def check_address(args):
 
 
 def find_judge(args):
-    """Set args.folder and args.max_len. Raises Failure where vLLM could not load the model, or would load it
-    and not know how it wants to be asked."""
+    """Set args.folder, args.max_len and args.style. Raises Failure where vLLM could not load the model, or would
+    load it and not know how it wants to be asked."""
     args.folder = args.model
+    args.style = None  # a server's model says it by its name
     if not args.upstream or Path(args.model).is_dir():
         args.folder = model_files.find_model(args.model)
     if not args.upstream:
         window = model_files.window_of(model_files.config_of(args.folder))
         model_files.check_weights(args.model, args.folder)
         args.max_len = min(args.max_len or window, window)
-        prompt_style(args.folder, args.model, args.protocol, args.system_prompt)
+        args.style = prompt_style(args.folder, args.model, args.protocol, args.system_prompt)
 
 
 # ---------------------------------------------------------------- start and end
@@ -297,6 +298,7 @@ async def load_judge(upstream, args):
         protocol=args.protocol,
         system_prompt=args.system_prompt,
         base_url=upstream.url,
+        style=args.style,
         flag="--upstream",
         journal=args.journal,
         temperature=args.temperature,

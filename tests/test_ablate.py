@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 
+import distill
 import eval as E
 import grpo
 import rubrics
@@ -134,13 +136,16 @@ def test_one_style_is_of_the_training_pairs_only(tmp_path):
 # ---------------------------------------------------------------- the plan
 
 
+def plan_of(name):
+    return ablate.read_plan((ROOT / "assets" / name).read_text().splitlines())
+
+
 def stages(plan, seed=0):
-    base, variants = ablate.read_plan((ROOT / "assets" / plan).read_text().splitlines())
-    chains = ablate.chains_of(variants, base, [seed], "runs/no-such-folder")
+    chains = ablate.chains_of(plan_of(plan), [seed], "runs/no-such-folder")
     return {name: by_seed[seed] for name, by_seed in chains.items()}
 
 
-@pytest.mark.parametrize("plan", ["ablations.txt", "ablations-7b.txt"])
+@pytest.mark.parametrize("plan", ["ablations.txt", "ablations-7b.txt", "reasons.txt"])
 def test_every_command_of_a_plan_is_one_that_its_script_takes(plan, monkeypatch):
     seen = set()
     for command in {stage.command for chain in stages(plan).values() for stage in chain}:
@@ -158,7 +163,8 @@ def test_every_command_of_a_plan_is_one_that_its_script_takes(plan, monkeypatch)
             done = run(*words[place:], ok=False)
             assert done.returncode == 2 and "no-such-folder" in done.stderr, done.stderr
         else:
-            {"sft.py": sft, "grpo.py": grpo, "eval.py": E}[script].arguments()
+            scripts = {"sft.py": sft, "grpo.py": grpo, "eval.py": E, "data/distill.py": distill}
+            scripts[script].arguments()
         seen.add(script)
     assert seen >= {"sft.py", "grpo.py", "eval.py"}
 
@@ -171,13 +177,55 @@ def test_the_plan_has_every_variant_of_the_objective():
     assert not [words for words in wanted if words not in commands]
 
 
-def test_a_plan_of_one_seed_takes_at_most_100_minutes():
-    unique = {s.folder for chain in stages("ablations.txt").values() for s in chain}
+@pytest.mark.parametrize(
+    "name, seeds, limit", [("ablations.txt", [0], 100), ("reasons.txt", [2, 3, 4], 60)]
+)
+def test_a_plan_takes_no_longer_than_its_page_says(name, seeds, limit):
+    plan = plan_of(name)
+    chains = ablate.chains_of(plan, seeds, "runs/no-such-folder")
+    unique = {s.folder for row in chains.values() for chain in row.values() for s in chain}
     kinds = [folder.rpartition("/")[2].split("-")[0] for folder in unique]
-    assert (
-        kinds.count("sft") < len(kinds) / 4
-        and sum(ablate.STAGE_SECONDS[k] for k in kinds) < 100 * 60
-    )
+    minutes = sum(plan.seconds[kind] for kind in kinds) / 60 / plan.at_once
+    assert kinds.count("sft") < len(kinds) / 4 and minutes < limit
+
+
+def flags_of_command(command):
+    """{flag: its values}"""
+    words = re.split(r" (?=--[a-z])", command.partition(".py ")[2])
+    return {flag: values for flag, _, values in (word.partition(" ") for word in words)}
+
+
+def test_the_plan_of_reasons_trains_and_judges_as_the_demo_does():
+    """Else a row of docs/reasons.md is not comparable with one of docs/results.md."""
+    demo = {re.search(r"--out @/([\w-]+)", line)[1]: line for line in ablate.demo_commands(3)}
+    mine = {re.search(r"--out @/([\w-]+)", line)[1]: line for line in plan_of("reasons.txt").base}
+    for stage, differ in {
+        "sft": set(),
+        "grpo": {"--mini-batch", "--val-data", "--val-every"},
+        "eval-grpo": set(),
+    }.items():
+        ours, theirs = (
+            flags_of_command(x[stage].replace("{seed}", "3").replace("@/rl/", "@/data/"))
+            for x in (mine, demo)
+        )
+        found = {flag for flag in {*ours, *theirs} if ours.get(flag) != theirs.get(flag)}
+        assert found == differ, stage
+
+
+def test_rows_that_differ_in_the_pairs_of_grpo_share_the_sft_judge():
+    chains = stages("reasons.txt", 2)
+    sft_of = {
+        name: [s.folder for s in chain if "/sft-" in s.folder] for name, chain in chains.items()
+    }
+    shared = {tuple(sft_of[name]) for name in ("verdict", "sound", "parting 5 %", "tenth known")}
+    assert len(shared) == 1 and sft_of["no slips, verdict"] != sft_of["verdict"]
+
+
+def test_a_row_may_run_with_the_first_seeds_only():
+    chains = ablate.chains_of(plan_of("reasons.txt"), [2, 3, 4], "runs/no-such-folder")
+    for row in ("verdict", "sound", "SFT", "more SFT", "random", "well-formed", "pooled orders"):
+        assert list(chains[row]) == [2, 3, 4], row
+    assert list(chains["parting 2 %"]) == [2]
 
 
 def test_equal_commands_are_one_folder_and_others_are_not():
@@ -256,8 +304,12 @@ def starts(out):
     return {p.parent.name: len(p.read_text().split()) for p in out.glob("*/starts")}
 
 
+def rows_of_file(path):
+    return {row["name"]: row for row in map(json.loads, path.read_text().splitlines())}
+
+
 def rows_of(out):
-    return {r["name"]: r for r in map(json.loads, (out / "rows.jsonl").read_text().splitlines())}
+    return rows_of_file(out / "rows.jsonl")
 
 
 def test_a_killed_plan_goes_on_and_shares_what_is_common(tiny, tmp_path):
@@ -280,7 +332,7 @@ def test_a_killed_plan_goes_on_and_shares_what_is_common(tiny, tmp_path):
     assert sorted(x.split("-")[0] for x in counts) == ["eval"] * 4 + ["grpo"] * 3 + ["sft"] * 2
     assert len((killed / "metrics.jsonl").read_text().splitlines()) == 4
     rows = rows_of(out)
-    greedy = rows["better"]["accuracy"]["0.0"]
+    greedy = rows["better"]["numbers"]["greedy accuracy"]
     each = [
         report.measure(report.read_run(s))["test"]["accuracy"]["greedy"]
         for s in (re.search(r"--out (\S+)$", c[-1])[1] for c in rows["better"]["commands"].values())
@@ -289,13 +341,148 @@ def test_a_killed_plan_goes_on_and_shares_what_is_common(tiny, tmp_path):
     low, high = greedy["interval"]
     assert (
         0 < low < greedy["difference"] < high < 0.5
-        and "difference" not in rows["base"]["accuracy"]["0.0"]
+        and "difference" not in rows["base"]["numbers"]["greedy accuracy"]
     )
     assert rows["better"]["tokens learned"] == 8000 and rows["better"]["commits"]
     assert (out / "table.png").read_bytes()[:4] == b"\x89PNG"
     assert f"{greedy['value']:.3f} ± " in (out / "table.md").read_text()
     call(ablate, *tiny)
     assert starts(out) == counts | {killed.name: 2}  # what is done stays done
+
+
+LOGGED = """
+import os, sys, time
+flag = lambda name: sys.argv[sys.argv.index(name) + 1]
+def log(event):
+    with open(flag("--log"), "a") as f: f.write(f"{event} {flag('--out')} {os.environ.get('OMP_NUM_THREADS')}\\n")
+log("begin")
+until = time.time() + 60
+while open(flag("--log")).read().count("begin") < int(flag("--peers")) and time.time() < until: time.sleep(0.02)
+log("end")
+sys.exit("--broken" in sys.argv)
+"""
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 3])
+def test_stages_side_by_side_wait_for_their_needs(at_once, tmp_path, monkeypatch):
+    (tmp_path / "stage.py").write_text(LOGGED)
+    log = tmp_path / "log"
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+
+    def stage(name, *needs, more=""):
+        folders = [f"{tmp_path}/{need}" for need in needs]
+        out = f"{tmp_path}/{name}"
+        # A stage waits until as many have begun as run side by side.
+        command = f"python {tmp_path}/stage.py --log {log} --peers {at_once} --out {out}{more}"
+        return ablate.Stage(out, command, folders)
+
+    # The list may name a stage before those that it needs.
+    waiting = [stage("c", "a", "b"), stage("a"), stage("b"), stage("x", more=" --broken")]
+    waiting += [stage("y", "x"), stage("z", "y"), stage("d", "c")]
+    ended = []
+    ablate.run_stages(waiting, lambda: ended.append(1), at_once)
+    running, done, most = set(), [], 0
+    needs = {s.folder: s.needs for s in waiting}
+    for line in log.read_text().splitlines():
+        event, folder, threads = line.split()
+        if event == "begin":
+            assert set(needs[folder]) <= set(done)
+            assert threads == ("1" if at_once > 1 else "7")
+            running.add(folder)
+            most = max(most, len(running))
+        else:
+            running.remove(folder)
+            done.append(folder)
+    assert [Path(f).name for f in sorted(done)] == ["a", "b", "c", "d", "x"], "y and z need x"
+    assert most == at_once and len(ended) == 5
+    assert not waiting[3].done() and waiting[-1].done()
+    commit, code, seconds = waiting[-1].mark()
+    assert re.fullmatch("[0-9a-f]{8}", code) and seconds < 60
+
+
+def test_a_kill_stops_all_that_run_and_both_go_on(tiny, tmp_path):
+    out = tmp_path / "out"
+    tiny += ["--at-once", 2]
+    tiny[1].write_text(tiny[1].read_text().replace("--pause 0.1", "--pause 0.7"))
+    command = [sys.executable, "tools/ablate.py", *map(str, tiny)]
+    first = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL)
+    until = time.time() + 60
+    while len(list(out.glob("grpo-*/metrics.jsonl"))) < 2 and time.time() < until:
+        time.sleep(0.02)
+    first.send_signal(signal.SIGTERM)
+    assert first.wait(20) != 0
+    folders = [path for path in out.glob("grpo-*") if path.is_dir()]
+    killed = {path.name for path in folders if not Path(f"{path}.done").exists()}
+    assert len(killed) == 2
+    before = {name: (out / name / "metrics.jsonl").stat().st_size for name in killed}
+    time.sleep(0.5)
+    assert before == {name: (out / name / "metrics.jsonl").stat().st_size for name in killed}
+    call(ablate, *tiny)
+    assert len(list(out.glob("*.done"))) == len(list(out.glob("*/starts"))) == 10
+    for name in killed:
+        assert len((out / name / "metrics.jsonl").read_text().splitlines()) == 4
+
+
+def test_rows_make_the_same_table_as_runs(tiny, tmp_path):
+    """Over the columns that the plan names, of which one has a paired interval."""
+    plan, kept = tiny[1], tmp_path / "kept.jsonl"
+    plan.write_text(
+        plan.read_text()
+        + "show: T=1 accuracy; T=1 source/x; no_verdict\njudges: better\nfirst: seeds 1\n"
+    )
+    call(ablate, *tiny)
+    out = tmp_path / "out"
+    table = (out / "table.md").read_text()
+    heads = table.splitlines()[0].split(" | ")
+    assert heads[2:6] == ["T=1 accuracy", "difference, 95 %", "T=1 source/x", "no verdict"]
+    kept.write_bytes((out / "rows.jsonl").read_bytes())
+    shutil.rmtree(out)
+    call(ablate, *tiny, "--rows", kept)
+    assert (out / "table.md").read_text() == table
+    assert {p.name for p in out.glob("*.png")} == {"table.png", "judges.png"}
+    rows = rows_of_file(kept)
+    assert rows["first"]["seeds"] == [0] and rows["better"]["seeds"] == [0, 1]
+    assert all(re.fullmatch("[0-9a-f]{8}", code) for row in rows.values() for code in row["code"])
+    call(ablate, *tiny, "--rows", kept, "--only", "better")
+    assert "| first |" not in (out / "table.md").read_text()
+    done = call(ablate, *tiny, "--rows", tmp_path / "none", ok=False)
+    assert done.returncode == 2 and "--rows" in done.stderr
+
+
+def test_the_numbers_of_soundness_have_names_of_their_own():
+    part = {
+        "right": 0.8,
+        "right_and_sound": 0.6,
+        "unsound_of_right": 0.25,
+        "faults": {"quotes": 0.25},
+    }
+    sound = {"T=1": part | {"checks": ["type"], "by_source": {"part": part | {"right": None}}}}
+    numbers = ablate.other_numbers({"no_verdict": 0.1, "left_out": {}, "sound": sound})
+    assert numbers == {
+        "no_verdict": 0.1,
+        "T=1 right": 0.8,
+        "T=1 right_and_sound": 0.6,
+        "T=1 unsound_of_right": 0.25,
+        "T=1 faults": {"quotes": 0.25},
+        "T=1 right_and_sound/part": 0.6,
+        "T=1 unsound_of_right/part": 0.25,
+        "T=1 faults/part": {"quotes": 0.25},
+    }
+    shares = [{"quotes": 0.25, "type": 0.1}, {"type": 0.5}]
+    assert list(ablate.mean_number(shares).items()) == [("type", 0.3), ("quotes", 0.125)]
+    assert ablate.value_cell({"shares": ablate.mean_number(shares)}) == "type 0.300, quotes 0.125"
+
+
+def test_a_name_without_a_temperature_is_a_column_for_each():
+    names = ["T=0.7 source/part", "greedy source/part", "T=10 source/part", "T=1 x", "tokens"]
+    rows = [{"numbers": dict.fromkeys(names, {"value": 1})}]
+    assert ablate.columns(["tokens", "source/part", "greedy x"], rows) == [
+        "tokens",
+        "greedy source/part",
+        "T=0.7 source/part",
+        "T=10 source/part",
+        "greedy x",
+    ]
 
 
 def test_a_launcher_gets_what_can_start_now(tiny, tmp_path):
@@ -327,7 +514,7 @@ def test_a_fork_is_its_script_and_a_failure_is_a_row(tiny, tmp_path):
     assert (
         "fork.py" in fork and "train.py" not in fork and "train.py" in base and "--steps 9" in fork
     )
-    assert rows["fork"]["accuracy"]["0.0"]["difference"] > 0
+    assert rows["fork"]["numbers"]["greedy accuracy"]["difference"] > 0
     assert "not ended: ValueError" in (tmp_path / "out" / "table.md").read_text()
     (tmp_path / "fork.py").write_text(TRAIN + "# edited")
     assert "fork.py" in call(ablate, *tiny, *more, "--only", "fork", "base", "--print").stdout
@@ -342,6 +529,9 @@ def test_a_fork_is_its_script_and_a_failure_is_a_row(tiny, tmp_path):
         ("x: at eval-foo", "no command"),
         ("x: grpo nowhere.py --y", "x nowhere.py: no such file"),
         ("x: against y", "y: no such variant"),
+        ("x: seeds some", "x: seeds some: expected a whole number"),
+        ("at-once: 0", "at-once 0: expected a whole number"),
+        ("judges: z", "z: no such variant"),
     ],
 )
 def test_a_bad_variant_gets_a_sentence(tiny, line, complaint):

@@ -1,6 +1,7 @@
 """The data pipeline: every form of row, what is left out, the split, and two-pass distillation from a
 server."""
 
+import hashlib
 import io
 import json
 import os
@@ -871,10 +872,36 @@ def test_agreement(monkeypatch):
     pair = Pair("p", [USER("q")], "x", "y", "A")
     rows = {("p", 1, k): {"text": GOOD.format(x=v), "finish": "stop"} for k, v in enumerate("ABA")}
     for agree, kept in ((0.6, 1), (0.7, 0)):
-        args = SimpleNamespace(system_prompt=None, samples=3, agree=agree)
+        args = SimpleNamespace(samples=3, agree=agree)
         monkeypatch.setattr(D, "ask_teacher", lambda *_: rows)
         traces, failures, _ = D.distill([pair], D.Teacher("m", None), None, None, args)
         assert len(traces) == kept and len(failures) == 1 - kept
+
+
+def test_a_judge_that_teaches_itself_is_asked_as_it_is_judged(
+    instant, pairs, tmp_path, monkeypatch
+):
+    """Rejection sampling: no second pass, the judge's own prompt, and of each pair the first right sample."""
+    from judge.backends import Answer
+
+    asked = []
+
+    def say(name, messages):
+        asked.append(messages[0]["content"])
+        return Answer(GOOD.format(x="AB"[len(asked) % 2]), "stop", 1, 1)
+
+    instant.say = say
+    judge = tmp_path / "judge"
+    judge.mkdir()
+    (judge / "judge.json").write_text('{"protocol": "instruct", "system": "Judge."}')
+    monkeypatch.setattr(D, "find_model", lambda model: model)
+    monkeypatch.setattr(D, "fingerprint", lambda *_: "weights")
+    monkeypatch.setattr(D, "prompt_fingerprint", lambda *_: "template")
+    flags = ("--teacher", judge, "--teacher2", "none", "--samples", 3, "--data", pairs)
+    call(D, *flags, "--out", tmp_path / "kept")
+    assert asked == ["Judge."] * 60
+    kept = read_pairs(tmp_path / "kept/sft.jsonl")
+    assert len(kept) == 20 and all(parse(pair.trace).verdict == pair.label for pair in kept)
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason="../shared is absent")
@@ -1053,3 +1080,202 @@ def test_the_three_examples_need_no_package():
         [sys.executable, "-S", "data/toy.py", "--show"], cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode == 0 and done.stdout.count("--- reward") == 3, done.stderr
+
+
+# ---------------------------------------------------------------- the worlds of data/toy.py
+
+TRUTH = ("solution", "criterion", "target", "quote_a", "quote_b", "value_a", "value_b")
+# Of a small split, by the code before there were other worlds and before the truth stood in meta.
+OLD_WORLDS = {"looks": "2417e3192dc80c8d", "leap": "22ede238df02e65c"}
+
+
+def world(name, **changes):
+    args = {
+        "world": name,
+        "kinds": None,
+        "seed": 0,
+        "test_seed": 1,
+        "sft": 400,
+        "rl": 300,
+        "test": 60,
+        "style": None,
+        "slips": 0.25,
+        "parting": 0.0,
+        "sft_parting": 0.3,
+        "truth": 1.0,
+    }
+    args = SimpleNamespace(**(args | changes))
+    splits = T.make_splits(args)
+    return splits, T.oracle(splits["sft"], args.seed, 0.5, args.world, args.slips)
+
+
+def digest(splits, traces):
+    rows = [pair.row() for split in ("sft", "rl", "val", "test") for pair in splits[split]]
+    for row in rows:
+        row["meta"] = {name: v for name, v in row["meta"].items() if name not in TRUTH}
+    return hashlib.sha256(json.dumps([rows, traces]).encode()).hexdigest()[:16]
+
+
+@pytest.mark.parametrize("name", OLD_WORLDS)
+def test_new_worlds_leave_the_old_ones_as_they_were(name):
+    assert digest(*world(name)) == OLD_WORLDS[name]
+
+
+@pytest.mark.parametrize("name", T.KINDS)
+def test_a_thinker_says_the_truth_in_both_orders(name):
+    for index in range(60):
+        pair = T.make_pair(0, "sft", index, world=name)
+        for ordered in (pair, pair.swapped()):
+            meta, judgment = ordered.meta, parse(T.think(ordered))
+            assert judgment.verdict == ordered.label and judgment.type.lower() == ordered.type
+            assert judgment.solution == meta.get("solution", "")
+            if ordered.type == "chat":
+                criterion, _, text = judgment.rubric[0]
+                assert (criterion, text.split()[0]) == (meta["criterion"], meta["target"])
+            assert judgment.eval.endswith(f"so {meta['target']} is {ordered.label}")
+            right = meta["value_" + ordered.label.lower()]
+            assert right == meta["target"] and meta["value_a"] != meta["value_b"]
+            for side, response in (("a", ordered.a), ("b", ordered.b)):
+                assert meta["quote_" + side] in response
+                assert (
+                    f"{meta['quote_' + side]}</quote_{side.upper()}> {meta['value_' + side]} is"
+                    in (judgment.eval)
+                )
+
+
+def manners(pair):
+    """(of the right response, of the wrong one), as the responses say"""
+    first, second = (
+        next(word for word in T.MANNERS if word in response.split())
+        for response in (pair.a, pair.b)
+    )
+    return (first, second) if pair.label == "A" else (second, first)
+
+
+def test_the_manners_go_with_the_label_where_the_source_says_so():
+    splits, _ = world("shortcut")
+    for pair in sum(splits.values(), []):
+        right, wrong = manners(pair)
+        expected = {"agree": ("Sure", "Well"), "part": ("Well", "Sure"), "same": (right, right)}
+        assert (right, wrong) == expected[pair.source]
+    sources = {split: [pair.source for pair in pairs] for split, pairs in splits.items()}
+    assert set(sources["rl"]) == set(sources["val"]) == {"agree"}
+    assert 0.2 < sources["sft"].count("part") / 400 < 0.4
+    assert sources["test"] == list(T.SOURCES) * 60  # the same problems, three times
+    for agree, part, same in zip(*[iter(splits["test"])] * 3):
+        assert agree.context == part.context == same.context and len({agree.a, part.a}) == 2
+        assert agree.meta["answer_a"] == part.meta["answer_a"] == same.meta["answer_a"]
+    assert len({pair.id for pair in splits["test"]}) == 180
+
+
+def test_a_higher_share_of_parting_pairs_changes_those_pairs_only():
+    none, few, many = (world("shortcut", parting=share)[0]["rl"] for share in (0, 0.05, 0.3))
+    for before, after in ((none, few), (few, many)):
+        for one, other in zip(before, after, strict=True):
+            assert one.context == other.context and one.meta["quote_a"] == other.meta["quote_a"]
+            assert one == other or (one.source, other.source) == ("agree", "part")
+    counts = [sum(p.source == "part" for p in pairs) for pairs in (none, few, many)]
+    assert counts[0] == 0 < counts[1] < 30 and 60 < counts[2] < 120
+
+
+@pytest.mark.parametrize("name", ["shortcut", "steps"])
+def test_traces_without_slips_are_the_same_ones_otherwise(name):
+    habits = {}
+    for slips in (0, 0.1, 0.25):
+        splits, traces = world(name, slips=slips)
+        habits[slips] = list(map(T.habit_of, traces, splits["sft"])), traces
+    for low, high in ((0, 0.1), (0.1, 0.25)):
+        for before, old, after, new in zip(*habits[low], *habits[high]):
+            assert old == new or (before, after) == ("thinks", "slips")
+    counts = [habits[slips][0].count("slips") / 400 for slips in (0, 0.1, 0.25)]
+    # Half of the slips are repaired.
+    assert counts[0] == 0 and 0.02 < counts[1] < 0.09 and 0.08 < counts[2] < 0.18
+    unsound = "by manners" if name == "shortcut" else "steps wrong or left out"
+    assert 0.35 < habits[0.25][0].count(unsound) / 400 < 0.58
+
+
+def test_wrong_steps_end_in_the_right_result():
+    splits, traces = world("steps")
+    wrong = 0
+    for pair, trace in zip(splits["sft"], traces):
+        if T.habit_of(trace, pair) == "steps wrong or left out":
+            said, true = parse(trace).solution.split(), pair.meta["solution"].split()
+            results = [place for place, word in enumerate(true) if word == "="]
+            assert said[-1] == true[-1] and parse(trace).verdict == pair.label
+            on_the_way = [int(said[at + 1]) - int(true[at + 1]) for at in results[:-1]]
+            assert on_the_way == [1] * 4
+            wrong += 1
+    assert wrong > 140
+
+
+@pytest.mark.parametrize("name", ["shortcut", "steps"])
+def test_no_question_with_both_answers_is_in_training_and_in_a_test(name):
+    splits, _ = world(name, sft=3000, slips=0)
+    asked = {}
+    for split, pairs in splits.items():
+        asked[split] = {
+            (p.context[0]["content"], frozenset((p.meta["answer_a"], p.meta["answer_b"])))
+            for p in pairs
+        }
+    assert not (asked["test"] | asked["val"]) & (asked["sft"] | asked["rl"])
+    assert not asked["test"] & asked["val"] and len(asked["test"]) == 60
+
+
+def test_the_truth_is_left_out_of_a_share_of_the_pairs_for_grpo():
+    whole, half, tenth = (world("shortcut", truth=share)[0] for share in (1, 0.5, 0.1))
+    known = []
+    for splits in (whole, half, tenth):
+        known.append({pair.id for pair in splits["rl"] if "target" in pair.meta})
+        for pair in sum(splits.values(), []):
+            said = set(pair.meta) & set(TRUTH)
+            assert len(said) == 6 or (pair.id.startswith("rl-") and not said)
+        assert splits["sft"] == whole["sft"] and splits["test"] == whole["test"]
+        assert [pair.a for pair in splits["rl"]] == [pair.a for pair in whole["rl"]]
+    assert len(known[0]) == 300 and 110 < len(known[1]) < 190 and 10 < len(known[2]) < 60
+    assert known[0] > known[1] > known[2]
+
+
+def test_a_world_is_a_function_of_its_arguments():
+    assert world("shortcut", slips=0.1) == world("shortcut", slips=0.1)
+    assert world("shortcut")[0]["sft"] != world("shortcut", seed=1)[0]["sft"]
+    assert world("shortcut")[0]["test"] == world("shortcut", seed=1)[0]["test"]
+
+
+def test_kinds_of_problems_can_be_chosen():
+    splits, traces = world("shortcut", kinds=["add", "max"], slips=0.5)
+    assert {pair.meta["kind"] for pair in splits["sft"]} == {"add", "max"}
+    slips = [
+        trace for trace, pair in zip(traces, splits["sft"]) if T.habit_of(trace, pair) == "slips"
+    ]
+    for trace in slips:
+        judgment = parse(trace)
+        assert judgment.eval.endswith(f"so {judgment.solution.split()[-1]} is {judgment.verdict}")
+    assert slips
+
+
+def test_the_words_of_a_world_are_tokens_of_its_own():
+    for name in ("shortcut", "steps"):
+        pieces = T.all_pieces(name)
+        for index in range(50):
+            pair = T.make_pair(5, "x", index, world=name, kinds=T.ALL_KINDS)
+            habit = T.go_by_manners if name == "shortcut" else T.write_wrong_steps
+            for text in (pair.a, pair.context[0]["content"], habit(pair), T.slip(pair)):
+                assert set(re.findall(T.PIECES, text)) <= pieces
+    assert not T.all_pieces("looks") & {" Sure", "Manners", " Well"}
+
+
+@pytest.mark.parametrize(
+    "flags, complaint",
+    [
+        (("--slips", "0.1"), "--slips: changes nothing in --world looks"),
+        (("--world", "steps", "--sft-parting", "0.5"), "--sft-parting: changes nothing"),
+        (("--world", "steps", "--slips", "0.6"), "--slips 0.6: above 0.5"),
+        (
+            ("--world", "shortcut", "--kinds", "add", "--test", "200"),
+            "--test 200: too few different",
+        ),
+    ],
+)
+def test_a_flag_that_a_world_cannot_follow_is_refused(flags, complaint, tmp_path, monkeypatch):
+    monkeypatch.setattr(T, "OPENERS", ("Here:",) * 3)
+    assert complaint in call(T, "--out", tmp_path / "x", *flags, ok=False).stderr

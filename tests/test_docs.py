@@ -32,7 +32,7 @@ FOLDERS = (
 )
 SUBCOMMANDS = {"eval.py": ("report", "compare"), "rmr1.py": ("judge", "rank", "reward", "select")}
 
-OTHER_PROGRAMS = {"vllm", "curl", "pip", "git", "sbatch"}  # their flags are not ours
+OTHER_PROGRAMS = {"vllm", "curl", "pip", "git", "sbatch", "tensorboard"}  # their flags are not ours
 # Flags of other programs that pages name without their command.
 OTHER_FLAGS = {"--hf-overrides", "--reward.remote_url", "--env.n", "--nproc_per_node"}
 

@@ -111,7 +111,8 @@ def test_a_dry_run_of_grpo_says_what_it_would_do_and_does_nothing(script, toy, t
                "--data", toy / "rl.jsonl", "--out", out, "--batch", 8, "--mini-batch", 4, "--max-prompt", 80,
                "--max-response", 24, "--shard", 4, "--engine-cap", 2, "--offload").stdout  # fmt: skip
     assert "steps: 8 of 8 pairs x 7 judgments, 2 updates each" in said and "shards of 4" in said
-    assert "of the card's 37" in said and "sampling" in said and "it fits" in said
+    assert "of the card's 37.3" in said and "sampling" in said and "it fits" in said
+    assert "in host memory (--offload) takes up to " in said and " GB" not in said
     assert not out.exists()
 
 
@@ -208,7 +209,7 @@ EXPAND = "set PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True"
     [
         (
             dict(learning=60),
-            f"learning would take more than the card's 75 GB: lower --micro-tokens 16384, {EXPAND}, give "
+            f"learning would take more than the card's 74.5 GiB: lower --micro-tokens 16384, {EXPAND}, give "
             "--offload, train adapters (--lora 32), or use more than 8 ranks",
         ),
         (dict(learning=60, recompute=False, offload=True), f"leave out --no-recompute, {EXPAND}"),
@@ -220,7 +221,7 @@ EXPAND = "set PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True"
         ),
         (
             dict(engine_memory=0.9),
-            "sampling would take more than the card's 75 GB: lower --engine-memory 0.9 (the trainer leaves "
+            "sampling would take more than the card's 74.5 GiB: lower --engine-memory 0.9 (the trainer leaves "
             "0.79), give --offload, or use",
         ),
         (
@@ -230,7 +231,7 @@ EXPAND = "set PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True"
         (dict(engine_memory=0.95, offload=True, lora=32, frozen=3), None),
         (
             dict(weights=62),
-            "vLLM needs about 65 GB, more than --engine-memory 0.5 of the card: raise it (the trainer leaves "
+            "vLLM needs about 65 GiB, more than --engine-memory 0.5 of the card: raise it (the trainer leaves "
             "0.79), give --offload, or spread an engine over more ranks than --tp 1",
         ),
         (dict(weights=62, tp=4), None),
@@ -355,7 +356,7 @@ def test_a_dry_run_estimates_time_and_price(toy, tmp_path):
                "--response", 20, "--model", toy / "model/config.json", "--data", toy / "rl.jsonl", "--out",
                tmp_path / "out", "--batch", 8, "--mini-batch", 4, "--max-prompt", 80, "--max-response", 24,
                "--lora", 4).stdout  # fmt: skip
-    assert "of the card's 75" in said and "1,120 tokens are sampled" in said
+    assert "of the card's 74.5" in said and "1,120 tokens are sampled" in said
     times = float(re.search(r"([\d.]+) times as many with a prompt for every judgment", said)[1])
     assert 1 < times < 7
     (line,) = [line for line in said.splitlines() if line.startswith("estimate on 2 x A100: ")]

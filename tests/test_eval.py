@@ -54,6 +54,7 @@ def line(id, order, swap, verdict, label, vote=0, t=0.0, **more):
         "tokens": 10,
         "rubric": [],
         "quotes": [1, 2],
+        "text": "",
         **more,
     }
 
@@ -68,6 +69,9 @@ def pair(id, styles=(0, 0), label="A"):
         "type": "",
         "source": "",
         "styles": list(styles),
+        "context": [],
+        "a": "x",
+        "b": "y",
         "label": label,
     }
 
@@ -170,14 +174,7 @@ def test_the_first_order_counts_as_published_and_the_mean_stands_beside_it():
     lines, pairs = [], {}
     for counts in B.REWARDBENCH.values():
         for n, s in enumerate(counts):
-            pairs[s] = {
-                "id": s,
-                "bench": "rewardbench",
-                "item": s,
-                "subset": s,
-                "compare": [0, 1],
-                "label": "A",
-            }
+            pairs[s] = pair(s) | {"bench": "rewardbench", "subset": s}
             swap = n == 0  # the first subset of each section is shown swapped
             lines += [
                 line(s, 0, swap, "A", "B" if swap else "A"),
@@ -190,16 +187,7 @@ def test_the_first_order_counts_as_published_and_the_mean_stands_beside_it():
 
 
 def test_a_partial_benchmark_says_what_is_missing():
-    pairs = {
-        "x": {
-            "id": "x",
-            "bench": "rewardbench",
-            "item": "x",
-            "subset": "hep-go",
-            "compare": [0, 1],
-            "label": "A",
-        }
-    }
+    pairs = {"x": pair("x") | {"bench": "rewardbench", "subset": "hep-go"}}
     m = R.measure_one("rewardbench", pairs, [line("x", 0, False, "A", "A")], [])
     assert m["accuracy"] == {"greedy": None} and m["interval"] == {}
     assert m["metrics"]["Reasoning"] is None and m["metrics"]["Reasoning/hep-go"] == 1

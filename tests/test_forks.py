@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from test_grpo import USER, D, group, loss_of
+from test_grpo import KNOWN, SHORTCUT, SOUND, USER, D, group, loss_of
 
 import grpo
 from conftest import ROOT, metrics, run
@@ -16,7 +16,12 @@ from lib.pairs import Pair
 from rubrics import parse
 
 NAMES = sorted(path.stem for path in (ROOT / "forks").glob("[a-z]*.py"))
-FLAGS = {"kl_k1": ("--beta", 0.1), "kl_k2": ("--beta", 0.1), "overlong": ("--overlong", 20)}
+FLAGS = {
+    "kl_k1": ("--beta", 0.1),
+    "kl_k2": ("--beta", 0.1),
+    "overlong": ("--overlong", 20),
+    "rloo": ("--reward", "sound"),
+}
 
 
 def fork(name):
@@ -41,6 +46,11 @@ def test_a_step_of_each_fork(name, toy, fitted, tmp_path):
     run(f"forks/{name}.py", *flags)
     (row,) = metrics(tmp_path)
     assert math.isfinite(row["loss"]) and row["mismatch_mean"] < 1e-3
+    assert (
+        0 <= row["sound"] <= row["accuracy"]
+    )  # the reason of every pair of the toy world is known
+    if name == "rloo":
+        assert row["reward"] == pytest.approx(2 * row["sound"] - 1)
     if name == NAMES[0]:
         done = run("grpo.py", *[f for f in flags if f not in FLAGS.get(name, ())], ok=False)
         assert done.returncode == 2 and "holds a run with another script" in done.stderr
@@ -122,6 +132,12 @@ def test_rloo_takes_the_mean_of_the_others():
 GOOD = "<type>Chat</type><rubric>Help 100%</rubric><eval>x</eval><answer>[[A]]</answer>"
 
 
+ANSWERED = (
+    "<type>Reasoning</type><solution>3 + 4 = 7</solution><eval><quote_A>seven</quote_A></eval>"
+    "<answer>[[A]]</answer>"
+)
+
+
 @pytest.mark.parametrize(
     "text, reward",
     [(GOOD, 2), (GOOD.replace("[[A]]", "[[B]]"), 0), ("<answer>[[A]]</answer>", 1), ("", -1)],
@@ -132,12 +148,74 @@ def test_the_format_reward(text, reward):
     assert fork("format_reward").reward_of(text, parse(text), pair, 9, None, args) == reward
 
 
+@pytest.mark.parametrize(
+    "text, reward",
+    [
+        (SOUND, 2),
+        (SHORTCUT, 1.8),  # the criterion, of five checks
+        (
+            SOUND.replace("[[A]]", "[[B]]"),
+            -0.2,
+        ),  # the conclusion is about another side than the verdict
+        (SOUND.replace("kiwi fig", "kiwi"), 1.8),  # the words that decide are not cited
+        ("<answer>[[A]]</answer>", 1),
+    ],
+)
+def test_checked_reasons_of_a_known_reason(text, reward):
+    args = SimpleNamespace(reward="verdict")
+    found = fork("checked_reasons").reward_of(text, parse(text), KNOWN, 9, None, args)
+    assert found == pytest.approx(reward)
+
+
+@pytest.mark.parametrize(
+    "text, reward",
+    [
+        (ANSWERED, 2),
+        (ANSWERED.replace("= 7<", "= 8<"), 1.5),
+        (ANSWERED.replace(">seven<", ">nine<"), 1.5),
+        (ANSWERED.replace("[[A]]", "[[B]]"), 0),
+        (ANSWERED.replace("<quote_A>seven</quote_A>", "seven"), 2),  # nothing is quoted: one check
+        ("<answer>[[A]]</answer>", 1),
+    ],
+)
+def test_checked_reasons_of_other_pairs(text, reward):
+    """What the quotes and a reference answer tell; without either check a verdict earns its reward alone."""
+    args = SimpleNamespace(reward="verdict")
+    reward_of = fork("checked_reasons").reward_of
+    pair = Pair("1", USER, "it is seven", "it is 9", "A", meta={"answer": "7"})
+    assert reward_of(text, parse(text), pair, 9, None, args) == pytest.approx(reward)
+    nothing = Pair("1", USER, "", "", "A")
+    verdict = 1 if "[[A]]" in text else -1
+    assert reward_of(text, parse(text), nothing, 9, None, args) == verdict
+
+
 @pytest.mark.parametrize("length, reward", [(10, 1), (80, 1), (85, 0.75), (90, 0.5), (100, 0)])
 def test_overlong(length, reward):
     args = SimpleNamespace(reward="verdict", overlong=20, max_response=100)
     pair = Pair("1", USER, "a", "b", "A")
     found = fork("overlong").reward_of(GOOD, parse(GOOD), pair, length, None, args)
     assert found == pytest.approx(reward)
+
+
+@pytest.mark.parametrize(
+    "meta, reward",
+    [({"strength": 1}, 1 / 3), ({"strength": 2}, 2 / 3), ({"strength": 9}, 1), ({}, 1)],
+)
+def test_a_slight_preference_is_paid_less(meta, reward):
+    args = SimpleNamespace(reward="verdict", full_strength=3.0)
+    pair = Pair("1", USER, "a", "b", "A", meta=meta)
+    for text, sign in ((GOOD, 1), ("", -1)):
+        found = fork("strength_reward").reward_of(text, parse(text), pair, 9, None, args)
+        assert found == pytest.approx(sign * reward)
+
+
+def test_strength_stays_in_the_advantage():
+    """Divided by the standard deviation of its group it would be lost, so that advantage is refused."""
+    rewards = torch.tensor([[1.0, -1.0], [1 / 3, -1 / 3]])
+    full, slight = grpo.advantages(rewards, "drgrpo")
+    assert torch.allclose(full, 3 * slight)
+    full, slight = grpo.advantages(rewards, "grpo")
+    assert torch.allclose(full, slight, atol=1e-4)
 
 
 def test_both_orders_right_earn_the_bonus():
@@ -147,6 +225,36 @@ def test_both_orders_right_earn_the_bonus():
     fork("both_orders").reward_consistency(one, two, 0.5)
     assert [r.reward for r in one] == [1.5, 1.0, -1.0]
     assert [r.reward for r in two] == [1.5, -1.0, 1.0]
+
+
+def test_the_majority_of_a_group_is_its_label():
+    """Judgments without a verdict have no vote; at a tie all earn 0. The label changes the log only."""
+    groups = [
+        group(*[-1.0] * 4, label="B", verdicts="AAAB"),  # a majority for the wrong response
+        group(*[-1.0] * 4, label="A", verdicts=["A", None, None, None]),
+        group(*[-1.0] * 4, label="A", verdicts=["A", "B", None, None]),
+        group(*[-1.0] * 4, label="B", verdicts="BBBB"),
+    ]
+    args = SimpleNamespace(batch=4, group_size=4, seed=0)
+    majority_label = fork("majority_label")
+    groups, statistics = majority_label.collect_groups(lambda *_, **__: groups, [0] * 4, 0, args)
+    assert [[r.reward for r in group] for group in groups] == [
+        [1, 1, 1, -1], [1, -1, -1, -1], [0] * 4, [1] * 4
+    ]  # fmt: skip
+    assert statistics == pytest.approx(
+        {"zero_variance_groups": 2 / 4, "majority_right": 2 / 3, "ties": 1 / 4}
+    )
+    assert grpo.accuracy(groups)["accuracy"] == 7 / 16
+
+    ties = [group(-1.0, 1.0, verdicts="AB"), group(-1.0, 1.0)]
+    _, statistics = majority_label.collect_groups(lambda *_, **__: ties, [0] * 4, 0, args)
+    assert statistics["ties"] == statistics["zero_variance_groups"] == 1
+    assert math.isnan(statistics["majority_right"])
+
+
+def test_the_majority_is_the_only_reward():
+    with pytest.raises(Failure, match="--reward random: here the majority of a group decides"):
+        fork("majority_label").arguments(["--reward", "random"])
 
 
 def test_held_out_pairs_of_both_orders_are_other_ones(monkeypatch):
@@ -161,6 +269,40 @@ def test_an_update_of_both_orders_needs_an_even_number(monkeypatch):
     monkeypatch.setattr(grpo, "flags", both.flags)
     with pytest.raises(Failure, match="--mini-batch 9: an update has both orders"):
         both.arguments(["--batch", "9", "--mini-batch", "9"])
+
+
+@pytest.mark.parametrize(
+    "first, second",
+    [
+        ([1.0, 1.0], [-1.0, -1.0]),  # always the first response: each order alone teaches nothing
+        ([1.0, -1.0], [1.0, 1.5]),
+        ([1.0, math.nan], [0.5, -1.0]),
+        ([0.1, 0.1], [0.1, 0.1]),
+    ],
+)
+@pytest.mark.parametrize("kind", ["grpo", "drgrpo"])
+def test_pooled_orders_have_the_advantage_of_one_group(first, second, kind):
+    """Two neighbours are a group of 2G, whatever the next two are."""
+    rewards = torch.tensor([first, second, [1.0, -1.0], [-1.0, -1.0]], **D)
+    found = fork("pooled_orders").pooled_advantages(rewards, kind)
+    for at in (0, 2):
+        expected = grpo.advantages(torch.cat([rewards[at], rewards[at + 1]])[None], kind)
+        assert torch.equal(found[at : at + 2].flatten(), expected[0])
+    # 1, -1, -1, -1 have the mean -.5 and the standard deviation 1.
+    assert found[2].tolist() == pytest.approx([1.5, -0.5], rel=1e-5)
+
+
+def test_a_pair_without_variance_is_one_in_both_orders():
+    """A fixed habit of order is zero variance in each order, and not in the pair."""
+    rewards = {"A": 1.0, "B": -1.0}
+
+    def sample(rows, step, group_size, temperature):
+        return [group(*[rewards[row]] * group_size, label=row) for row in rows]
+
+    args = SimpleNamespace(batch=4, group_size=2, seed=0, both_orders=0.0)
+    for rows, share in ((["A", "B"] * 2, 0), (["A", "A"] * 2, 1)):
+        groups, statistics = fork("pooled_orders").collect_groups(sample, rows, 0, args)
+        assert len(groups) == 4 and statistics == {"zero_variance_groups": share}
 
 
 @pytest.mark.parametrize("attempts, rounds", [(1, 2), (3, 2)])

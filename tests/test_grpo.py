@@ -12,11 +12,12 @@ import grpo
 import sft
 from forks import rloo
 from grpo import advantages, grpo_loss
+from judge import soundness
 from lib import chat
 from lib.engine import check_mismatch
 from lib.files import Failure, seed_of
 from lib.pairs import Pair
-from rubrics import PromptStyle
+from rubrics import PromptStyle, parse
 
 D = dict(dtype=torch.float64)
 
@@ -400,6 +401,81 @@ def group(*rewards, label="A", verdicts=""):
         grpo.Rollout(row, np.array([3]), np.array([-1.0]), True, verdict, reward)
         for reward, verdict in zip(rewards, verdicts or [None] * len(rewards))
     ]
+
+
+TRUTH = {
+    "criterion": "Count", "target": "2", "quote_a": "kiwi fig", "value_a": "2", "quote_b": "plum", "value_b": "1",
+}  # fmt: skip
+KNOWN = Pair("1", USER, "Sure kiwi fig", "Sure plum", "A", type="chat", meta=TRUTH)
+UNKNOWN = Pair("2", USER, "Sure kiwi fig", "Sure plum", "A", type="chat", meta={"target": "2"})
+SOUND = (
+    "<type>Chat</type><rubric>Count 90%: 2 fruits</rubric><eval><quote_A>kiwi fig</quote_A> 2 is A and "
+    "<quote_B>plum</quote_B> 1 is B so 2 is A</eval><answer>[[A]]</answer>"
+)
+SHORTCUT = SOUND.replace("Count", "Manners")
+TURNED = SOUND.replace("[[A]]", "[[B]]")
+
+
+@pytest.mark.parametrize(
+    "pair, text, whole, half, sound",
+    [
+        (KNOWN, SOUND, 1, 1, True),
+        (KNOWN, SHORTCUT, -1, 0, False),  # right for another reason
+        (KNOWN, TURNED, -1, -1, False),
+        (KNOWN.swapped(), SOUND, -1, -1, False),  # copied from the other order
+        (KNOWN, "", -1, -1, False),
+        (UNKNOWN, SHORTCUT, 1, 1, None),  # paid for its verdict
+        (UNKNOWN, TURNED, -1, -1, None),
+    ],
+)
+def test_the_reward_for_reasons(pair, text, whole, half, sound, monkeypatch):
+    """By hand, with reasons that are all of the reward and half of it."""
+    args = SimpleNamespace(reward="sound")
+    judgment = parse(text)
+    assert soundness.right_and_sound(judgment, pair) is sound
+    assert grpo.reward_of(text, judgment, pair, 9, None, args) == whole
+    monkeypatch.setattr(soundness, "REASONS_WEIGHT", 0.5)
+    assert grpo.reward_of(text, judgment, pair, 9, None, args) == half
+
+
+@pytest.mark.parametrize("reward", ["verdict", "sound", "random"])
+def test_the_log_says_how_many_are_right_for_a_sound_reason(reward, monkeypatch):
+    """Under every reward, of the pairs whose reason is known; without one there is no such column."""
+    texts = [SOUND, SHORTCUT, TURNED, SOUND, SHORTCUT, SHORTCUT]
+    rows = [grpo.Row(pair, np.array([1])) for pair in (KNOWN, KNOWN, UNKNOWN)]
+    sample = SimpleNamespace(tokens=np.array([3]), logprobs=np.array([-1.0]), finished=True)
+    engine = SimpleNamespace(generate=lambda prompts, *_: [sample for _ in prompts])
+    left = iter(texts)
+    monkeypatch.setattr(grpo, "decode_sample", lambda *_: next(left))
+    monkeypatch.setattr(grpo, "all_gather", lambda mine: [mine])
+    args = SimpleNamespace(seed=0, max_response=8, reward=reward)
+    groups = grpo.sample_groups(engine, None, [], args, 0, 1, rows, 0, group_size=2)
+    assert grpo.accuracy(groups) == pytest.approx(
+        {"accuracy": 5 / 6, "no_verdict": 0, "sound": 2 / 4}
+    )
+    assert grpo.accuracy(groups[:1], "val_") == pytest.approx(
+        {"val_accuracy": 1, "val_no_verdict": 0, "val_sound": 1 / 2}
+    )
+    assert set(grpo.accuracy(groups[2:])) == {"accuracy", "no_verdict"}
+    if reward == "sound":
+        assert [[r.reward for r in group] for group in groups] == [[1, -1], [-1, 1], [1, 1]]
+
+
+@pytest.mark.parametrize("pairs", [[UNKNOWN], [UNKNOWN, KNOWN]])
+def test_the_reward_for_reasons_needs_a_pair_whose_reason_is_known(pairs, monkeypatch):
+    rows = [grpo.Row(pair, np.array([1])) for pair in pairs]
+    monkeypatch.setattr(grpo, "tokenize_prompts", lambda *_: (pairs, rows))
+    monkeypatch.setattr(grpo, "window_of", lambda config: 8192)
+    args = grpo.arguments(["--reward", "sound", "--data", "mine.jsonl", "--batch", "1",
+                           "--mini-batch", "1", "--max-response", "512"])  # fmt: skip
+    read = lambda: grpo.read_data(args, None, None, None, 1)
+    if KNOWN in pairs:
+        assert read().rows == rows
+        return
+    with pytest.raises(Failure, match="--reward sound: no pair of mine.jsonl says what its true"):
+        read()
+    args.reward = "verdict"
+    assert read().rows == rows
 
 
 def test_a_group_has_zero_variance_where_nothing_can_be_compared():

@@ -13,7 +13,7 @@ MAY_IMPORT = {
     "scripts": {"lib", "rubrics", "judge"},
     "serve": {"lib", "rubrics", "judge", "scripts", "serve"},
     "data": {"lib", "rubrics", "judge", "data"},
-    "forks": {"lib", "rubrics", "grpo"},
+    "forks": {"lib", "rubrics", "judge", "grpo", "forks"},
     "tools": {"lib", "rubrics", "judge", "scripts", "tools", "data", "bench"},
 }
 TOP = {"rubrics.py", "sft.py", "grpo.py", "eval.py", "rmr1.py"}

@@ -637,6 +637,20 @@ def test_pairs_worth_a_label(cli, tmp_path, monkeypatch):
     )
 
 
+@pytest.mark.parametrize("flags, greedy", [((), True), (("--no-greedy",), False)])
+def test_all_votes_of_a_selection_may_be_sampled(flags, greedy, tmp_path, monkeypatch):
+    """A judge whose greedy judgments are a habit agrees with itself; only sampled votes dispute them."""
+    model = Model()
+    model.model, model.folder, model.about = "m", None, lambda: None
+    monkeypatch.setattr(rmr1, "make_backend", lambda *_, **__: model)
+    data = tmp_path / "pairs.jsonl"
+    pairs = [{"prompt": "q", "a": "is 1", "b": f"is {n}"} for n in (2, 3, 4)]
+    data.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    ask = ("select", "--data", data, "--model", "m", "--protocol", "instruct", "--base-url", "x")
+    call(rmr1, *ask, *flags)
+    assert (0.0 in {temperature for *_, temperature in model.asked}) == greedy
+
+
 @pytest.fixture
 def no_key():
     """A server that knows nobody."""

@@ -4,6 +4,7 @@ import importlib
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -154,6 +155,25 @@ def test_what_learns_is_what_samples(model, ranks, tmp_path):
     merged = dict(policy.weights())["model.layers.0.mlp.up_proj.weight"]
     arrived = merged.float() - layer.weight.float()
     assert update.abs().min() > 0 and (arrived == 0).float().mean() > 0.3
+
+
+def test_the_log_says_how_much_of_an_update_arrives(model, ranks):
+    """The share of the entries that merging changes: 0 at the start, and small where rounding takes most away.
+    In fp32 nearly all change."""
+    shares = {}
+    for dtype, std in [(torch.bfloat16, s) for s in (0, 1e-4, 0.05)] + [(torch.float32, 1e-4)]:
+        policy = set_adapters(load(model[1], dtype), std)
+        merged = dict(policy.weights())
+        layers = lora.adapted_layers(policy.lm)
+        differ = [merged[f"{name}.weight"] != layer.weight for name, layer in layers.items()]
+        (share,) = policy.lora_changed().values()
+        assert share == torch.cat([d.flatten() for d in differ]).double().mean()
+        shares[dtype, std] = share
+    assert shares[torch.bfloat16, 0] == 0 < shares[torch.bfloat16, 1e-4] < 0.7
+    assert min(shares[torch.bfloat16, 0.05], shares[torch.float32, 1e-4]) > 0.9
+    full = P.load_policy(model[1], CPU, torch.float32)
+    list(full.weights())
+    assert full.lora_changed() == {}
 
 
 def test_the_frozen_head_has_no_gradient(ranks):
@@ -309,6 +329,32 @@ def test_frozen_weights_wait_in_host_memory(model, ranks):
     assert torch.equal(policy(batch), logp), "without --offload nothing moves"
 
 
+def test_the_host_copy_is_as_large_as_what_it_copies(monkeypatch):
+    """Pinned in one piece: torch's own pinned memory would round each tensor up to a power of two."""
+    pinned = []
+
+    def register(address, size, flags):
+        pinned.append((address, size))
+        return "success"
+
+    cudart = SimpleNamespace(cudaHostRegister=register)
+    monkeypatch.setattr(P.dist, "CUDA", True)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: cudart)
+    monkeypatch.setattr(torch.cuda, "check_error", lambda error: None)
+    shapes = [(0, 7), (1,), (96, 288), (3, 5, 7), (2**9 + 1, 2**9 + 1), (288,)]
+    types = [torch.bfloat16, torch.float32]
+    tensors = [torch.randn(shape).to(types[n % 2]) for n, shape in enumerate(shapes)]
+    copies = P.copy_to_host(tensors)
+    ((address, size),) = pinned
+    wanted = sum(tensor.nbytes for tensor in tensors)
+    assert wanted <= size < wanted + 512 * len(tensors)
+    for tensor, copy in zip(tensors, copies, strict=True):
+        assert torch.equal(tensor, copy) and tensor.dtype == copy.dtype
+        if copy.nbytes:
+            assert address <= copy.data_ptr() <= address + size - copy.nbytes
+    assert P.copy_to_host([]) == [] and len(pinned) == 1, "a full run has nothing to copy"
+
+
 # ---------------------------------------------------------------- files
 
 
@@ -336,8 +382,10 @@ def test_the_merged_model_and_the_adapter_give_the_policys_log_probs(model, rank
         P.save_model(trained, folder, tmp_path / "merged", dtype)
         one, two = (load(start, dtype) for start in (adapter, tmp_path / "merged"))
         assert torch.equal(one(batch), trained(batch)) and torch.equal(two(batch), one(batch))
-    full = P.load_policy(adapter, CPU, torch.float32)
-    assert torch.equal(full(batch), logp)
+        # A full run, whose weights are kept in fp32, starts from the weights that were sampled, too.
+        for trainable in (True, False):
+            full = P.load_policy(adapter, CPU, dtype, trainable=trainable)
+            assert torch.equal(full(batch), trained(batch))
 
 
 def test_no_adapter_where_its_base_is_in_no_folder(model, ranks, tmp_path, capsys):
@@ -541,7 +589,7 @@ def test_grpo_with_adapters(judged, toy, tmp_path):
     """Trainer and engine agree in every step, the reference is where the run began, and --offload, which
     empties the base while vLLM samples, and a second life change nothing."""
     rows = grpo_run(judged, toy, tmp_path / "one", "--steps", 3)
-    assert all(row["mismatch_mean"] < 1e-5 for row in rows)
+    assert all(row["mismatch_mean"] < 1e-5 and 0 < row["lora_changed"] <= 1 for row in rows)
     assert 0 < rows[0]["kl"] < rows[2]["kl"]
     assert len({row["samples_digest"] for row in rows}) == 3
 

@@ -51,10 +51,11 @@ def page(tmp_path_factory):
                                 if d == "code" and c == r == 0
                                 else ("AB"[order] if right else "BA"[order])
                             )
+                            quote = "nowhere" if d == "math" else f"right {c}"
                             text = (
                                 f"<type>Chat</type><rubric>Help 90%: helps\nTone 10%: kind"
                                 f"<justify>because</justify></rubric>"
-                                f"<eval><quote_A>right {c}</quote_A> is better</eval>"
+                                f"<eval><quote_A>{quote}</quote_A> is better</eval>"
                                 + (f"<answer>[[{verdict}]]</answer>" if verdict else "")
                             )
                             lines.append(
@@ -130,6 +131,9 @@ def test_a_browser_shows_every_part(page, tmp_path):
         "<mark>right",
         '<span class="weight">90%</span>',
         "why these",
+        'id="reasons"',
+        "and sound",
+        '<span class="fault">quotes fails</span>',
         "models/showy",
     ):
         assert part in body, part
@@ -145,6 +149,7 @@ def test_the_browser_of_judgments_filters(page, tmp_path):
         ("#kind=wrong", 12),
         ("#kind=no_verdict", 1),
         ("#kind=right", 23),
+        ("#kind=unsound", 6),  # of math, whose quotes stand nowhere
         ("#kind=wrong&run=0", 0),
         ("#kind=wrong&subset=rm-bench / math", 3),
         ("#search=question safety", 9),

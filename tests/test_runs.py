@@ -528,3 +528,22 @@ def test_a_folder_with_nothing_but_a_lock_takes_the_next_run(settings):
     assert [path.name for path in R.Path(args.out).iterdir()] == [".lock"]
     files.LOCKED.clear()
     lib_run.open_run(args, *more)
+
+
+@pytest.mark.parametrize("name", lib_run.TRACKERS)
+def test_log_to_a_library_that_is_not_installed_gets_a_sentence(name, settings, monkeypatch):
+    args, *more = settings
+    args.log_to = name
+    monkeypatch.setitem(sys.modules, name, None)  # as Python has it for what cannot be imported
+    with pytest.raises(Failure, match=f"--log-to {name}: .*pip install {name}"):
+        lib_run.open_run(args, *more)
+
+
+def test_log_to_may_change_when_a_run_goes_on(settings):
+    args, *more = settings
+    config = lib_run.open_run(args, *more)
+    out = R.Path(args.out)
+    (out / "config.json").write_text(json.dumps(config | {"log_to": "wandb", "log_id": "x"}))
+    (out / "metrics.jsonl").write_text('{"step": 0}\n')
+    (out / "state/step_000002").mkdir(parents=True)
+    lib_run.open_run(args, *more)

@@ -41,7 +41,8 @@ from rubrics import prompt_style
 from tools.cost import CARDS, THIS, Sampling, Work, card_named, step_seconds
 from tools.trace import CPU, grpo_update, made_up_groups, sft_update, trace
 
-GB = 2**30
+# Memory is counted in GiB. GB, which are 1e9 bytes, are in the names of cards and in rates alone.
+GIB = 2**30
 
 # What the allocator keeps: the blocks of embedding and head, gathered and reduced on streams of their own. In
 # multiples of their fp32 bytes: 3.8 measured with 7B, 14B and 32B, 2.4 with expandable segments, rounded up.
@@ -50,9 +51,9 @@ KEPT, KEPT_EXPANDABLE = 4.0, 2.5
 # whole, 32B on two ranks); with expandable segments .23 in shards, and .09 where a rank holds the whole base.
 KEPT_ADAPTERS, KEPT_ADAPTERS_EXPANDABLE = 0.3, 0.25
 # The driver, NCCL and vLLM's graphs.
-BESIDE = 3 * GB
+BESIDE = 3 * GIB
 # What vLLM needs on a card beside its weights and its cache.
-ENGINE_OWN = 2 * GB
+ENGINE_OWN = 2 * GIB
 
 
 def flags():
@@ -63,7 +64,7 @@ def flags():
     arg(
         "--gb",
         type=number(float, 0, above=True),
-        help="memory of a card; default: of --card, of this one, else 80",
+        help="memory of a card as its maker says it; default: of --card, of this one, else 80",
     )
     arg("--card", help=f"estimate time and price on {', '.join(CARDS)}, or {THIS} (measured)")
     arg(
@@ -244,12 +245,14 @@ def check_fit(args, traced, parameters, config, longest, shard, card_gb=None):
         sampling = sampling_memory(args, traced, parameters, card)
         held["sampling"] = (sampling, sampling + BESIDE)
 
-    print("a rank has " + ", ".join(f"{k} {v / GB:.1f} GB" for k, v in traced.lives.items() if v))
+    print("a rank has " + ", ".join(f"{k} {gib(v)}" for k, v in traced.lives.items() if v))
+    if getattr(args, "offload", False):
+        print(f"what it keeps in host memory (--offload) takes up to {gib(host_memory(traced))}")
     for name, (live, total) in held.items():
         print(
-            f"  {name:<9} {live / GB:6.1f} GB live, about {total / GB:.0f} GB of the card's {card / GB:.0f}"
+            f"  {name:<9} {live / GIB:6.1f} GiB live, about {total / GIB:.0f} of the card's {card / GIB:.1f}"
         )
-    has = f"more than the card's {card / GB:.0f} GB"
+    has = f"more than the card's {gib(card)}"
     offload = ", give --offload" if is_grpo and not args.offload else ""
     ranks_more = f", or use more than {shard} ranks"
     if held["learning"][1] > card:
@@ -261,14 +264,14 @@ def check_fit(args, traced, parameters, config, longest, shard, card_gb=None):
             + ranks_more
         )
     if not is_grpo:
-        print(f"it fits, with {(card - held['learning'][1]) / GB:.0f} GB to spare")
+        print(f"it fits, with {(card - held['learning'][1]) / GIB:.0f} GiB to spare")
         return
 
     free = (card - idle_memory(args, traced) - BESIDE) / card  # share that vLLM can have
     needs, share = engine_memory(args, parameters, config, longest), args.engine_memory * card
     if needs > share:
         raise Failure(
-            f"vLLM needs about {needs / GB:.0f} GB, more than --engine-memory {args.engine_memory:g} of "
+            f"vLLM needs about {needs / GIB:.0f} GiB, more than --engine-memory {args.engine_memory:g} of "
             f"the card: raise it (the trainer leaves {free:.2f}){offload}, or spread an engine over more "
             f"ranks than --tp {args.tp}"
         )
@@ -279,8 +282,8 @@ def check_fit(args, traced, parameters, config, longest, shard, card_gb=None):
         )
     cache = share - engine_weights(args, parameters) - ENGINE_OWN
     print(
-        f"it fits, with {(card - max(total for _, total in held.values())) / GB:.0f} GB to spare; vLLM's cache "
-        f"holds {cache / token_bytes(args, config) / longest:.0f} texts of {longest:,} tokens, and "
+        f"it fits, with {(card - max(total for _, total in held.values())) / GIB:.0f} GiB to spare; vLLM's cache "
+        f"holds {cache / token_bytes(args, config) / longest:.0f} sequences of {longest:,} tokens, and "
         f"--engine-memory may be up to {free:.2f}"
     )
 
@@ -294,6 +297,16 @@ def lower_the_tokens(args, longest):
     else:
         flags_to_lower = f"--max-prompt {args.max_prompt} and --max-response {args.max_response}"
     return f"lower {flags_to_lower} (a sequence of {longest:,} tokens is computed at once)"
+
+
+def gib(count):
+    """A number of bytes in words."""
+    return f"{count / GIB:.1f} GiB"
+
+
+def host_memory(traced):
+    """Bytes that --offload keeps in host memory for a rank: frozen weights in one piece, and Adam's moments."""
+    return traced.frozen + traced.lives["reference"] + traced.lives["Adam"]
 
 
 def card_bytes(gb):
@@ -386,7 +399,7 @@ def print_cost(args, own, card, plan, config, parameters, traced, run, tokens):
         said += (
             f" ({alone / total:.2f} times as many with a prompt for every judgment); "
             f"{plan.rows * plan.group * plan.mean_answer:,} tokens are sampled after "
-            f"{plan.rows * int(plan.prompts.mean()):,} of prompts; {work.sync / 1e9:.3g} GB of weights "
+            f"{plan.rows * int(plan.prompts.mean()):,} of prompts; {work.sync / GIB:.3g} GiB of weights "
             "go to each engine"
         )
     print(said)
@@ -437,7 +450,7 @@ def sampling_work(args, own, card, plan, config, parameters):
     weights, token = engine_weights(args, parameters), token_bytes(args, config)
     most, cache = AT_ONCE, args.engine_memory * card.gb * 1e9 - weights - ENGINE_OWN
     if own.card == THIS and not ranks.CUDA:
-        most, cache = AT_ONCE_ON_CPU, GB
+        most, cache = AT_ONCE_ON_CPU, GIB
     room = cache / (token * (prompt / plan.group + answer))  # a group shares its prompt
     return Sampling(
         prompts=plan.rows / engines,

@@ -1,0 +1,214 @@
+"""
+Is a judgment right for a sound reason? What can be checked of its reasons without another model. Text only.
+
+A verdict is right or wrong by its label. A **reason** can be checked where more is known of the pair: all of it
+in the synthetic worlds, whose pairs carry their truth in `meta` (data/toy.py), and parts of it elsewhere. The
+report and the reward for reasons use this one definition.
+
+Truth of a synthetic pair, in its order: "solution" (reasoning pairs: every step) or "criterion" (chat pairs:
+the one that decides), "target" (the value that decides), and of each response "quote_a" (the words that
+decide) and "value_a" (what they amount to), all of them texts.
+"""
+
+import functools
+import re
+
+from rubrics import parse, verbatim, verdict_reward
+
+# What is known of a pair beside its label, as fields of its meta; "answer" is the reference answer of a real one.
+SIDES = {"target", "quote_a", "quote_b", "value_a", "value_b"}
+TRUTH = SIDES | {"solution", "criterion", "answer"}
+
+# What a synthetic judgment says behind each quote and at its end: "<quote_A> 7</quote_A> 7 is A", "so 7 is A".
+VALUE_OF = {
+    "A": re.compile(r"<quote_A>[^<]*</quote_A>\s*(\S+) is A\b"),
+    "B": re.compile(r"<quote_B>[^<]*</quote_B>\s*(\S+) is B\b"),
+}
+CONCLUSION = re.compile(r"\bso (\S+) is ([AB])\s*$")
+# A word of an answer: a number with its sign and fraction, or letters.
+ANSWER_WORD = re.compile(r"[-+]?\w+(?:[./]\w+)*")
+COVERED = 0.5  # of the weight of an oracle's rubric
+EMPTY_WORDS = {"with", "from", "that", "this", "their", "than", "when", "which", "into"}
+
+
+def knows_reason(pair):
+    """True if everything that makes a reason sound is known of this pair: a synthetic one with its truth.
+
+    A field of the same name that is no text, in somebody's own rows, is none of ours.
+    """
+    known = {name for name in TRUTH if isinstance(pair.meta.get(name), str)}
+    return known >= SIDES and bool(known & {"solution", "criterion"})
+
+
+def check_reasons(judgment, pair):
+    """{check: does it hold?} of the checks that apply to this pair, in the order of a judgment.
+
+    judgment  a `rubrics.Judgment`
+    pair      in the order in which the judge saw it
+
+    A synthetic pair with its truth has all of:
+    type                   "Reasoning" or "Chat", as the pair is
+    solution or criterion  the solution word for word, every step; or the first criterion is the one that decides
+    target                 the first criterion (or the solution's end) and the conclusion name the value that
+                           decides, and the conclusion gives it to the side of the verdict
+    quotes                 word for word, and the words that decide are among them
+    values                 each side's value is the true one
+
+    Any other pair has those of which something is known. They are proxies: a judgment may pass them all and
+    still reason badly.
+    quotes    where the judgment quotes: word for word
+    answer    where meta["answer"] is the reference answer: the solution ends in it
+    criteria  where an oracle's trace has a weighted rubric: the judge's covers it, see `covers`
+    """
+    if knows_reason(pair):
+        return {
+            "type": judgment.type.lower() == pair.type.lower(),
+            **check_method(judgment, pair.meta),
+            "quotes": quotes_decide(judgment, pair),
+            "values": reads_values(judgment, pair.meta),
+        }
+    checks = {}
+    quotes = verbatim(judgment, pair)
+    if quotes:
+        checks["quotes"] = all(quotes)
+    answer = pair.meta.get("answer")
+    if isinstance(answer, str) and ANSWER_WORD.search(answer):
+        checks["answer"] = ends_in(judgment.solution, answer)
+    weights = oracle_weights(pair.trace)
+    if weights:
+        checks["criteria"] = covers(judgment.rubric, weights)
+    return checks
+
+
+def is_sound(checks):
+    """True if every check holds."""
+    return all(checks.values())
+
+
+def first_fault(judgment, pair, checks):
+    """A short name of the first check that fails, e.g. "criterion Style"; "" where all hold.
+
+    A rubric that should not be there, or should be another, has the name of its first criterion: what the judge
+    goes by says more than the task type that it wrote in front.
+    """
+    fault = next((name for name, holds in checks.items() if not holds), "")
+    if fault in ("type", "criterion") and judgment.rubric:
+        return f"criterion {judgment.rubric[0][0][:30]}"
+    if fault == "type":
+        return f"type {judgment.type[:30]}" if judgment.type else "no type"
+    return "no criterion" if fault == "criterion" else fault
+
+
+# ---------------------------------------------------------------- the reward
+
+REASONS_WEIGHT = 1.0  # 0: all of the reward is for the verdict; 1: all is for its reasons, too
+
+
+def sound_reward(judgment, pair):
+    """The reward for reasons, --reward sound of grpo.py: -1 to 1. Without a known reason, that of the verdict.
+
+    (1 - w) x verdict + w x reasons, with w = REASONS_WEIGHT. `verdict` is +1 if the verdict is right, else -1;
+    `reasons` is +1 if the verdict is right and the reasons are sound, else -1. Sound reasons
+    for a wrong verdict earn no more than others.
+    """
+    verdict = verdict_reward(judgment, pair.label)
+    sound = right_and_sound(judgment, pair)
+    if sound is None:
+        return verdict
+    return (1 - REASONS_WEIGHT) * verdict + REASONS_WEIGHT * (1.0 if sound else -1.0)
+
+
+def right_and_sound(judgment, pair):
+    """True if the verdict is right and the reasons are sound; None where the pair's reason is not known."""
+    if not knows_reason(pair):
+        return None
+    return verdict_reward(judgment, pair.label) > 0 and is_sound(check_reasons(judgment, pair))
+
+
+# ---------------------------------------------------------------- synthetic pairs
+
+
+def check_method(judgment, truth):
+    """The checks of how a judgment decides: its solution or criterion, and the value that it looks for."""
+    if isinstance(truth.get("solution"), str):
+        name = "solution"
+        steps = judgment.solution.split()
+        holds = steps == truth["solution"].split()
+        wanted = steps[-1:]
+    else:
+        name = "criterion"
+        criterion, _, text = judgment.rubric[0] if judgment.rubric else ("", None, "")
+        holds = criterion == truth["criterion"]
+        wanted = text.split()[:1]
+    conclusion = CONCLUSION.search(judgment.eval)
+    value, side = conclusion.groups() if conclusion else (None, None)
+    target = truth["target"]
+    reached = wanted == [target] and value == target and side == judgment.verdict
+    return {name: holds, "target": reached}
+
+
+def quotes_decide(judgment, pair):
+    """True if all quotes are word for word, and of each response one holds the words that decide."""
+    if not all(verbatim(judgment, pair)):
+        return False
+    cited_a = map(spaced, judgment.quotes["A"])
+    cited_b = map(spaced, judgment.quotes["B"])
+    words_a = spaced(pair.meta["quote_a"])
+    words_b = spaced(pair.meta["quote_b"])
+    return any(words_a in quote for quote in cited_a) and any(words_b in quote for quote in cited_b)
+
+
+def spaced(text):
+    """The words of a text with one space around each, so that one such text holds another by whole words."""
+    return f" {' '.join(text.split())} "
+
+
+def reads_values(judgment, truth):
+    """True if the judgment gives each response one value behind its quote, the true one."""
+    value_a = VALUE_OF["A"].findall(judgment.eval)
+    value_b = VALUE_OF["B"].findall(judgment.eval)
+    return value_a == [truth["value_a"]] and value_b == [truth["value_b"]]
+
+
+# ---------------------------------------------------------------- other pairs
+
+
+def ends_in(solution, answer):
+    """True if the last words of a solution are the answer. Punctuation and capitals do not count; 0.5 and 1/2
+    are different answers here."""
+    written = ANSWER_WORD.findall(solution.casefold())
+    reference = ANSWER_WORD.findall(answer.casefold())
+    return written[-len(reference) :] == reference
+
+
+@functools.lru_cache(4096)  # a pair is judged in both orders and several times
+def oracle_weights(trace):
+    """{criterion: weight} of the rubric in an oracle's trace. Lines without a weight are no criteria."""
+    rubric = parse(trace).rubric if trace else []
+    return {name: weight for name, weight, _ in rubric if weight}
+
+
+def covers(rubric, weights):
+    """Does a rubric cover an oracle's? True if half of the oracle's weight, or more, is on criteria whose name
+    shares a content word with the name of one of the judge's.
+
+    Words are compared, not meanings: "clear" does not cover "clarity", and a rubric of very many criteria
+    covers any.
+
+    rubric   as `rubrics.Judgment.rubric`
+    weights  {criterion of the oracle: its weight}, not empty
+    """
+    named = set()
+    for name, *_ in rubric:
+        named |= content_words(name)
+    covered = sum(weight for name, weight in weights.items() if content_words(name) & named)
+    return covered >= COVERED * sum(weights.values())
+
+
+def content_words(name):
+    """The words of a criterion's name, in lower case, without the short and empty ones."""
+    words = set()
+    for word in re.findall(r"\w+", name.lower()):
+        if len(word) > 3 or not word.isascii():
+            words.add(word)
+    return words - EMPTY_WORDS
