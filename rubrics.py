@@ -200,7 +200,8 @@ def prompt_style(folder, model, protocol=None, system_file=None, default=None):
     default      the protocol if neither the flag nor the model has one; None: raise Failure
 
     A model that this project has trained has its style in its folder's judge.json; of six released ones RELEASED
-    has it. Flags come before both. Nothing else is guessed from a model's name.
+    has it. Flags come before both; --protocol alone leaves the system prompt that a model has for that protocol,
+    because it was trained with it. Nothing else is guessed from a model's name.
     """
     # Where an adapter stands for its base, the judge's style lies beside the adapter.
     saved = (folder and read_judge_file(model)) or read_judge_file(folder)

@@ -11,6 +11,10 @@ is not that of a judgment, pass 2 gives a second teacher the right verdict and t
 suffix that never reaches the training prompt. Its answer is checked as well, and must not let on that it was
 told. What fails twice is kept apart. A teacher is an OpenAI-compatible server, or a local model by vLLM.
 
+A teacher is asked with our instruct prompt, or with --system-prompt. A judge in a folder is asked as its judge.json
+says, and a released RM-R1 checkpoint, by its id on the hub, with the published prompt (`rubrics.RELEASED`). One that
+is asked by another protocol than instruct does not write all that a trace needs, and is refused.
+
 Writes OUT/sft.jsonl (pairs with their trace), OUT/failed.jsonl, and every answer to OUT/journal.jsonl as it
 comes: a killed run continues from there and pays for nothing twice. The journal finds an answer by its whole
 request: another teacher, temperature, seed or length asks anew. A journal of another version of this project
@@ -50,7 +54,7 @@ from lib.files import (
 )
 from lib.model_files import find_model, fingerprint
 from lib.pairs import read_pairs
-from rubrics import PromptStyle, chat_messages, prompt_style
+from rubrics import RELEASED, PromptStyle, chat_messages, prompt_style
 
 # What pass 2 adds to the user's message.
 HINT = """
@@ -161,7 +165,7 @@ class Teacher:
 
     name   identifies its answers in the journal
     build  makes its backend; called when there is something to ask, because a local model takes minutes
-    style  how pass 1 asks it: for every part of a judgment, or a judge in a folder as its judge.json says
+    style  how it is asked, see `teacher_style`
     """
 
     name: str
@@ -193,8 +197,7 @@ def teacher_of(args, model, url, key_name, flag="--base-url"):
             flag=flag,
         )
 
-    folder = None if url else model
-    style = prompt_style(folder, model, None, args.system_prompt, default="instruct")
+    style = teacher_style(args, model, url)
     name = model
     if not url:  # a local model's answers depend on its precision, its window and its files too
         name += f" in {args.dtype}, window {args.max_len or 'its own'}"
@@ -202,6 +205,22 @@ def teacher_of(args, model, url, key_name, flag="--base-url"):
             folder = find_model(model)
             name += f", files {fingerprint(model, folder)} {prompt_fingerprint(folder)}"
     return Teacher(name, build, style)
+
+
+def teacher_style(args, model, url):
+    """How a teacher is asked, in both passes. Raises Failure for one whose answers cannot be traces.
+
+    A system prompt of --system-prompt comes before what a judge was trained with, its protocol included.
+    """
+    protocol = "instruct" if args.system_prompt else None
+    folder = None if url else model
+    style = prompt_style(folder, model, protocol, args.system_prompt, default="instruct")
+    if style.protocol != "instruct":
+        raise Failure(
+            f"teacher {model}: it is a judge of the protocol {style.protocol}, which does not ask for all parts of "
+            "a trace; name a file with a system prompt that does: --system-prompt"
+        )
+    return style
 
 
 def ask_teacher(teacher, requests, journal, args, title):
@@ -260,11 +279,15 @@ def distill(pairs, first, second, journal, args):
     Returns traces {pair id: (text, pass)}, failures {pair id: (text, reason)} and a Counter of reasons. A pair
     without an answer is in neither.
     """
-    messages = {pair.id: chat_messages(pair, first.style) for pair in pairs}
     traces, failures, reasons = {}, {}, Counter()
     for turn, teacher, samples in ((1, first, args.samples), (2, second, 1)):
         if teacher is None:
             break
+        messages = {pair.id: chat_messages(pair, teacher.style) for pair in pairs}
+        if turn == 2:
+            for pair in pairs:
+                hinted = with_hint(messages[pair.id], pair.label, *failures[pair.id])
+                messages[pair.id] = hinted
         keys = [(pair.id, turn, sample) for pair in pairs for sample in range(samples)]
         requests = {key: messages[key[0]] for key in keys}
         answers = ask_teacher(teacher, requests, journal, args, f"pass {turn}")
@@ -284,7 +307,6 @@ def distill(pairs, first, second, journal, args):
             failures[pair.id] = text, reason
             reasons[f"pass {turn}: {reason}"] += 1
             if reason != TOO_FEW_AGREE:  # a right judgment needs no repair
-                messages[pair.id] = with_hint(messages[pair.id], pair.label, text, reason)
                 to_repair.append(pair)
         pairs = to_repair
     return traces, failures, reasons
@@ -397,7 +419,10 @@ def print_results(out, pairs, traces, failures, reasons, journal, price):
 
 def print_estimate(pairs, out, args):
     """Print what a run would ask and cost. Without --tokenizer a token is taken to be 4 characters."""
-    style = teachers(args)[0].style
+    style = PromptStyle()
+    # The published prompt would have to be downloaded: ours stands for it.
+    if args.system_prompt or RELEASED.get(args.teacher) != "instruct":
+        style = teacher_style(args, args.teacher, args.base_url)
     if args.tokenizer:
         tokenizer, _ = load_tokenizer(args.tokenizer)
     prompt_tokens = 0

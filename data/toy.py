@@ -19,16 +19,17 @@ What the first pass writes in each `--world`, beside sound thoughts:
 looks     All kinds of pairs. .8 of the traces go by looks, which is right half of the time.
 leap      Chains of sums, and a fifth of chat. .6 of the chains' traces leap to the result, which is then hard
           to get right.
-shortcut  Chat. Each response says "Sure" or "Well", and nobody asks for that. .5 of the traces go by these
-          manners, and `--slips` of them think, but of a wrong target. In GRPO's pairs the right response says
-          Sure; in `--sft-parting` of SFT's the wrong one does. Tests: agree, part, same (both say the same).
+shortcut  Chat. Each response says "Sure" or "Well", and nobody asks for that. Half of the traces decide by these
+          manners. A share `--slips` of all traces thinks, but takes the wrong target. The others are sound. In
+          GRPO's pairs the right response says Sure; in `--sft-parting` of SFT's the wrong one does. Tests: agree,
+          part, same (both say the same).
 steps     Chains. .5 of the traces have the right result after wrong steps; in `--slips` of them all steps are
           right but the last.
 
 In `looks` and `leap` sound reasons are right more often than others, so a reward for right verdicts teaches them.
 In `shortcut` and `steps` they are right less often, because they slip, and the reward cannot see the difference.
-Wrong steps in `steps` are as easy to write as right ones (see `write_wrong_steps`). So with `--slips 0` neither
-pays more there.
+Wrong steps in `steps` are as easy to write as right ones (see `write_wrong_steps`). With `--slips 0`, right and
+wrong steps earn the same reward in `steps`.
 
     python data/toy.py --world shortcut --parting 0.05                            # of GRPO's pairs, 5 % part
     python data/toy.py --world shortcut --parting 0.5 --sft-parting 0.5           # a control: manners say nothing
@@ -66,11 +67,8 @@ KINDS = {
 }
 ALL_KINDS = sorted(set(sum(KINDS.values(), [])))
 MANNERS = ("Sure", "Well")  # how a response begins in `shortcut`
-SOURCES = (
-    "agree",
-    "part",
-    "same",
-)  # the pairs of `shortcut`: the right one says Sure, the wrong one, both alike
+# Who says Sure: the right response, the wrong one, or both say the same.
+SOURCES = ("agree", "part", "same")
 # The flags of some worlds only.
 WORLDS_OF = {
     "slips": ("shortcut", "steps"),

@@ -7,11 +7,13 @@ Paying for reasons beside the verdict is RationaleRM's idea (arXiv 2602.04649), 
 both have a larger model compare the reasons with a person's. Here programs check what needs no model
 (judge/soundness.py): each quote is in the response that it names, the solution ends in the pair's reference
 answer, the rubric covers the oracle's criteria. So the fork sees a text that nobody wrote and a result that
-cannot be, and it does not see which reason decides: a true quote of something that does not matter passes.
+is not the reference, and it does not see which reason decides: a true quote of something that does not matter
+passes, and so does a solution that ends in the words of the answer and says that they are wrong.
 
 A check counts only where it applies, and a judgment to which none applies gets its verdict's reward. So whoever
-quotes nothing avoids one check; where quotes are the only check, that also gives up the 1. Of pairs with a
-known reason (data/toy.py) the checks are the exact ones; `data/toy.py --truth 0` leaves the proxies.
+quotes nothing, or two words at most, avoids one check; where quotes are the only check, that also gives up the
+1. Of pairs with a known reason (data/toy.py) the checks are the exact ones, and most of them pay without the
+others; `data/toy.py --truth 0` leaves the proxies.
 
 Replaces grpo.reward_of.
 """

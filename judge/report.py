@@ -883,7 +883,7 @@ def page_examples(runs, count):
                         "run": place,
                         "scores": line.get("scores"),
                         "checks": {} if "scores" in line else reasons.checks,
-                        "fault": reasons.fault,
+                        "fault": "" if "scores" in line else reasons.fault,
                         **{name: line[name] for name in LINE_FIELDS},
                     }
                     judgments[line["id"]].append(example)

@@ -202,7 +202,7 @@ def merge_adapter(lm, folder, dtype):
 
     folder  in PEFT's format, of this project or another
     dtype   in which the sum is rounded. Weights that are kept in fp32 then hold what the run that
-            trained the adapter has sampled with and saved
+            trained the adapter has sampled with and saved, if it had the same --dtype
     """
     config = read_adapter_config(folder)
     scale = config["lora_alpha"] / config["r"]

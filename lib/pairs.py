@@ -10,7 +10,6 @@ or rename, they note. Text only, no torch.
 import functools
 import hashlib
 import json
-import math
 import re
 import sys
 from collections import Counter
@@ -618,7 +617,8 @@ def pair_of(row, default_id, notes=None):
     code         {"input", "accepted", "rejected"} (Code-Preference-Pairs)
     math         {"prompt", "initial_reason_steps", "full_chosen", "full_rejected"} (Math-Step-DPO)
     scored       {"context", "response1", "response2", "overall_preference"} (HelpSteer3)
-    tie          {"a", "b", "label": "tie"}, an overall_preference of 0, or equal scores: its label is None
+    tie          {"a", "b", "label": "tie"}; without a label, an overall_preference of 0 or equal scores: its
+                 label is None. A published row cannot be a tie
     published    {"context_messages": [...], "winner": "model_a" | "model_b"} (RM-R1), and its SFT rows, where
                  `winner` is the oracle's trace and `ground_truth` the label
 
@@ -640,12 +640,15 @@ def pair_of(row, default_id, notes=None):
             f"fields ({names})"
         )
     strength = strength_of(row)
-    if strength == 0:
+    if strength == 0 and pair.messages is not None:
+        raise ValueError("its scores are equal, but a published prompt has a winner")
+    if strength == 0 and form != ("a", "b"):  # that form has a label of its own
         pair = replace(pair, label=None)
-    elif strength is not None:
+    elif strength:
         pair = replace(pair, meta=pair.meta | {"strength": strength})
-    if not is_number(pair.meta.get("strength", 1)):
-        raise ValueError("the strength in its meta is not a number")
+    said = pair.meta.get("strength", 1)
+    if not is_finite(said) or said <= 0:
+        raise ValueError(f"the strength in its meta is {str(said)[:60]}, expected a number above 0")
     check_pair(pair)
     return pair
 
@@ -661,12 +664,12 @@ def strength_of(row):
     score less the other one's. Scores that contradict the preference say nothing of its strength.
     """
     differences = []
-    if is_number(row.get("overall_preference")):
+    if is_finite(row.get("overall_preference")):
         differences.append(abs(row["overall_preference"]))
     for better, worse in SCORE_COLUMNS:
-        if is_number(row.get(better)) and is_number(row.get(worse)):
+        if is_finite(row.get(better)) and is_finite(row.get(worse)):
             differences.append(row[better] - row[worse])
-    sound = (value for value in differences if 0 <= value < math.inf)
+    sound = (value for value in differences if is_finite(value) and value >= 0)
     return next(sound, None)
 
 
@@ -711,7 +714,7 @@ def pair_of_form(form, row, default_id, notes):
 def preference(row):
     """The label of a row whose `overall_preference` is below 0 for response1, above 0 for response2, 0 for neither."""
     score = row.get("overall_preference")
-    if not is_number(score) or math.isnan(score):
+    if not is_number(score) or score != score:  # NaN; math.isnan cannot take every whole number
         raise ValueError(f"overall_preference is {score!r}, which is no preference")
     if score == 0:
         return None
@@ -832,6 +835,11 @@ def holds_prose(value):
 
 def is_number(value):
     return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def is_finite(value):
+    """Is it a number, and no NaN, no infinity, and no whole number that is too large for a float?"""
+    return is_number(value) and abs(value) <= sys.float_info.max
 
 
 def id_and_origin(row, default_id):

@@ -178,17 +178,24 @@ class Policy(nn.Module):
         return [p for p in self.parameters() if not p.requires_grad]
 
 
+# What `copy_to_host` has pinned. It is kept: memory that is freed while it is pinned comes to its next
+# owner as pinned, and cannot be pinned again.
+PINNED = []
+
+
 def copy_to_host(tensors):
     """Copies of tensors in one piece of host memory, which is pinned where there is a card.
 
     Its size is the sum of theirs. torch's own pinned memory (`pin_memory=True`) rounds every block up
-    to a power of two, and would take up to twice as much. Stays until the process ends.
+    to a power of two, and would take up to twice as much. Pinned memory stays until the process
+    ends, also where the copies are dropped.
     """
     sizes = [-(-tensor.nbytes // 512) * 512 for tensor in tensors]  # each begins where any type may
     memory = torch.empty(sum(sizes), dtype=torch.uint8)
     if dist.CUDA and sizes:  # cards copy from pinned memory at full speed, and without waiting
         register = torch.cuda.cudart().cudaHostRegister
         torch.cuda.check_error(register(memory.data_ptr(), memory.nbytes, 0))
+        PINNED.append(memory)
     return [
         piece[: tensor.nbytes].view(tensor.dtype).view(tensor.shape).copy_(tensor)
         for tensor, piece in zip(tensors, memory.split(sizes))

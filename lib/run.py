@@ -43,7 +43,7 @@ from lib.files import (
     write_lines,
 )
 from lib.model_files import fingerprint
-from lib.pairs import is_number
+from lib.pairs import is_finite
 
 # The version of a run's folder: of the keys in config.json and the columns of metrics.jsonl.
 FORMAT = 3
@@ -262,11 +262,11 @@ class RunLog:
         self.bad_updates = 0  # in a row, without a finite gradient
         self.last = {}  # the last line
         self.timed, self.seconds, self.peak_gb = None, {}, 0.0
-        self.track, self.close = None, lambda: None
+        self.track = self.end_track = None
         if dist.get_rank() == 0:
+            config |= tracked_as(self.out, first_step, config.get("log_to"))
             if config.get("log_to"):
-                config["log_id"] = tracked_as(self.out, first_step)
-                self.track, self.close = open_tracker(self.out, first_step, config)
+                self.track, self.end_track = open_tracker(self.out, first_step, config)
             write_lines(self.out / "config.json", [json_text(config, indent=2)])
             (self.out / "stopped").unlink(missing_ok=True)
             for path in (self.out / "metrics.jsonl", self.out / "samples.jsonl"):
@@ -300,11 +300,26 @@ class RunLog:
         self.append("metrics.jsonl", [line])
         if self.track:
             step = line.pop("step")
-            numbers = {name: value for name, value in line.items() if is_number(value)}
-            self.track(
-                {name: numbers[name] for name in numbers if math.isfinite(numbers[name])}, step
-            )
+            numbers = {name: value for name, value in line.items() if is_finite(value)}
+            self.tell_tracker(self.track, numbers, step)
         self.seconds, self.last = {}, row
+
+    def close(self):
+        """No more lines come."""
+        if self.end_track:
+            self.tell_tracker(self.end_track)
+
+    def tell_tracker(self, tell, *given):
+        """Call a function of --log-to's library. If it fails, the run says so once and goes on without the library."""
+        try:
+            tell(*given)
+        except Exception as error:  # a network, a quota, a full disk: no reason to lose a run
+            self.track = self.end_track = None
+            print(
+                f"--log-to: {first_line(error)}; the run goes on without it, and metrics.jsonl has every line",
+                file=sys.stderr,
+                flush=True,
+            )
 
     def append(self, name, rows):
         """Add lines to a file of the run. rows: an iterable, read by the one rank that writes"""
@@ -355,11 +370,15 @@ def check_tracker(name):
         raise Failure(f"--log-to {name}: {first_line(error)}; pip install {name}") from error
 
 
-def tracked_as(out, first_step):
-    """The name of this run at a tracker: a new one for a new run, that of config.json for one that goes on."""
+def tracked_as(out, first_step, log_to):
+    """{"log_id": the name of this run at a tracker}; {} for a run that has none.
+
+    A run that goes on keeps that of its config.json, also while it goes without --log-to. A new run has a new one.
+    """
     path = out / "config.json"
     old = read_object(path) if first_step and path.is_file() else {}
-    return old.get("log_id") or f"{out.name}-{secrets.token_hex(4)}"
+    name = old.get("log_id") or (log_to and f"{out.name}-{secrets.token_hex(4)}")
+    return {"log_id": name} if name else {}
 
 
 def open_tracker(out, first_step, config):

@@ -400,6 +400,41 @@ def test_stages_side_by_side_wait_for_their_needs(at_once, tmp_path, monkeypatch
     assert re.fullmatch("[0-9a-f]{8}", code) and seconds < 60
 
 
+def test_the_digest_of_the_code_is_that_of_all_files_but_the_tests(tmp_path):
+    def git(*words):
+        person = ("-c", "user.name=x", "-c", "user.email=x@example.org")
+        subprocess.run(["git", *person, *words], cwd=tmp_path, check=True, capture_output=True)
+
+    def code_digest():
+        command = ["bash", "-c", f"echo {ablate.CODE_DIGEST}"]
+        return subprocess.check_output(command, cwd=tmp_path, text=True).strip()
+
+    def edit(name, text):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+        return code_digest()
+
+    git("init")
+    edit(".gitignore", "runs/\n")
+    edit("grpo.py", "1")
+    git("add", ".")
+    git("commit", "-m", "x")
+    first = code_digest()
+    assert edit("tests/test_x.py", "1") == first
+    assert edit("runs/x.py", "1") == first
+    assert edit("a.md", "1") == first
+    assert edit("grpo.py", "2") != first
+    assert edit("grpo.py", "1") == first
+
+    untracked = edit("forks/a.py", "1")
+    assert untracked != first
+    assert edit("forks/a.py", "2") != untracked
+    assert edit("forks/a.py", "1") == untracked
+    git("add", ".")
+    git("commit", "-m", "y")
+    assert code_digest() == untracked, "to commit a file does not change it"
+
+
 def test_a_kill_stops_all_that_run_and_both_go_on(tiny, tmp_path):
     out = tmp_path / "out"
     tiny += ["--at-once", 2]

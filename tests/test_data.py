@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from http.server import ThreadingHTTPServer
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -22,6 +23,7 @@ import distill as D
 import prepare as R
 import toy as T
 from conftest import ROOT, SHARED, Replies, call, environment, metrics, run
+from judge.backends import Answer
 from lib.files import Failure, parse_lines
 from lib.pairs import Pair, read_pairs
 from rubrics import chat_messages, parse
@@ -679,8 +681,6 @@ def pairs(tmp_path):
 @pytest.fixture
 def instant(monkeypatch):
     """Teachers without a server, which answer at once what .say(name, messages) says; .asked: their names."""
-    from judge.backends import Answer
-
     fake = SimpleNamespace(asked=[], say=lambda *_: Answer(GOOD.format(x="A"), "stop", 1, 1))
 
     def teacher(name):
@@ -782,8 +782,6 @@ def test_an_answer_counts_for_what_it_was_asked(instant, pairs, tmp_path, server
 def test_a_refusal_that_may_pass_is_no_answer(instant, pairs, tmp_path):
     """A teacher that refuses, in either pass: nothing of it is kept, its pairs are in neither file, and the
     last line says why; the same command asks for them again."""
-    from judge.backends import Answer
-
     for refuses, traces, calls in (
         (("one", "two"), 0, 20),
         (("two",), 10, 20 + 10),
@@ -867,6 +865,69 @@ def test_samples_agree_lengths_are_kept_and_a_dry_run_asks_nothing(teachers, pai
     assert sum(x["key"][1] == 1 for x in read(tmp_path / "out/journal.jsonl")) == 60
 
 
+def judge_folder(folder, **saved):
+    folder.mkdir()
+    (folder / "judge.json").write_text(json.dumps(saved))
+    return folder
+
+
+@pytest.fixture
+def no_files(monkeypatch):
+    """The folder of a teacher has a judge.json and nothing else."""
+    monkeypatch.setattr(D, "find_model", lambda model: model)
+    monkeypatch.setattr(D, "fingerprint", lambda *_: "weights")
+    monkeypatch.setattr(D, "prompt_fingerprint", lambda *_: "template")
+
+
+@pytest.fixture
+def prompts(instant):
+    """{name of a teacher: the system prompts that it was asked with}; their answers are wrong for half of the pairs"""
+    asked = {}
+
+    def say(name, messages):
+        asked.setdefault(Path(name).name, set()).add(messages[0]["content"])
+        return Answer(GOOD.format(x="A"), "stop", 1, 1)
+
+    instant.say = say
+    return asked
+
+
+def test_each_teacher_is_asked_in_its_own_style(prompts, no_files, pairs, tmp_path):
+    one = judge_folder(tmp_path / "one", protocol="instruct", system="I am one.")
+    two = judge_folder(tmp_path / "two", protocol="instruct", system="I am two.")
+    flags = ("--data", pairs, "--out", tmp_path / "out", "--teacher", one, "--teacher2", two)
+    call(D, *flags)
+    assert prompts == {"one": {"I am one."}, "two": {"I am two."}}
+
+
+@pytest.mark.parametrize("protocol", ["reasoning", "rubrics", "plain", "verdict"])
+def test_a_judge_whose_judgments_have_not_all_parts_is_no_teacher(
+    prompts, no_files, protocol, pairs, tmp_path
+):
+    judge = judge_folder(tmp_path / "judge", protocol=protocol, system=None)
+    flags = ("--data", pairs, "--out", tmp_path / "out", "--teacher", judge)
+    for more in ((), ("--dry-run",)):
+        refused(call(D, *flags, *more, ok=False), "--system-prompt", protocol)
+    assert not prompts and not (tmp_path / "out").exists()
+
+    system = tmp_path / "system.txt"
+    system.write_text("All parts, please.")
+    call(D, *flags, "--system-prompt", system)
+    assert prompts == {"judge": {"All parts, please."}}
+
+
+@pytest.mark.parametrize("released", [True, False])
+def test_a_dry_run_reads_no_weights_and_downloads_nothing(released, pairs, tmp_path, monkeypatch):
+    for name in ("find_model", "fingerprint", "make_backend"):
+        monkeypatch.setattr(D, name, lambda *_: pytest.fail("a dry run needs no model"))
+    monkeypatch.setattr("rubrics.read_rows", lambda *_: pytest.fail("a download"))
+    judge = judge_folder(tmp_path / "judge", protocol="instruct", system="Judge.")
+    teacher = "gaotang/RM-R1-Qwen2.5-Instruct-7B" if released else judge
+    out = tmp_path / "out"
+    said = call(D, "--data", pairs, "--out", out, "--teacher", teacher, "--dry-run").stdout
+    assert "20 pairs: 20 requests in pass 1" in said and not out.exists()
+
+
 def test_agreement(monkeypatch):
     """Two of three samples right: kept at .6, left out at .7."""
     pair = Pair("p", [USER("q")], "x", "y", "A")
@@ -878,12 +939,8 @@ def test_agreement(monkeypatch):
         assert len(traces) == kept and len(failures) == 1 - kept
 
 
-def test_a_judge_that_teaches_itself_is_asked_as_it_is_judged(
-    instant, pairs, tmp_path, monkeypatch
-):
+def test_a_judge_that_teaches_itself_is_asked_as_it_is_judged(instant, no_files, pairs, tmp_path):
     """Rejection sampling: no second pass, the judge's own prompt, and of each pair the first right sample."""
-    from judge.backends import Answer
-
     asked = []
 
     def say(name, messages):
@@ -891,12 +948,7 @@ def test_a_judge_that_teaches_itself_is_asked_as_it_is_judged(
         return Answer(GOOD.format(x="AB"[len(asked) % 2]), "stop", 1, 1)
 
     instant.say = say
-    judge = tmp_path / "judge"
-    judge.mkdir()
-    (judge / "judge.json").write_text('{"protocol": "instruct", "system": "Judge."}')
-    monkeypatch.setattr(D, "find_model", lambda model: model)
-    monkeypatch.setattr(D, "fingerprint", lambda *_: "weights")
-    monkeypatch.setattr(D, "prompt_fingerprint", lambda *_: "template")
+    judge = judge_folder(tmp_path / "judge", protocol="instruct", system="Judge.")
     flags = ("--teacher", judge, "--teacher2", "none", "--samples", 3, "--data", pairs)
     call(D, *flags, "--out", tmp_path / "kept")
     assert asked == ["Judge."] * 60

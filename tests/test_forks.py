@@ -133,7 +133,7 @@ GOOD = "<type>Chat</type><rubric>Help 100%</rubric><eval>x</eval><answer>[[A]]</
 
 
 ANSWERED = (
-    "<type>Reasoning</type><solution>3 + 4 = 7</solution><eval><quote_A>seven</quote_A></eval>"
+    "<type>Reasoning</type><solution>3 + 4 = 7</solution><eval><quote_A>it is seven</quote_A></eval>"
     "<answer>[[A]]</answer>"
 )
 
@@ -152,12 +152,12 @@ def test_the_format_reward(text, reward):
     "text, reward",
     [
         (SOUND, 2),
-        (SHORTCUT, 1.8),  # the criterion, of five checks
+        (SHORTCUT, 1 + 5 / 6),  # the criterion, of six checks
         (
             SOUND.replace("[[A]]", "[[B]]"),
-            -0.2,
+            -1 + 5 / 6,
         ),  # the conclusion is about another side than the verdict
-        (SOUND.replace("kiwi fig", "kiwi"), 1.8),  # the words that decide are not cited
+        (SOUND.replace("kiwi fig", "kiwi"), 1 + 5 / 6),  # the words that decide are not cited
         ("<answer>[[A]]</answer>", 1),
     ],
 )
@@ -172,9 +172,10 @@ def test_checked_reasons_of_a_known_reason(text, reward):
     [
         (ANSWERED, 2),
         (ANSWERED.replace("= 7<", "= 8<"), 1.5),
-        (ANSWERED.replace(">seven<", ">nine<"), 1.5),
+        (ANSWERED.replace("seven<", "nine<"), 1.5),
         (ANSWERED.replace("[[A]]", "[[B]]"), 0),
-        (ANSWERED.replace("<quote_A>seven</quote_A>", "seven"), 2),  # nothing is quoted: one check
+        (ANSWERED.replace("it is seven", "seven"), 2),  # no quote that counts: one check
+        (ANSWERED.replace("it is seven", ""), 1.5),
         ("<answer>[[A]]</answer>", 1),
     ],
 )

@@ -82,6 +82,38 @@ def test_a_run_that_goes_on_is_the_same_run(ranks, library, tmp_path):
     assert all(given.get("id", given["name"]) == given["name"] for given in stand_in.runs)
 
 
+def test_a_part_without_log_to_keeps_the_name(ranks, library, tmp_path):
+    name, stand_in = library
+    log_of(tmp_path, 0, name)
+    log_of(tmp_path, 2, None)
+    log_of(tmp_path, 4, name)
+    begun, gone_on = (given["name"] for given in stand_in.runs)
+    assert begun == gone_on
+    log_of(tmp_path, 0, None)
+    assert "log_id" not in read_object(tmp_path / "config.json"), "a new run"
+
+
+@pytest.mark.parametrize("function, calls", [("log", 1), ("finish", 0)])
+def test_a_library_that_fails_later_ends_no_run(ranks, library, tmp_path, capsys, function, calls):
+    name, stand_in = library
+    failed = []
+
+    def fail(*_, **__):
+        failed.append(1)
+        raise OSError("no network\nand a trace")
+
+    setattr(stand_in, function, fail)
+    log = log_of(tmp_path, 0, name)
+    for step in range(2):
+        log.write({"step": step, **ROW})
+    assert len(failed) == calls
+    log.close()
+    assert len(failed) == 1, "it is not called again"
+    assert [line["step"] for line in metrics(tmp_path)] == [0, 1]
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.startswith("--log-to: no network; the run goes on without it")
+
+
 def test_tensorboard_hides_what_is_computed_again(ranks, tmp_path, monkeypatch):
     monkeypatch.setitem(
         sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=Writer)

@@ -338,6 +338,8 @@ def test_the_host_copy_is_as_large_as_what_it_copies(monkeypatch):
         return "success"
 
     cudart = SimpleNamespace(cudaHostRegister=register)
+    kept = []
+    monkeypatch.setattr(P, "PINNED", kept)
     monkeypatch.setattr(P.dist, "CUDA", True)
     monkeypatch.setattr(torch.cuda, "cudart", lambda: cudart)
     monkeypatch.setattr(torch.cuda, "check_error", lambda error: None)
@@ -353,6 +355,8 @@ def test_the_host_copy_is_as_large_as_what_it_copies(monkeypatch):
         if copy.nbytes:
             assert address <= copy.data_ptr() <= address + size - copy.nbytes
     assert P.copy_to_host([]) == [] and len(pinned) == 1, "a full run has nothing to copy"
+    del copies, copy
+    assert [memory.data_ptr() for memory in kept] == [address], "it is never unregistered"
 
 
 # ---------------------------------------------------------------- files

@@ -38,7 +38,7 @@ def page(tmp_path_factory):
                             "context": [{"role": "user", "content": f"question {d}"}],
                             "swap": False,
                             "label": "A",
-                            "a": f"right {c} </script><script>document.title='broken'</script>",
+                            "a": f"right {c} of three </script><script>document.title='broken'</script>",
                             "b": f"wrong {r}",
                         }
                     )
@@ -51,7 +51,7 @@ def page(tmp_path_factory):
                                 if d == "code" and c == r == 0
                                 else ("AB"[order] if right else "BA"[order])
                             )
-                            quote = "nowhere" if d == "math" else f"right {c}"
+                            quote = "stands nowhere here" if d == "math" else f"right {c} of three"
                             text = (
                                 f"<type>Chat</type><rubric>Help 90%: helps\nTone 10%: kind"
                                 f"<justify>because</justify></rubric>"

@@ -2,6 +2,8 @@
 
 import json
 import random
+import re
+import time
 from dataclasses import replace
 
 import pytest
@@ -18,9 +20,9 @@ from lib.pairs import Pair, pair_of
 from rubrics import parse
 
 ASK = [{"role": "user", "content": "What is 3 + 4 ?"}]
-SIDES = {"target": "7", "quote_a": "7", "value_a": "7", "quote_b": "8", "value_b": "8"}
+SEVEN = {"target": "7", "quote_a": "7", "value_a": "7", "quote_b": "8", "value_b": "8"}
 SUM = Pair(
-    "s", ASK, "Here: 7", "Truly: 8", "A", type="reasoning", meta={"solution": "3 + 4 = 7", **SIDES}
+    "s", ASK, "Here: 7", "Truly: 8", "A", type="reasoning", meta={"solution": "3 + 4 = 7", **SEVEN}
 )
 FRUIT = {"target": "2", "quote_a": "fig pear", "value_a": "2", "quote_b": "plum", "value_b": "1"}
 COUNT = Pair(
@@ -37,8 +39,10 @@ SOUND = {
 
 
 def swapped_text(text):
-    """A judgment of the other order. Its letters A and B must be labels only."""
-    return text.translate(str.maketrans("AB", "BA"))
+    """A judgment of the other order, A's quote first again. Its letters A and B must be labels only."""
+    exchanged = text.translate(str.maketrans("AB", "BA"))
+    read_a, read_b = (rf"<quote_{side}>[^<>]*</quote_{side}> \S+ is {side}" for side in "AB")
+    return re.sub(f"({read_b}) and ({read_a})", r"\2 and \1", exchanged)
 
 
 def faults_of(text, pair):
@@ -53,16 +57,21 @@ def faults_of(text, pair):
 # ---------------------------------------------------------------- synthetic pairs
 
 
-@pytest.mark.parametrize("world", toy.WORLDS if hasattr(toy, "WORLDS") else ("looks", "leap"))
-def test_what_thinks_is_sound(world):
-    kinds = set()
+@pytest.mark.parametrize("world", toy.KINDS)
+@pytest.mark.parametrize("all_kinds", [False, True])
+def test_what_thinks_is_sound(world, all_kinds):
+    """In both orders, with and without the token that ends a turn."""
+    kinds = toy.ALL_KINDS if all_kinds else toy.KINDS[world]
+    seen = set()
     for index in range(300):
-        pair = toy.make_pair(1, "any", index, world=world)
-        kinds.add(pair.meta["kind"])
+        pair = toy.make_pair(1, "any", index, world=world, kinds=kinds)
+        seen.add(pair.meta["kind"])
         for displayed in (pair, pair.swapped()):
             assert knows_reason(displayed)
-            assert faults_of(toy.think(displayed), displayed) == ([], "")
-    assert len(kinds) >= 2
+            text = toy.think(displayed)
+            assert faults_of(text, displayed) == ([], "")
+            assert faults_of(text + "<|im_end|>", displayed) == ([], "")
+    assert seen == set(kinds)
 
 
 def test_what_looks_or_leaps_is_not():
@@ -77,12 +86,33 @@ def test_what_looks_or_leaps_is_not():
     assert leaps > 50
 
 
+def test_what_goes_by_manners_writes_wrong_steps_or_slips_is_not():
+    """By manners and after wrong steps a verdict may be right; the steps end in the right result."""
+    right = 0
+    for index in range(200):
+        for source in toy.SOURCES:
+            pair = toy.make_pair(1, "any", index, world="shortcut", source=source)
+            for displayed in (pair, pair.swapped()):
+                by_manners = toy.go_by_manners(displayed)
+                right += parse(by_manners).verdict == displayed.label
+                assert faults_of(by_manners, displayed)[1] == "criterion Manners"
+                assert faults_of(toy.slip(displayed), displayed) == (["target", "form"], "target")
+
+        pair = toy.make_pair(1, "any", index, world="steps")
+        for displayed in (pair, pair.swapped()):
+            wrong_steps, slip = toy.write_wrong_steps(displayed), toy.slip(displayed)
+            assert parse(wrong_steps).verdict == displayed.label
+            assert faults_of(wrong_steps, displayed) == (["solution"], "solution")
+            assert faults_of(slip, displayed) == (["solution", "target"], "solution")
+    assert 500 < right < 700  # of 1200: where they agree, and half of those where both say the same
+
+
 @pytest.mark.parametrize(
     "pair, old, new, failing, fault",
     [
         (SUM, "Reasoning", "Chat", ["type"], "type Chat"),
-        (SUM, "<type>Reasoning</type>", "", ["type"], "no type"),
-        (COUNT, "Chat", "Reasoning", ["type"], "criterion Count"),
+        (SUM, "<type>Reasoning</type>", "", ["type", "form"], "no type"),
+        (COUNT, "Chat", "Reasoning", ["type"], "type Reasoning"),
         (SUM, "3 + 4 = 7", "3 + 5 = 7", ["solution"], "solution"),  # a wrong step, the right end
         (SUM, "3 + 4 = 7", "7", ["solution"], "solution"),  # no steps
         (SUM, "3 + 4 = 7", "3 + 4 = 8", ["solution", "target"], "solution"),
@@ -92,7 +122,7 @@ def test_what_looks_or_leaps_is_not():
             COUNT,
             "Count 90%: 2 fruits\nTone 10%: kind\n",
             "",
-            ["criterion", "target"],
+            ["criterion", "target", "form"],
             "no criterion",
         ),
         (COUNT, "90%: 2", "90%: 1", ["target"], "target"),
@@ -104,17 +134,23 @@ def test_what_looks_or_leaps_is_not():
             ["target"],
             "target",
         ),  # the conclusion is not the verdict
-        (COUNT, " so 2 is A", "", ["target"], "target"),
+        (COUNT, " so 2 is A", "", ["target", "form"], "target"),
         (COUNT, "> fig pear<", "> fig lime<", ["quotes"], "quotes"),  # not word for word
         (COUNT, "> fig pear<", "> fig<", ["quotes"], "quotes"),  # not what decides
-        (COUNT, "<quote_B> plum</quote_B>", "Plum", ["quotes", "values"], "quotes"),  # no quote
+        (
+            COUNT,
+            "<quote_B> plum</quote_B>",
+            "Plum",
+            ["quotes", "values", "form"],
+            "quotes",
+        ),  # no quote
         (COUNT, "2 is A and", "3 is A and", ["values"], "values"),
         (COUNT, "1 is B so", "2 is B so", ["values"], "values"),
         (
             COUNT,
             "and <quote_B>",
             "and <quote_A> fig</quote_A> 1 is A and <quote_B>",
-            ["values"],
+            ["values", "form"],
             "values",
         ),
     ],
@@ -128,11 +164,97 @@ def test_each_fault_by_hand(pair, old, new, failing, fault):
     assert faults_of(swapped_text(text), pair.swapped()) == (failing, fault)
 
 
+MANNERS = "<rubric>Manners 90%: Sure first</rubric>"
+SUMMARY = "<summary_A><quote_A>Here:</quote_A> 2 is A</summary_A>"
+ANSWER = "\n<answer>[[A]]</answer>"
+RUBRIC, COMPARISON = (
+    re.search(f"<{tag}>.*</{tag}>", SOUND["c"], re.DOTALL)[0] for tag in ("rubric", "eval")
+)
+
+
+@pytest.mark.parametrize(
+    "pair, old, new",
+    [
+        # Another criterion has the weight.
+        (
+            COUNT,
+            "Count 90%: 2 fruits\nTone 10%: kind",
+            "Count 1%: 2 fruits\nManners 99%: Sure first",
+        ),
+        (
+            COUNT,
+            "Count 90%: 2 fruits\nTone 10%: kind",
+            "Count 50%: 2 fruits\nManners 50%: Sure first",
+        ),
+        (COUNT, "Count 90%: 2 fruits", f"Count 90%: 2 fruits\n{'M' * 300} 99%: Sure first"),
+        (COUNT, "Count 90%: 2 fruits", "Count 90%: 2 fruits\nManners 99999%: Sure first"),
+        (COUNT, "2 fruits", "2 fruits, but Sure first"),
+        (COUNT, "The client asks for 2", "The client asks for Sure"),
+        (COUNT, "The client asks for 2", ""),
+        # The order of the parts.
+        (COUNT, SOUND["c"], ANSWER + SOUND["c"].removesuffix(ANSWER)),
+        (COUNT, f"{RUBRIC}\n{COMPARISON}", f"{COMPARISON}\n{RUBRIC}"),
+        # A second part, or one of the other type.
+        (COUNT, "</rubric>", f"</rubric>{MANNERS}"),
+        (COUNT, "</rubric>", "</rubric><solution>Sure</solution>"),
+        (SUM, "</solution>", "</solution><solution>Here: wins</solution>"),
+        (SUM, "</solution>", f"</solution>{MANNERS}"),
+        (SUM, "<solution>", f"{MANNERS}<solution>"),
+        (COUNT, "</eval>", "</eval><eval>Sure wins</eval>"),
+        (COUNT, "</type>", "</type><type>Reasoning</type>"),
+        (COUNT, "</answer>", f"</answer>{ANSWER}"),
+        (COUNT, "</rubric>", "</rubric><summary_B>says Sure</summary_B>"),
+        # What the comparison says beside.
+        (COUNT, "<eval>", "<eval><quote_A>Here:</quote_A> wins by manners "),
+        (COUNT, " so 2 is A", " so Here: wins, and it is not so 2 is A"),
+        (COUNT, "pear</quote_A> 2", "pear</quote_A> <quote_A>Here:</quote_A> 2"),
+        (COUNT, "pear</quote_A> 2 is A", f"pear</quote_A> {SUMMARY}"),
+        (COUNT, "<eval>", "<eval><justify>by manners</justify>"),
+        # What stands around the parts.
+        (COUNT, "<type>", "By manners. <type>"),
+        (COUNT, "<type>", "<think>By manners.</think><type>"),
+        (COUNT, "</rubric>", "</rubric> By manners."),
+        (COUNT, "</answer>", "</answer> By manners."),
+        (COUNT, "</answer>", "</answer><|im_end|> By manners."),
+    ],
+)
+def test_what_says_more_than_the_checks_read_has_not_the_form(pair, old, new):
+    """The other checks hold, in both orders."""
+    text = SOUND[pair.id]
+    assert old in text
+    text = text.replace(old, new, 1)
+    assert faults_of(text, pair) == (["form"], "form")
+    assert faults_of(swapped_text(text), pair.swapped()) == (["form"], "form")
+
+
+@pytest.mark.parametrize("pair", [SUM, COUNT])
+def test_white_space_and_no_justification_are_no_faults(pair):
+    text = re.sub("<justify>.*</justify>", "", SOUND[pair.id])
+    assert faults_of(text, pair) == ([], "")
+    assert faults_of(f"\n {text.replace('> <', '><')} \n", pair) == ([], "")
+
+
+def test_a_judgment_that_was_cut_off_has_not_the_form():
+    judgment = parse(SOUND["s"], finished=False)
+    checks = check_reasons(judgment, SUM)
+    assert [name for name, holds in checks.items() if not holds] == ["target", "form"]
+    for text in (SOUND["s"].removesuffix("</answer>"), SOUND["s"].removesuffix(ANSWER)):
+        assert faults_of(text, SUM) == (["target", "form"], "target")
+
+
+def test_a_conclusion_may_not_contradict_the_values():
+    """The text that is sound for A says of B what holds of A."""
+    pair = replace(SUM, label="B")
+    text = SOUND["s"].replace("so 7 is A", "so 7 is B").replace("[[A]]", "[[B]]")
+    assert faults_of(text, pair) == (["target"], "target")
+    assert faults_of(swapped_text(text), pair.swapped()) == (["target"], "target")
+
+
 @pytest.mark.parametrize("pair", [SUM, COUNT])
 def test_the_checks_stand_in_the_order_of_a_judgment(pair):
     method = "solution" if pair is SUM else "criterion"
     names = list(check_reasons(parse(""), pair))
-    assert names == ["type", method, "target", "quotes", "values"]
+    assert names == ["type", method, "target", "quotes", "values", "form"]
 
 
 def test_a_wider_quote_that_holds_what_decides_is_sound():
@@ -144,7 +266,8 @@ def test_a_wider_quote_that_holds_what_decides_is_sound():
 def test_fields_of_the_same_name_that_are_no_texts_are_none_of_ours(change):
     pair = replace(SUM, meta=SUM.meta | change)
     assert not knows_reason(pair)
-    assert check_reasons(parse(SOUND["s"]), pair) == {"quotes": True}
+    text = "<eval><quote_A> Here: 7</quote_A> and <quote_B>it is 8</quote_B></eval>"
+    assert check_reasons(parse(text), pair) == {"quotes": False}  # the proxy of any pair
 
 
 # ---------------------------------------------------------------- other pairs
@@ -159,8 +282,13 @@ TRACE = (
 @pytest.mark.parametrize(
     "text, checks",
     [
-        ("<eval><quote_A>is 7</quote_A><quote_B>is 8</quote_B></eval>", {"quotes": True}),
-        ("<eval><quote_A>is 7</quote_A><quote_B>is 7</quote_B></eval>", {"quotes": False}),
+        ("<eval><quote_A>It is 7</quote_A><quote_B> It is 8.\n</quote_B></eval>", {"quotes": True}),
+        ("<eval><quote_A>It is 7</quote_A><quote_B>It is 7</quote_B></eval>", {"quotes": False}),
+        ("<eval><quote_A>It is 7</quote_A><quote_B>no</quote_B></eval>", {"quotes": True}),
+        ("<eval><quote_A>It is</quote_A><quote_B>It is 9</quote_B></eval>", {"quotes": False}),
+        ("<eval><quote_A>is 7</quote_A><quote_B>is 9</quote_B></eval>", {}),  # too short
+        ("<eval><quote_A>It is 7</quote_A><quote_B> </quote_B></eval>", {"quotes": False}),  # empty
+        ("<eval><quote_A></quote_A></eval>", {"quotes": False}),
         ("<eval>A is right</eval>", {}),
     ],
 )
@@ -186,6 +314,19 @@ def test_quotes_of_any_pair(text, checks):
         ("7.5", "5", False),
         ("", "7", False),
         ("7", "4 7", False),
+        ("7.0", "7", True),
+        ("x = +7", "7.00", True),
+        ("1,234", "1234", True),
+        ("$1,234.50.", "1234.5", True),
+        ("-1,234", "1234", False),
+        ("1,2345", "12345", False),  # no thousands
+        ("1,234th", "1234", False),
+        ("12345678901234567891", "12345678901234567890", False),
+        ("0.5", "1/2", False),
+        # What words cannot tell.
+        ("The answer is not 7", "7", True),
+        ("between 3-7", "7", False),
+        ("between 3-7", "-7", True),
     ],
 )
 def test_the_solution_ends_in_the_reference_answer(solution, answer, holds):
@@ -216,7 +357,8 @@ def test_the_rubric_covers_the_oracles(rubric, holds):
     "rubric, checks",
     [
         ("Accuracy 90%: right\nTone 10%: kind", {"criteria": True}),
-        ("Of it 100%: x", {"criteria": False}),  # no content word
+        ("Of it 100%: x", {"criteria": True}),  # no content word, but the same name
+        ("SQL 60%: valid\nUX 40%: kind", {"criteria": True}),
         ("Accuracy 0%: right", {}),  # no weight
         ("What matters here", {}),
         ("", {}),
@@ -225,6 +367,22 @@ def test_the_rubric_covers_the_oracles(rubric, holds):
 def test_an_oracle_against_itself(rubric, checks):
     text = f"<rubric>{rubric}</rubric>"
     assert check_reasons(parse(text), replace(REAL, trace=text)) == checks
+
+
+@pytest.mark.parametrize(
+    "rubric, holds",
+    [
+        ("sql 100%: valid", True),  # 60 of 100
+        ("UX 100%: kind", True),  # 30 of 40: SQL is left out
+        ("Speed 100%: fast", True),  # 10 of 10: both are
+        ("Tone 100%: kind", False),
+        ("", False),
+    ],
+)
+def test_a_name_without_a_content_word_counts_where_both_have_it(rubric, holds):
+    trace = "<rubric>SQL 60%: valid\nUX 30%: kind\nSpeed of it 10%: fast</rubric>"
+    pair = replace(REAL, trace=trace)
+    assert check_reasons(parse(f"<rubric>{rubric}</rubric>"), pair) == {"criteria": holds}
 
 
 def test_the_reference_answer_of_a_published_row_is_kept():
@@ -262,6 +420,29 @@ PAIRS = [SUM, COUNT, REAL, replace(REAL, meta={"answer": "7"}), replace(REAL, tr
 def test_no_text_raises_and_only_a_fault_has_a_name(text, pair):
     failing, fault = faults_of(text, pair)
     assert bool(failing) == bool(fault) and len(fault) < 50
+
+
+@pytest.mark.parametrize(
+    "piece",
+    [
+        *PIECES,
+        "1,234",
+        "-1",
+        "Tone 10%: kind\n",
+        "Tone 10%: kind ",
+        "a ",
+        "<justify>",
+        "<quote_A> 7</quote_A> 7 is A",
+    ],
+)
+def test_long_texts_take_no_longer_than_their_length(piece):
+    """A text of 10,000 letters, in each part of a sound one."""
+    start = time.perf_counter()
+    for place in ("", "<solution>", "<rubric>", "kind", "<eval>", "</quote_A>", "</answer>"):
+        for pair in (SUM, COUNT, PAIRS[3]):
+            text = SOUND[pair.id if pair.meta.get("target") else "s"]
+            faults_of(text.replace(place, place + piece * (10_000 // len(piece)), 1), pair)
+    assert time.perf_counter() - start < 5
 
 
 @given(st.text(max_size=30), TEXTS)
@@ -357,7 +538,15 @@ def test_the_reports_numbers_by_hand():
         pytest.approx(1 / 3),
         {"criterion Style": 1 / 3},
     ]
-    assert greedy["checks"] == ["type", "solution", "target", "quotes", "values", "criterion"]
+    assert greedy["checks"] == [
+        "type",
+        "solution",
+        "target",
+        "quotes",
+        "values",
+        "form",
+        "criterion",
+    ]
     assert {s: [part[n] for n in names] for s, part in greedy["by_source"].items()} == {
         "agree": [2, 1, 1, 0, {}],
         "part": [2, 0.5, 0, 1, {"criterion Style": 1}],
@@ -373,7 +562,10 @@ def test_where_nothing_can_be_checked_the_report_says_nothing():
     numbers = R.measure_one("f", older, [line], [])
     assert numbers["sound"] == {} and "reasons" not in R.table_text([("run", {"f": numbers})])
     scalar = file_line(SUM, "") | {"verdict": "A", "scores": [2.0, 1.0]}
-    assert R.measure_one("f", {SUM.id: file_row(SUM)}, [scalar], [])["sound"] == {}
+    rows = {SUM.id: file_row(SUM)}
+    assert R.measure_one("f", rows, [scalar], [])["sound"] == {}
+    (example,) = R.page_examples([{"pairs": rows, "judgments": [scalar]}], 1)
+    assert example["judgments"][0]["checks"] == {} and example["judgments"][0]["fault"] == ""
 
 
 def test_pairs_whose_truth_is_known_are_not_mixed_with_others():
@@ -389,7 +581,8 @@ def test_the_table_says_what_was_checked():
     """A proxy has its name in the heading; what fails stands below its share, the same in both orders."""
     real = replace(REAL, meta={"answer": "8"}, trace=TRACE)
     row = file_row(real, trace=TRACE)
-    for order, text in ((0, SOUND["s"]), (1, swapped_text(SOUND["s"]))):
+    quoting = SOUND["s"].replace("> 7<", ">It is 7<").replace("> 8<", ">It is 8<")
+    for order, text in ((0, quoting), (1, swapped_text(quoting))):
         numbers = R.measure_one("f", {real.id: row}, [file_line(real, text, order)], [])
         assert numbers["sound"]["greedy"]["checks"] == ["quotes", "answer", "criteria"]
         table = R.table_text([("run", {"f": numbers})]).splitlines()

@@ -31,6 +31,11 @@ def write(path, rows):
         (OURS | {"label": "B", "meta": {"strength": 2}}, "B", 2),
         (OURS | {"label": "B"}, "B", None),
         (OURS | {"label": "tie"}, None, None),
+        # Where a row has a label, nothing else makes it a tie.
+        (OURS | {"label": "A", "overall_preference": 0}, "A", None),
+        (OURS | {"label": "A", "score_chosen": 7, "score_rejected": 7}, "A", None),
+        # Too large for a float, so it says a side and no strength.
+        (HELPSTEER | {"overall_preference": -(10**400)}, "A", None),
     ],
 )
 def test_a_row_keeps_its_strength(row, label, strength):
@@ -43,7 +48,14 @@ def test_a_row_keeps_its_strength(row, label, strength):
 
 @pytest.mark.parametrize(
     "scores, strength",
-    [((8.5, 6), 2.5), ((7, 7), 0), ((3, 8), None), ((float("nan"), 1), None), (("8", "6"), None)],
+    [
+        ((8.5, 6), 2.5),
+        ((7, 7), 0),
+        ((3, 8), None),
+        ((float("nan"), 1), None),
+        (("8", "6"), None),
+        ((10**400, 0.5), None),
+    ],
 )
 @pytest.mark.parametrize(
     "names", [("score_chosen", "score_rejected"), ("chosen-rating", "rejected-rating")]
@@ -62,9 +74,25 @@ def test_a_missing_or_unknown_label_is_no_tie(row):
         pair_of(row, "1")
 
 
-def test_a_strength_is_a_number():
-    with pytest.raises(ValueError, match="strength in its meta is not a number"):
-        pair_of(OURS | {"label": "A", "meta": {"strength": "much"}}, "1")
+@pytest.mark.parametrize(
+    "strength", ["much", None, True, 0, -2, float("nan"), float("inf"), 10**400]
+)
+def test_a_strength_is_a_finite_number_above_0(strength, tmp_path):
+    row = OURS | {"label": "A", "meta": {"strength": strength}}
+    path = write(tmp_path / "pairs.jsonl", [OURS | {"label": "A"}, row])
+    with pytest.raises(Failure, match="pairs.jsonl:2: the strength in its meta is .*above 0"):
+        read_pairs(path)
+
+
+@pytest.mark.parametrize(
+    "equal", [{"score_chosen": 7, "score_rejected": 7}, {"overall_preference": 0}]
+)
+def test_a_published_row_is_no_tie(equal):
+    """It has a winner, and cannot be written without one."""
+    row = {"context_messages": [{"role": "user", "content": "q"}], "winner": "model_a"}
+    assert pair_of(row, "1").label == "A"
+    with pytest.raises(ValueError, match="scores are equal"):
+        pair_of(row | equal, "1")
 
 
 def test_training_leaves_ties_out_and_says_how_many(tmp_path, capsys):

@@ -63,9 +63,9 @@ SETTINGS = ("all", "show", "judges", "seconds", "at-once")
 
 # The picture of the judges: {number: its name there, its mark}.
 JUDGE_NUMBERS = {
-    "source/agree": ("right where the two agree", "C0o"),
-    "source/part": ("right where they part", "C3D"),
-    "unsound_of_right/agree": ("unsound, of the right ones where they agree", "C7x"),
+    "source/agree": ("accuracy, shortcut says the right side", "C0o"),
+    "source/part": ("accuracy, shortcut says the wrong side", "C3D"),
+    "unsound_of_right/agree": ("unsound share of right verdicts (shortcut right)", "C7x"),
 }
 
 
@@ -249,9 +249,12 @@ def stage_digest(name, command, changes):
 # ---------------------------------------------------------------- run
 
 
-# A shell's words for the digest of the code: the names and contents of all Python files that git tracks here, with
-# what is not committed yet.
-CODE_DIGEST = "$(git ls-files -z '*.py' | xargs -0 sha256sum | sha256sum | cut -c -8)"
+# A shell's words for the digest of the code: the names and contents of all Python files here but the tests, as they
+# are, committed or not. Files that git ignores are left out. Sorted, so that a commit alone changes nothing.
+CODE_DIGEST = (
+    "$(git ls-files -z --cached --others --exclude-standard '*.py' ':!tests/' "
+    "| LC_ALL=C sort -z | xargs -0 sha256sum | sha256sum | cut -c -8)"
+)
 
 
 def shell_line(stage):
