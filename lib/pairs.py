@@ -689,15 +689,15 @@ def pair_of_form(form, row, default_id, notes):
     """The pair of a row that names its responses as `form` does."""
     context, (a, b) = row_conversation(row, form, notes)
     fields = id_and_origin(row, default_id)
-    if "full_chosen" in form and isinstance(
-        row.get("answer"), str
-    ):  # the reference answer of Math-Step-DPO
-        fields["meta"]["answer"] = row["answer"]
+    answer = row.get("answer")
+    if "full_chosen" in form and isinstance(answer, str):  # the reference answer of Math-Step-DPO
+        fields["meta"]["answer"] = answer
     if form == ("a", "b"):
         label = row.get("label")
-        if label != "tie":
+        if label == "tie":
+            label = None
+        else:
             check_label(label)
-        label = None if label == "tie" else label
         return Pair(context=context, a=a, b=b, label=label, trace=row.get("trace"), **fields)
     if form == ("response1", "response2"):
         return Pair(context=context, a=a, b=b, label=preference(row), **fields)
