@@ -202,6 +202,11 @@ def evaluate(args):
     if not tasks:
         example = f": {left_out[0]['item']}: {left_out[0]['reason']}" if left_out else ""
         raise Failure(f"nothing to judge{example}")
+    with_criteria = [pair.id for pair in pairs.values() if pair.criteria]
+    if args.scalar and with_criteria:
+        raise Failure(
+            f"--scalar: a reward model is asked without criteria, and {with_criteria[0]} is judged by criteria of its own"
+        )
     rank, world, _ = start_ranks()
     config = settings(args, world) | {"data": origins}
     style = None if args.scalar else PromptStyle(config["protocol"], config["system"])
@@ -556,6 +561,8 @@ def update_folder(args, config, pairs, left_out, style):
         }
         if pair.trace:  # an oracle's: the report compares its criteria with the judge's
             rows[pair.id]["trace"] = pair.trace
+        if pair.criteria:
+            rows[pair.id]["criteria"] = pair.criteria
     write_lines(out / "pairs.jsonl", map(json_text, rows.values()))
 
     reasons = read_lines(out / "left_out.jsonl", LEFT_OUT_FIELDS) + left_out

@@ -1,15 +1,19 @@
 """
-The judge you use: compare two responses, rank several, reward a group; and the command line.
+The judge you use: compare two responses, rank several, score one, reward a group; and the command line.
 
     from rmr1 import Judge
     judge = Judge("runs/demo/grpo/model", dtype="float32")             # or a hub id, or a server's URL
     judge.compare("What is 6 * 7 ?", "Here: 42", "Here: 45").verdict   # "A"
+    judge.compare(prompt, a, b, criteria="Is it kind?").verdict        # by your criteria, and no others
     judge.rank(prompt, responses, goal="best").order[0]                # index of the best one
+    judge.score(prompt, response).score                                # 1 to 10, the mean of several judgments
     GRPOTrainer(..., reward_funcs=judge.reward)                        # TRL; judge.areward is its async twin
 
     python rmr1.py judge --model MODEL --question "What is 6 * 7 ?" --a "Here: 42" --b "Here: 45"
     python rmr1.py judge --model MODEL --data pairs.jsonl --json
+    python rmr1.py judge --model MODEL --data pairs.jsonl --criteria FILE
     python rmr1.py rank --model MODEL --data responses.jsonl --journal journal.jsonl
+    python rmr1.py score --model MODEL --data responses.jsonl --journal journal.jsonl
     python rmr1.py reward --model MODEL --data completions.jsonl --journal journal.jsonl
     python rmr1.py select --model MODEL --data pairs.jsonl --count 100 --journal journal.jsonl
 
@@ -21,6 +25,7 @@ import asyncio
 import contextlib
 import functools
 import json
+import math
 import os
 import re
 import shutil
@@ -34,6 +39,7 @@ from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import fmean, stdev
 
 from tqdm import tqdm
 
@@ -49,28 +55,35 @@ from lib.files import (
     output_in_file,
     parse_lines,
     progress_bar,
+    read_text,
     run_main,
     seed_of,
 )
 from lib.pairs import (
     Pair,
     check_label,
+    criteria_of_row,
+    is_single,
     messages_of,
     other_label,
     print_notes,
     read_conversation,
+    read_criteria,
     read_pairs,
     row_conversation,
 )
-from rubrics import Judgment, chat_messages, prompt_style, verbatim
+from rubrics import Judgment, chat_messages, prompt_style, verbatim, written_criteria
+
+# Where the rubric of a comparison in a group comes from; the first unless told otherwise.
+RUBRICS_OF_A_GROUP = ("own", "shared")
 
 
 @dataclass
 class Vote:
-    """One judgment of two responses.
+    """One judgment of two responses, or of one.
 
     first     index of the response shown as A (0 or 1 for a pair)
-    second    index of the one shown as B
+    second    index of the one shown as B; None for a judgment of one response
     judgment  what the judge wrote, taken apart
     answer    the text and its tokens
     verdict   "A" or "B" of what was shown; None where there is none, and judgment.reason says why
@@ -78,7 +91,7 @@ class Vote:
     """
 
     first: int
-    second: int
+    second: int | None
     judgment: Judgment
     answer: Answer
 
@@ -123,6 +136,8 @@ class Ranking:
     reward     expected win rate of each; stderr, low, high: its standard error and 90 % interval
     best       probability of each to be the best
     votes      their first and second are indices of responses
+    criteria   what all comparisons were judged by, as they were shown; None where each had its own
+    rubric_vote  the judgment that wrote these criteria, where the judge did; else None
 
     A number is None where nothing about its response could be read.
     """
@@ -134,13 +149,39 @@ class Ranking:
     high: list
     best: list
     votes: list
+    criteria: str | None = None
+    rubric_vote: Vote | None = None
+
+    @property
+    def judgments(self):
+        """All that was asked for: the votes, and what wrote the criteria."""
+        return [*self.votes, self.rubric_vote] if self.rubric_vote else self.votes
 
     def numbers(self):
         return {name: getattr(self, name) for name in ("reward", "stderr", "low", "high", "best")}
 
 
+@dataclass
+class Score:
+    """What several judgments of one response say.
+
+    score   mean of the scores that could be read, 1 to 10; None without any
+    stderr  standard error of that mean, of what the same judge would say after endless judgments; None where
+            less than two could be read
+    met     {criterion: share of the judgments that name it in which it is met}
+    reason  why there is no score, else ""
+    votes   all judgments
+    """
+
+    score: float | None
+    stderr: float | None
+    met: dict
+    reason: str
+    votes: list
+
+
 class Judge:
-    """A judge to compare, rank and reward with; acompare, arank and areward are the same to await.
+    """A judge to compare, rank, score and reward with; acompare, arank, ascore and areward are the same to await.
 
     model          one of these:
                    a folder or a hub id: the model runs in this process, unless base_url is given
@@ -154,6 +195,8 @@ class Judge:
     seed           results depend on the seed and the texts only, not on the order in which you list the
                    responses
     max_tokens     of a judgment
+    rubric         of rank and reward: "own", each comparison writes its own; "shared", one is written from the
+                   prompt alone, and all comparisons are judged by it
     style          a `PromptStyle` that is known already, instead of protocol and system_prompt
     more           settings of the backend, see `backends.make_backend`
 
@@ -171,9 +214,11 @@ class Judge:
         seed=0,
         max_tokens=8192,
         greedy=True,
+        rubric=RUBRICS_OF_A_GROUP[0],
         style=None,
         **more,
     ):
+        check_rubric(rubric)
         settings = {"protocol": protocol, "temperature": temperature, "max-tokens": max_tokens}
         check_settings(settings | more)
         if "://" in str(model):
@@ -197,6 +242,7 @@ class Judge:
         self.temperature = temperature
         self.seed = seed
         self.greedy = greedy
+        self.rubric = rubric
 
         self.under_way = {}  # {request's key: Future of its Answer}
         self.lock = threading.Lock()  # of under_way and used
@@ -208,12 +254,15 @@ class Judge:
     def request(self, pair, count):
         """The request for vote number `count`, from 0, on a pair in its order. -> its key, request
 
-        The messages are digested once, for the seed and for the key of the journal.
+        The messages are digested once, for the seed and for the key of the journal. All scores of a response are
+        sampled, for their mean is of the judge's distribution.
         """
         messages = chat_messages(pair, self.style)
         prompt = digest(messages)
         seed = seed_of(self.seed, prompt, count)
-        temperature = 0.0 if self.greedy and count == 0 else self.temperature
+        is_score = is_single(pair) and pair.a is not None
+        is_greedy = self.greedy and count == 0 and not is_score
+        temperature = 0.0 if is_greedy else self.temperature
         key = digest([*self.about, prompt, seed, temperature])
         return key, (messages, seed, temperature)
 
@@ -277,17 +326,6 @@ class Judge:
         votes = []
         counts = Counter()  # {(i, j): votes so far}
 
-        async def vote_on(number_of_vote, indices, source, origin):
-            answer = source
-            if isinstance(source, Future):
-                # Shielded: cancelling this caller must not cancel the future that others wait for.
-                answer = await asyncio.shield(asyncio.wrap_future(source))
-                answer = replace(answer, origin=origin)
-            vote = Vote(*indices, read_answer(answer), answer)
-            if on_vote:
-                on_vote(number_of_vote, vote)
-            return vote
-
         async def ask(round_of_pairs):
             keyed_requests = []
             for indices in round_of_pairs:
@@ -298,16 +336,22 @@ class Judge:
             coroutines = []
             for n, (indices, source) in enumerate(zip(round_of_pairs, sources)):
                 number_of_vote = len(votes) + n
-                coroutines.append(vote_on(number_of_vote, indices, *source))
+                tell = functools.partial(on_vote, number_of_vote) if on_vote else None
+                coroutines.append(vote_of(indices, *source, tell))
             new = await asyncio.gather(*coroutines)
             votes.extend(new)
             return [None if v.verdict is None else float(v.verdict == "A") for v in new]
 
         return await ranking.run_schedule(schedule, ask), votes
 
+    async def vote_on_single(self, pair, count=0):
+        """Judgment number `count` of one response, or of a question alone. -> `Vote`"""
+        (source,) = self.submit([self.request(pair, count)])
+        return await vote_of((0, None), *source)
+
     # ------------------------------------------------------------ what it is asked
 
-    async def acompare(self, prompt, a=None, b=None, budget=8, on_vote=None):
+    async def acompare(self, prompt, a=None, b=None, budget=8, on_vote=None, criteria=None):
         """Which of two responses is better? -> `Comparison`
 
         prompt   a text or messages, or None where a and b hold the whole conversations; or a `Pair`, which
@@ -315,13 +359,15 @@ class Judge:
         a, b     the responses, in any form that `lib.pairs.read_conversation` reads
         budget   votes at most, 1 or more
         on_vote  see `collect_votes`
+        criteria  what to judge by, and by nothing else: a text or a list of texts, see `lib.pairs.read_criteria`;
+                 None leaves it to the judge. Those of a `Pair` come first
 
         It asks once in each order, then continues until one side leads by two or the budget is spent. A
         published prompt from which the two responses cannot be extracted cannot be swapped, so it gets one
         vote.
         """
         check_budget(budget)
-        pair = pair_to_compare(prompt, a, b)
+        pair = pair_to_compare(prompt, a, b, criteria)
         if not pair.a:
             budget = 1
         elif pair.a == pair.b:
@@ -343,12 +389,14 @@ class Judge:
         vote = supporting[0] if supporting else None
         return Comparison(**outcome | {"reason": reason, "vote": vote, "votes": votes})
 
-    async def arank(self, prompt, responses, goal="all", budget=None):
+    async def arank(self, prompt, responses, goal="all", budget=None, criteria=None, rubric=None):
         """How good are several responses beside each other? -> `Ranking`
 
         prompt, responses   as for acompare
         goal    "all": a reward for each; "best": the best one
-        budget  votes at most; four for each response unless given
+        budget  votes at most, beside the judgment that writes a shared rubric; four for each response unless given
+        criteria  as for acompare
+        rubric  "own" or "shared", see `Judge`, if not the judge's. Criteria come first
 
         Equal responses are judged once. Raises ValueError for less than two.
         """
@@ -358,6 +406,9 @@ class Judge:
         n = len(responses)
         if n < 2:
             raise ValueError(f"{n} responses: a ranking needs two or more")
+        rubric = rubric or self.rubric
+        check_rubric(rubric)
+        criteria = read_criteria(criteria)
         context, texts = conversation_of_call(prompt, responses)
         # In the order of their digests, so the order of the list changes nothing.
         different = sorted(set(texts), key=lambda text: digest([self.seed, text]))
@@ -372,8 +423,13 @@ class Judge:
                 votes=[],
             )
 
+        rubric_vote = None
+        if criteria is None and rubric == "shared":
+            rubric_vote = await self.vote_on_single(Pair("", context, None, None, None))
+            criteria = criteria_or_warn(rubric_vote)
+
         def pair_in_order(i, j):
-            return Pair("", context, different[i], different[j], None)
+            return Pair("", context, different[i], different[j], None, criteria=criteria)
 
         keys = [f"{self.seed}/{text}" for text in different]
         schedule = ranking.schedule(keys, budget, goal)
@@ -395,28 +451,58 @@ class Judge:
         reward = numbers["reward"]
         # A reward is above 0, so a response without one comes last.
         order = sorted(range(n), key=lambda index: -(reward[index] or 0))
-        return Ranking(order=order, votes=votes, **numbers)
+        more = {"votes": votes, "criteria": criteria, "rubric_vote": rubric_vote}
+        return Ranking(order=order, **more, **numbers)
 
-    async def areward(self, prompts, completions, **_):
+    async def ascore(self, prompt, response, criteria=None, samples=4):
+        """How good is one response? -> `Score`
+
+        prompt, response  as for acompare; or prompt None, and the whole conversation as response
+        criteria  as for acompare; None: the judge writes them from the prompt
+        samples   judgments, all sampled; at a judge's temperature of 0 they would be equal, so there is one
+
+        The mean of the sampled scores estimates the expectation of the judge's own distribution (CE-RM, arXiv
+        2601.20327; J1, 2505.10320).
+        """
+        check_budget(samples, "samples")
+        samples = samples if self.temperature else 1
+        context, (text,) = conversation_of_call(prompt, [response], names=("the response",))
+        pair = Pair("", context, text, None, None, criteria=read_criteria(criteria))
+        votes = await all_of(self.vote_on_single(pair, count) for count in range(samples))
+        scores = [vote.judgment.score for vote in votes if vote.judgment.score is not None]
+        return Score(
+            score=fmean(scores) if scores else None,
+            stderr=stdev(scores) / math.sqrt(len(scores)) if len(scores) > 1 else None,
+            met=share_met(votes),
+            reason="" if scores else votes[0].judgment.reason,
+            votes=votes,
+        )
+
+    async def areward(self, prompts, completions, criteria=None, rubric=None, **_):
         """A reward for every completion: its expected win rate against the others to the same prompt.
+
+        criteria  a text; or a list with one entry for each completion, each as for acompare, as TRL hands a
+                 column of that name. An entry that says nothing is None
+        rubric   "own" or "shared", if not the judge's. TRL's column of that name, a list, is not read
 
         Completions to one prompt stand in a row, as trainers have them. It goes into TRL's `reward_funcs`. A
         completion that is a text is taken word for word, since a policy may write anything. None where
         nothing could be read, or where a completion is empty, alone, or does not end with what the assistant
         says, e.g. with a tool's result: TRL then gives it no advantage.
         """
-        groups = groups_of(prompts, completions)
-        if any(len(group) == 1 for _, group in groups):
+        groups = groups_of(prompts, completions, criteria)
+        if any(len(group) == 1 for _, group, _ in groups):
             warnings.warn(
                 "a completion is alone: nothing to compare it with. The completions to one prompt must stand "
                 "in a row; for TRL, let per_device_train_batch_size x steps_per_generation be a multiple of "
                 "num_generations",
                 stacklevel=2,
             )
-        judged = await all_of(self.agroup(*group) for group in groups)
+        rubric = rubric if isinstance(rubric, str) else None
+        judged = await all_of(self.agroup(*group, rubric) for group in groups)
         return [reward for numbers, _ in judged for reward, _ in numbers]
 
-    async def agroup(self, prompt, completions):
+    async def agroup(self, prompt, completions, criteria=None, rubric=None):
         """The completions to one prompt. -> [(reward, stderr), ...], [Vote, ...]"""
         numbers = [(None, None)] * len(completions)
         context = messages_of(prompt)
@@ -431,7 +517,8 @@ class Judge:
         indices = list(replies)
         if len(indices) < 2:
             return numbers, []
-        ranked = await self.arank(context, list(replies.values()))
+        texts = list(replies.values())
+        ranked = await self.arank(context, texts, criteria=criteria, rubric=rubric)
         for index, reward, stderr in zip(indices, ranked.reward, ranked.stderr):
             numbers[index] = (reward, stderr)
         return numbers, ranked.votes
@@ -439,8 +526,9 @@ class Judge:
     def verl(self):
         """A `compute_score` for verl, which shows a reward function one sample at a time.
 
-        score  the sample's expected win rate against `ground_truth`, for the prompt in `extra_info["question"]`;
-               .5 if no vote could be read, 0 for an empty sample
+        score  the sample's expected win rate against `ground_truth`, for the prompt in `extra_info["question"]`,
+               by the criteria in `extra_info["criteria"]` if there are any; .5 if no vote could be read, 0 for an
+               empty sample
         read   1 if a vote could be read, else 0
         """
 
@@ -450,17 +538,19 @@ class Judge:
             if not isinstance(solution_str, str) or not solution_str.strip():
                 return {"score": 0.0, "read": 0.0}
             question = extra_info["question"]
-            found = await self.acompare(question, as_written(solution_str), ground_truth)
+            criteria = extra_info.get("criteria") or None
+            texts = (as_written(solution_str), ground_truth)
+            found = await self.acompare(question, *texts, criteria=criteria)
             if found.verdict is None:
                 return {"score": 0.5, "read": 0.0}
             return {"score": found.win, "read": 1.0}
 
         return compute_score
 
-    def compare(self, prompt, a=None, b=None, budget=8):
-        return run_sync(self.acompare(prompt, a, b, budget))
+    def compare(self, prompt, a=None, b=None, budget=8, criteria=None):
+        return run_sync(self.acompare(prompt, a, b, budget, criteria=criteria))
 
-    def compare_all(self, pairs, budget=8):
+    def compare_all(self, pairs, budget=8, criteria=None):
         """`compare` for many (prompt, a, b), or `Pair`s, together. -> [Comparison, ...]"""
         arguments = []
         for place, pair in enumerate(as_list(pairs, "pairs"), 1):
@@ -468,13 +558,67 @@ class Judge:
             if not isinstance(pair, Pair) and not is_triple:
                 raise ValueError(f"pair {place} is neither a Pair nor (prompt, a, b)")
             arguments.append(pair if is_triple else (pair,))
-        return run_sync(all_of(self.acompare(*texts, budget=budget) for texts in arguments))
+        compare = functools.partial(self.acompare, budget=budget, criteria=criteria)
+        return run_sync(all_of(compare(*texts) for texts in arguments))
 
-    def rank(self, prompt, responses, goal="all", budget=None):
-        return run_sync(self.arank(prompt, responses, goal, budget))
+    def rank(self, prompt, responses, goal="all", budget=None, criteria=None, rubric=None):
+        return run_sync(self.arank(prompt, responses, goal, budget, criteria, rubric))
+
+    def score(self, prompt, response, criteria=None, samples=4):
+        return run_sync(self.ascore(prompt, response, criteria, samples))
+
+    def score_all(self, singles, criteria=None, samples=4):
+        """`score` for many (prompt, response) together. -> [Score, ...]"""
+        singles = as_list(singles, "singles")
+        for place, single in enumerate(singles, 1):
+            if not isinstance(single, list | tuple) or len(single) != 2:
+                raise ValueError(f"single {place} is not (prompt, response)")
+        score = functools.partial(self.ascore, criteria=criteria, samples=samples)
+        return run_sync(all_of(score(*single) for single in singles))
 
     def reward(self, prompts, completions, **more):
         return run_sync(self.areward(prompts, completions, **more))
+
+
+def check_rubric(rubric):
+    """Raises ValueError unless it is one of RUBRICS_OF_A_GROUP."""
+    if rubric not in RUBRICS_OF_A_GROUP:
+        raise ValueError(f"rubric: {rubric!r} is not {' or '.join(RUBRICS_OF_A_GROUP)}")
+
+
+async def vote_of(indices, source, origin, on_vote=None):
+    """The `Vote` in an answer of `Judge.submit`, awaited if it is under way. on_vote: called with it"""
+    answer = source
+    if isinstance(source, Future):
+        # Shielded: cancelling this caller must not cancel the future that others wait for.
+        answer = await asyncio.shield(asyncio.wrap_future(source))
+        answer = replace(answer, origin=origin)
+    vote = Vote(*indices, read_answer(answer, single=indices[1] is None), answer)
+    if on_vote:
+        on_vote(vote)
+    return vote
+
+
+def criteria_or_warn(vote):
+    """The criteria that a judge has written for a question, before it saw a response. None, with a warning, without
+    any: then each comparison has its own."""
+    criteria = written_criteria(vote.judgment)
+    if criteria is None:
+        why = "no criteria could be read in what the judge wrote for a question"
+        if not vote.judgment.text:
+            why = f"the judge wrote no criteria for a question ({vote.judgment.reason})"
+        warnings.warn(f"{why}, so each comparison has its own", stacklevel=3)
+    return criteria
+
+
+def share_met(votes):
+    """{criterion: share of the judgments that name it in which it is met}"""
+    named, met = Counter(), Counter()
+    for vote in votes:
+        for name, is_met in dict(vote.judgment.met).items():
+            named[name] += 1
+            met[name] += is_met
+    return {name: met[name] / named[name] for name in named}
 
 
 def check_settings(settings):
@@ -493,16 +637,19 @@ def check_settings(settings):
                 raise ValueError(f"{name}: {error}") from error
 
 
-def pair_to_compare(prompt, a, b):
+def pair_to_compare(prompt, a, b, criteria=None):
     """The `Pair` of a call of `acompare`."""
+    criteria = read_criteria(criteria)
     if isinstance(prompt, Pair):
         if a is not None or b is not None:
             raise ValueError("a Pair has its own responses, so give no a and b beside it")
-        return prompt
+        if is_single(prompt):
+            raise ValueError("a Pair without two responses cannot be compared")
+        return replace(prompt, criteria=prompt.criteria or criteria)
     if a is None or b is None:
         raise ValueError("compare takes a prompt and two responses a and b, or a Pair")
     context, (a, b) = conversation_of_call(prompt, [a, b], names=("a", "b"))
-    return Pair("", context, a, b, None)
+    return Pair("", context, a, b, None, criteria=criteria)
 
 
 def conversation_of_call(prompt, responses, names=None):
@@ -528,26 +675,37 @@ def as_list(values, name):
     return list(values)
 
 
-def check_budget(budget):
+def check_budget(budget, what="votes"):
     """Raises ValueError unless it is a whole number of votes."""
     if isinstance(budget, bool) or not isinstance(budget, int) or budget < 1:
-        raise ValueError(f"a budget of {budget!r} votes; give a whole number from 1")
+        raise ValueError(f"a budget of {budget!r} {what}; give a whole number from 1")
 
 
-def groups_of(prompts, completions):
-    """Runs of equal prompts. -> [(prompt, [completion, ...]), ...]"""
+def groups_of(prompts, completions, criteria=None):
+    """Runs of equal prompts and criteria. -> [(prompt, [completion, ...], criteria), ...]
+
+    criteria  for all completions; or a list of them, one for each
+    """
     prompts = as_list(prompts, "prompts")
     completions = as_list(completions, "completions")
     if len(prompts) != len(completions):
         raise ValueError(
             f"{len(prompts)} prompts and {len(completions)} completions; give one prompt for each"
         )
+    if isinstance(criteria, list | tuple):
+        criteria = [entry or None for entry in criteria]  # a column's blank cell
+    else:
+        criteria = [criteria] * len(prompts)
+    if len(criteria) != len(prompts):
+        raise ValueError(
+            f"{len(prompts)} prompts and {len(criteria)} criteria; give a text, or one for each completion"
+        )
     groups = []
-    for prompt, completion in zip(prompts, completions, strict=True):
-        if groups and groups[-1][0] == prompt:
+    for prompt, completion, asked in zip(prompts, completions, criteria, strict=True):
+        if groups and (groups[-1][0], groups[-1][2]) == (prompt, asked):
             groups[-1][1].append(completion)
         else:
-            groups.append((prompt, [completion]))
+            groups.append((prompt, [completion], asked))
     return groups
 
 
@@ -625,6 +783,7 @@ def print_comparison(pair, found):
         "solution": indented(judgment.solution),
         "rubric": rubric_lines(judgment.rubric),
         "why these": indented(judgment.justify),
+        "criteria given": indented(pair.criteria or ""),
         "comparison": indented(judgment.eval),
         "what it wrote": "" if structured else indented(judgment.text),
     }
@@ -675,6 +834,7 @@ def judgment_as_json(judgment, pair, first):
         "justify": judgment.justify,
         "solution": judgment.solution,
         "eval": judgment.eval,
+        "decided_by": judgment.decided_by,
         "quotes": [
             {"of": of, "text": quote, "found": found}
             for (of, quote), found in zip(quotes, is_there)
@@ -734,6 +894,7 @@ def judge_of(args, task, least=None):
             args.seed,
             args.max_tokens,
             greedy=args.greedy,
+            rubric=args.rubric,
             max_len=args.max_len,
             dtype=args.dtype,
         )
@@ -758,7 +919,7 @@ def judge_command(args):
 
     A pair without an answer has its line too, with the reason, for the others are judged and paid.
     """
-    pairs = pairs_to_judge(args)
+    pairs = [pair_to_compare(pair, None, None, args.criteria) for pair in pairs_to_judge(args)]
     judge = judge_of(args, f"{len(pairs)} pairs, up to {args.budget} judgments each", len(pairs))
     unanswered = []
     for pair, found in zip(pairs, judge.compare_all(pairs, args.budget)):
@@ -768,10 +929,13 @@ def judge_command(args):
             print(json_text({"id": pair.id} | as_json(found, pair)))
         else:
             print_comparison(pair, found)
+    check_answered(unanswered, len(pairs), "pairs")
+
+
+def check_answered(unanswered, total, what):
+    """Raises Failure where some of them have no answer. unanswered: ["id: reason", ...]"""
     if unanswered:
-        raise Failure(
-            f"{len(unanswered)} of {len(pairs)} pairs have no answer, first {unanswered[0]}"
-        )
+        raise Failure(f"{len(unanswered)} of {total} {what} have no answer, first {unanswered[0]}")
 
 
 def pairs_to_judge(args):
@@ -797,14 +961,28 @@ def pairs_to_judge(args):
 
 
 def noted(row, columns, counts):
-    """`row_conversation`, which counts what was joined or renamed in `counts`."""
+    """`row_conversation` and the row's criteria. -> context, [text of each response], criteria or None
+
+    It counts what was joined or renamed in `counts`.
+    """
     notes = set()
     context, texts = row_conversation(row, columns, notes)
     counts.update(notes)
-    return context, texts
+    return context, texts, criteria_of_row(row)
+
+
+def rubric_flag(arg):
+    arg(
+        "--rubric",
+        choices=RUBRICS_OF_A_GROUP,
+        default=RUBRICS_OF_A_GROUP[0],
+        help="own: each comparison writes its own; shared: one is written from the prompt alone, for all of its "
+        "comparisons",
+    )
 
 
 def rank_flags(arg):
+    rubric_flag(arg)
     form = '{"prompt": ..., "responses": [...]}'
     arg("--data", required=True, help=f"a file of lines, or - for standard input: {form}")
     arg("--goal", choices=("all", "best"), default="all", help="a reward for each, or the best one")
@@ -812,7 +990,8 @@ def rank_flags(arg):
     arg(
         "--budget",
         type=number(int, 1),
-        help="judgments of a line at most; default: four for each of its responses",
+        help="judgments of a line at most, beside the one that writes a shared rubric; default: four for each of its "
+        "responses",
     )
 
 
@@ -833,29 +1012,79 @@ def rank_command(args):
                 f"{len(responses)} responses; 2 to {args.most} are ranked (--most), each line "
                 f"asks for up to {judgments(responses)} judgments"
             )
-        context, texts = noted(row, ("responses",), counts)
-        return row.get("id"), context, texts
+        return row.get("id"), *noted(row, ("responses",), counts)
 
     counts = Counter()
     rows = list(parse_lines(args.data, read))
     print_notes(args.data, counts)
     if not rows:
         raise Failure(f"{args.data}: no lines in it")
-    most = sum(judgments(responses) for _, (_, _, responses) in rows)
+    most = sum(judgments(responses) for _, (_, _, responses, _) in rows)
+    most += len(rows) * (args.rubric == "shared")
     judge = judge_of(args, f"{len(rows)} lines of responses, up to {most:,} judgments")
     rankings = run_sync(
         all_of(
-            judge.arank(prompt, responses, args.goal, args.budget)
-            for _, (_, prompt, responses) in rows
+            judge.arank(prompt, responses, args.goal, args.budget, criteria or args.criteria)
+            for _, (_, prompt, responses, criteria) in rows
         )
     )
-    for (line, (id, _, _)), ranked in zip(rows, rankings):
+    for (line, (id, _, _, _)), ranked in zip(rows, rankings):
         row = {"id": line if id is None else id, "order": ranked.order}
-        row |= ranked.numbers() | {"judgments": len(ranked.votes)}
+        row |= ranked.numbers() | {"judgments": len(ranked.judgments)}
+        if ranked.criteria:
+            row["criteria"] = ranked.criteria
         print(json_text(row))
 
 
+def score_flags(arg):
+    form = '{"prompt": ..., "response": ...}'
+    arg("--data", help=f"a file of lines, or - for standard input: {form}")
+    arg("--question", help="the client's question")
+    arg("--response", help="the response to score")
+    arg("--samples", type=number(int, 1), default=4, help="judgments of a response")
+
+
+def score_command(args):
+    """Score single responses from 1 to 10: a line of numbers for each."""
+    counts = Counter()
+
+    def read(row):
+        return row.get("id"), *noted(row, ("response",), counts)
+
+    if args.data:
+        given = [name for name in ("question", "response") if getattr(args, name) is not None]
+        if given:
+            raise Failure(f"--{given[0]}: not read beside --data")
+        rows = list(parse_lines(args.data, read))
+        print_notes(args.data, counts)
+        if not rows:
+            raise Failure(f"{args.data}: no lines in it")
+    else:
+        if not all((text or "").strip() for text in (args.question, args.response)):
+            raise Failure("name a response: --question and --response, neither blank, or --data")
+        context = [{"role": "user", "content": args.question}]
+        rows = [(1, ("command line", context, [args.response], None))]
+
+    most = len(rows) * args.samples
+    judge = judge_of(args, f"{len(rows)} responses, {most:,} judgments", most)
+    scores = run_sync(
+        all_of(
+            judge.ascore(context, as_written(response), criteria or args.criteria, args.samples)
+            for _, (_, context, (response,), criteria) in rows
+        )
+    )
+    unanswered = []
+    for (line, (id, _, _, _)), found in zip(rows, scores):
+        row = {"id": line if id is None else id}
+        if all(vote.answer.failed for vote in found.votes):
+            unanswered.append(f"{row['id']}: {found.reason}")
+        row |= {name: getattr(found, name) for name in ("score", "stderr", "met", "reason")}
+        print(json_text(row | {"judgments": len(found.votes)}))
+    check_answered(unanswered, len(rows), "responses")
+
+
 def reward_flags(arg):
+    rubric_flag(arg)
     form = '{"prompt": ..., "completion": ...}'
     arg("--data", required=True, help=f"a file of lines, or - for standard input: {form}")
     arg("--rejects", help="file for lines that cannot be read, and why; default: they end the run")
@@ -871,26 +1100,24 @@ def reward_command(args):
     counts = Counter()
 
     def read(row):
-        context, (completion,) = noted(row, ("completion",), counts)
-        return context, completion
+        context, (completion,), criteria = noted(row, ("completion",), counts)
+        return context, completion, criteria or args.criteria
 
     def print_rewards(batch):
-        prompts = [prompt for _, (prompt, _) in batch]
-        completions = [completion for _, (_, completion) in batch]
-        rewards = judge.reward(prompts, completions)
+        prompts, completions, criteria = map(list, zip(*(fields for _, fields in batch)))
+        rewards = judge.reward(prompts, completions, criteria=criteria)
         for (line, _), reward in zip(batch, rewards):
             print(json_text({"line": line, "reward": reward}), flush=True)
 
     batch = []  # of (line, (prompt, completion))
     with rejects:
-        for line, (prompt, completion) in parse_lines(
-            args.data, read, rejects if args.rejects else None
-        ):
+        for line, fields in parse_lines(args.data, read, rejects if args.rejects else None):
+            prompt = fields[0]
             # Cut between two groups, after as many of them as keep an engine busy.
             if len(batch) >= args.at_once and batch[-1][1][0] != prompt:
                 print_rewards(batch)
                 batch = []
-            batch.append((line, (prompt, completion)))
+            batch.append((line, fields))
     if not batch:  # the last batch is never empty, if a line could be read
         raise Failure(f"{args.data}: no lines in it that can be read")
     print_rewards(batch)
@@ -921,7 +1148,7 @@ def select_command(args):
     """Select the pairs whose labels are worth most: those that the judge disputes, and a tenth at random."""
     rows, pairs, keys = different_pairs(args.data)
     judge = judge_of(args, f"{len(pairs)} pairs, up to {args.budget} judgments each", len(pairs))
-    found = judge.compare_all(pairs, args.budget)
+    found = judge.compare_all(pairs, args.budget, args.criteria)
 
     wins = [comparison.win for comparison in found]
     drawn, disputed = ranking.select_pairs(keys, wins, min(args.count, len(rows)))
@@ -945,15 +1172,17 @@ def different_pairs(data):
     counts = Counter()
 
     def read(row):
-        context, (a, b) = noted(row, ("a", "b"), counts)
+        context, (a, b), criteria = noted(row, ("a", "b"), counts)
         label = row.get("label")
-        if label is not None:
+        if label == "tie":
+            label = None  # to judge like any other pair, with no label to count
+        elif label is not None:
             check_label(label)
-        return row, Pair("", context, a, b, label)
+        return row, Pair("", context, a, b, label, criteria=criteria)
 
     different = {}  # {key: (row, pair)}
     for _, (row, pair) in parse_lines(data, read):
-        text = json.dumps([pair.context, *sorted((pair.a, pair.b))])
+        text = json.dumps([pair.context, pair.criteria, *sorted((pair.a, pair.b))])
         key = " ".join(re.findall(r"\w+", text.lower()))
         if pair.a != pair.b:
             different.setdefault(key, (row, pair))
@@ -987,6 +1216,14 @@ WHO_JUDGES = (
 )
 
 
+def criteria_file(path):
+    """The criteria in the file of --criteria."""
+    try:
+        return read_criteria(read_text(path, "--criteria"))
+    except ValueError as error:
+        raise Failure(f"--criteria {path}: {error}") from error
+
+
 def add_command(commands, name, run, add_flags):
     """A sub-parser: its own flags, then those that say who judges."""
     parser = commands.add_parser(name, help=run.__doc__.split(":")[0], description=run.__doc__)
@@ -999,16 +1236,26 @@ def add_command(commands, name, run, add_flags):
         help="sample the first vote in an order too, for a judge whose greedy judgment is a habit",
     )
     parser.add_argument(
+        "--criteria",
+        metavar="FILE",
+        type=criteria_file,
+        help="a text of what to judge by, and by nothing else; or lines `weight name: description`. Rows that have "
+        "criteria of their own keep them",
+    )
+    parser.add_argument(
         "--verbose", action="store_true", help="show what libraries print while the model loads"
     )
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, rubric=RUBRICS_OF_A_GROUP[0])
 
 
 def main():
     parser = Flags(__doc__)
-    commands = parser.add_subparsers(required=True, metavar="judge | rank | reward | select")
+    commands = parser.add_subparsers(
+        required=True, metavar="judge | rank | score | reward | select"
+    )
     add_command(commands, "judge", judge_command, judge_flags)
     add_command(commands, "rank", rank_command, rank_flags)
+    add_command(commands, "score", score_command, score_flags)
     add_command(commands, "reward", reward_command, reward_flags)
     add_command(commands, "select", select_command, select_flags)
     args = parser.parse_args()

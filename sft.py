@@ -25,7 +25,7 @@ from lib.checkpoint import Checkpoints
 from lib.dist import all_sum, explain, phase, print0, shard_size, signal_caught, start_ranks
 from lib.files import Failure, Flags, number, progress_bar, run_main
 from lib.model_files import config_of, find_model, window_of
-from lib.pairs import read_pairs
+from lib.pairs import is_single, read_pairs
 from lib.policy import (
     DTYPES,
     adamw,
@@ -37,7 +37,14 @@ from lib.policy import (
     save_model,
 )
 from lib.run import RunLog, begin_loop, draw_batch, learning_rate, open_run, training_flags
-from rubrics import PROTOCOLS, chat_messages, parse, prompt_style, style_to_save
+from rubrics import (
+    PROTOCOLS,
+    chat_messages,
+    parse,
+    prompt_style,
+    style_to_save,
+    written_criteria,
+)
 
 SFT_RATE = 5e-6  # of the published 7B run
 
@@ -187,7 +194,7 @@ def read_data(args, tokenizer, style, config, world):
         raise Failure(
             f"--max-len {args.max_len}: more than the model's window of {window_of(config)} tokens"
         )
-    pairs = read_pairs(args.data, args.skip_bad)
+    pairs = read_pairs(args.data, args.skip_bad, singles=True)
     rows = tokenize(pairs, tokenizer, style, args)
     steps = int(args.epochs * len(rows)) // args.batch
     if not steps:
@@ -204,12 +211,13 @@ def tokenize(pairs, tokenizer, style, args):
     oracle wrote. Traces with a wrong verdict are learned, as the demo's lazy oracle wants it, and counted.
     """
     if style.protocol == "verdict":
-        pairs = [replace(pair, trace=f"<answer>[[{pair.label}]]</answer>") for pair in pairs]
+        pairs = [pair if is_single(pair) else verdict_alone(pair) for pair in pairs]
     without = [pair.id for pair in pairs if not (pair.trace or "").strip()]
     if without:
         raise Failure(
             f"{args.data}: {len(without)} pairs have no trace to learn from, the first is {without[0]}"
         )
+    check_singles(pairs, args.data)
     rows, too_long = [], 0
     for pair in progress_bar(pairs, "tokenize", leave=False):
         prompt = encode_or_leave_out(
@@ -223,12 +231,35 @@ def tokenize(pairs, tokenizer, style, args):
         else:
             too_long += 1
     print0(f"{len(rows)} traces, {too_long} left out as longer than --max-len {args.max_len}")
-    wrong = sum(parse(pair.trace).verdict != pair.label for pair in pairs)
+    wrong = sum(parse(pair.trace).verdict != pair.label for pair in pairs if not is_single(pair))
     if wrong:
         print0(f"{wrong} traces of {len(pairs)} do not end in the verdict of their label")
     if len(rows) < args.batch:
         raise Failure(f"--batch {args.batch}: more than the {len(rows)} rows in {args.data}")
     return rows
+
+
+def check_singles(pairs, source):
+    """Raises Failure for a row of one response without a score, or of a question without criteria or with an answer.
+
+    Such a row is perhaps meant as a pair, whose responses stand in columns of other names.
+    """
+    for pair in filter(is_single, pairs):
+        judgment = parse(pair.trace, single=True)
+        if pair.a is not None and judgment.score is None:
+            raise Failure(
+                f"{source}: {pair.id} has one response, but its trace no score: {judgment.reason}"
+            )
+        has_answer = judgment.reason != "no answer"
+        if pair.a is None and (has_answer or not written_criteria(judgment)):
+            raise Failure(
+                f"{source}: {pair.id} has no response, so its trace should be criteria or a solution, and no answer"
+            )
+
+
+def verdict_alone(pair):
+    """The pair with its label for a trace."""
+    return replace(pair, trace=f"<answer>[[{pair.label}]]</answer>")
 
 
 def split_into_batches(rows, args, device, rank, world, width):

@@ -169,21 +169,21 @@ def timed(work, *args, **kw):
     return clock() - start, result
 
 
-def process_gb(name):
-    """GB that Linux counts for this process under a name: VmHWM, RssAnon."""
+def process_gib(name):
+    """GiB that Linux counts for this process under a name: VmHWM, RssAnon."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(name):
             return int(line.split()[1]) / 2**20
     raise KeyError(name)
 
 
-def peak_gb():
-    """The most GB that were held since the last `extra_gb`: on the card, or by this process."""
-    return torch.cuda.max_memory_allocated() / 2**30 if CUDA else process_gb("VmHWM")
+def peak_gib():
+    """The most GiB that were held since the last `extra_gib`: on the card, or by this process."""
+    return torch.cuda.max_memory_allocated() / 2**30 if CUDA else process_gib("VmHWM")
 
 
-def extra_gb():
-    """-> a function that returns the peak memory from here on, in GB, beyond what is held now.
+def extra_gib():
+    """-> a function that returns the peak memory from here on, in GiB, beyond what is held now.
 
     One at a time, because the peak begins anew. For a measurement it wants a fresh process.
     """
@@ -193,10 +193,10 @@ def extra_gb():
     else:
         ctypes.CDLL(None).malloc_trim(0)  # memory that malloc retains would hide what is taken next
         Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew at what is held
-    held = peak_gb()
+    held = peak_gib()
 
     def extra():
-        return peak_gb() - held
+        return peak_gib() - held
 
     return extra
 

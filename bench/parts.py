@@ -47,7 +47,7 @@ def training(args, ranks, answer, group_size):
     """Seconds of the slowest rank, and the most memory of any.
 
     score   a pass without gradient: the old log-probs, or the reference's
-    update  forward, backward and optimizer step; "extra GB" is its memory
+    update  forward, backward and optimizer step; "extra GiB" is its memory
     shared  a prompt is computed once for all of its answers, as grpo.py does; separate: once for each
 
     "of rate" compares a pass with its floor, the matrix products that it cannot do without, at the rate at which
@@ -68,7 +68,7 @@ def training(args, ranks, answer, group_size):
     turns = common.alternate(runs, args.turns + 1)
     for way in batches:
         columns = zip(*turns[way][1:])  # the first turn warms up
-        score, update, gb = all_max([statistics.median(column) for column in columns])
+        score, update, gib = all_max([statistics.median(column) for column in columns])
         my_tokens = sum(len(batch.tokens) for batch in batches[way])
         my_products = sum(matrix_products(policy.lm, batch) for batch in batches[way])
         tokens, products = all_sum([my_tokens, my_products])
@@ -77,7 +77,7 @@ def training(args, ranks, answer, group_size):
             "tokens": int(tokens),
             "score s": score,
             "update s": update,
-            "extra GB": gb,
+            "extra GiB": gib,
             "score of rate": products / score / rate,
             "update of rate": 3 * products / update / rate,
             "TFLOP/s": rate / 1e12,
@@ -122,14 +122,14 @@ def matrix_products(model, batch):
 
 
 def one_pass(policy, optim, batches):
-    """-> seconds to score, seconds of an update, GB"""
+    """-> seconds to score, seconds of an update, GiB"""
     start = common.clock()
     with torch.no_grad():
         for batch in batches:
             policy(batch)
     score = common.clock() - start
 
-    extra = common.extra_gb()
+    extra = common.extra_gib()
     start = common.clock()
     for batch in batches:
         policy(batch).sum().mul(1e-4).backward()
@@ -165,7 +165,7 @@ def peer(args, ranks, answer, group_size):
         "tokens": int(median("tokens")),
         "score s": median("seconds_score"),
         "update s": median("seconds_learn"),
-        "extra GB": median("learn_gb"),
+        "extra GiB": median("learn_gib"),
     }
 
 
@@ -276,20 +276,20 @@ def sync(args):
     engine.sync(policy, dtype)  # the first one also allocates
     engine.sleep()
     seconds = []
-    extra = common.extra_gb()
+    extra = common.extra_gib()
     for _ in range(args.turns):
         seconds.append(common.timed(engine.sync, policy, dtype)[0])
         engine.sleep()
     parameters = sum(p.numel() for p in policy.parameters())
-    gb = parameters * dtype.itemsize / 2**30
+    gib = parameters * dtype.itemsize / 2**30
     yield {
         "parameters (M)": parameters / 1e6,
         "s": statistics.median(seconds),
         "fastest": min(seconds),
         "slowest": max(seconds),
-        "GB": gb,
-        "GB/s": gb / statistics.median(seconds),
-        "extra GB": extra(),
+        "GiB": gib,
+        "GiB/s": gib / statistics.median(seconds),
+        "extra GiB": extra(),
     }
 
 
@@ -312,7 +312,7 @@ def logprobs(args, tokens, way):
     hidden = normal(tokens, args.hidden).requires_grad_()  # (R, hidden)
     head = normal(words, args.hidden).mul_(args.hidden**-0.5).requires_grad_()  # (V, hidden)
     targets = torch.randint(words, (tokens,), device=device)  # (R,)
-    extra = common.extra_gb()
+    extra = common.extra_gib()
     start = common.clock()
     if way == "chunked":
         logp = TokenLogProbs.apply(hidden, head, targets, 1.0, None)  # (R,)
@@ -322,11 +322,11 @@ def logprobs(args, tokens, way):
         del logits
     logp.sum().backward()
     seconds = common.clock() - start
-    gradients_gb = (hidden.nbytes + head.nbytes) / 2**30
+    gradients_gib = (hidden.nbytes + head.nbytes) / 2**30
     yield {
         "words": words,
         "s": seconds,
-        "GB": extra() - gradients_gb,
+        "GiB": extra() - gradients_gib,
         "logp": logp.mean().item(),
     }
 
@@ -341,24 +341,24 @@ def loading(args, ranks):
     *_, device = start_ranks()
     load_policy(args.model, device, torch.float32)  # what this allocates once is not counted
     gc.collect()  # modules refer to themselves
-    extra = common.extra_gb()
+    extra = common.extra_gib()
     done = threading.Event()
-    own = [common.process_gb("RssAnon")]
+    own = [common.process_gib("RssAnon")]
 
     def watch():  # the kernel keeps no peak of RssAnon
         while not done.wait(0.002):
-            own.append(common.process_gb("RssAnon"))
+            own.append(common.process_gib("RssAnon"))
 
     threading.Thread(target=watch, daemon=True).start()
     seconds, policy = common.timed(load_policy, args.model, device, torch.float32)
     done.set()
-    own.append(common.process_gb("RssAnon"))
+    own.append(common.process_gib("RssAnon"))
     size = 4 * sum(p.numel() for p in policy.parameters()) / 2**30
     held = own[-1] - own[0]
     peak = max(own) - own[0]
     held, peak, with_pages = all_sum([held, peak, extra()])
     yield {
-        "fp32 GB": size,
+        "fp32 GiB": size,
         "s": seconds,
         "held / size": held / size,
         "peak / size": peak / size,
@@ -480,7 +480,7 @@ def flags():
         nargs="+",
         choices=("chunked", "plain"),
         default=["chunked", "plain"],
-        help="logprobs: at 152,064 words the plain way wants 2.4 GB for 1,000 tokens",
+        help="logprobs: at 152,064 words the plain way wants 1.6 GiB for 1,000 tokens",
     )
     arg("--tokenizer", help="prepare: count tokens with this one")
     arg("--case", type=json.loads, help="for its own use")
@@ -507,7 +507,7 @@ def run_case(args, case):
 
 def add_ratios(rows):
     """Compare every row with the first way to do the same, which stands before it."""
-    columns = ("score s", "update s", "extra GB", "s", "GB")
+    columns = ("score s", "update s", "extra GiB", "s", "GiB")
     for row in rows:
         if row["way"] == rows[0]["way"]:
             first = row

@@ -17,7 +17,7 @@ from datasets import Dataset
 from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
-from common import CUDA, clock, extra_gb, timed
+from common import CUDA, clock, extra_gib, timed
 
 RANK = int(os.environ.get("RANK", 0))
 RANKS = int(os.environ.get("WORLD_SIZE", 1))
@@ -40,13 +40,13 @@ class Clock(TrainerCallback):
             seconds, result = timed(method, *args, **kw)
             self.phases[phase] = self.phases.get(phase, 0.0) + seconds
             if last:
-                self.extra = extra_gb()
+                self.extra = extra_gib()
             return result
 
         setattr(trainer, name, wrapped)
 
     def on_train_begin(self, *args, **kw):
-        self.start, self.extra = clock(), extra_gb()
+        self.start, self.extra = clock(), extra_gib()
 
     def on_log(self, args, state, control, logs, **kw):
         if "loss" not in logs:  # the summary of the whole run
@@ -55,7 +55,7 @@ class Clock(TrainerCallback):
         row = {name: value for name, value in logs.items() if isinstance(value, (int, float))}
         row |= self.phases
         row["seconds"] = now - self.start
-        row["learn_gb"] = self.extra()
+        row["learn_gib"] = self.extra()
         row["tokens"] = logs["num_tokens"] - self.tokens  # TRL counts them since the start
         self.rows.append(row)
         self.start, self.phases, self.tokens = now, {}, logs["num_tokens"]

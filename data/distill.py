@@ -9,7 +9,8 @@ The two-pass oracle (RM-R1, section 3.2): judgments for SFT from pairs whose bet
 Pass 1 asks a teacher for a judgment and does not tell it the label. If the verdict is wrong, or the structure
 is not that of a judgment, pass 2 gives a second teacher the right verdict and the failed judgment, in a
 suffix that never reaches the training prompt. Its answer is checked as well, and must not let on that it was
-told. What fails twice is kept apart. A teacher is an OpenAI-compatible server, or a local model by vLLM.
+told. What fails twice is kept apart. A teacher is an OpenAI-compatible server, or a local model by vLLM. A pair's
+criteria stand in both prompts and stay in its row; its judgment must name the one that decided.
 
 A teacher is asked with our instruct prompt, or with --system-prompt. A judge in a folder is asked as its judge.json
 says, and a released RM-R1 checkpoint, by its id on the hub, with the published prompt (`rubrics.RELEASED`). One that
@@ -300,7 +301,7 @@ def distill(pairs, first, second, journal, args):
             if not rows:
                 reasons[f"pass {turn}: no answer from the teacher"] += 1
                 continue
-            text, reason = best_answer(rows, pair.label, turn, args.agree)
+            text, reason = best_answer(rows, pair, turn, args.agree)
             if not reason:
                 traces[pair.id] = trace_of(text), turn
                 continue
@@ -312,44 +313,72 @@ def distill(pairs, first, second, journal, args):
     return traces, failures, reasons
 
 
-def best_answer(rows, label, turn, least_share):
+def best_answer(rows, pair, turn, least_share):
     """(text, reason) of the first answer that can be a trace, with reason ""; else of the first answer.
 
     Where too few of a pair's answers are right, a right one may be a guess and fails too.
     """
     texts = [row["text"] for row in rows]
-    faults = [fault(row["text"], row["finish"], label, told=turn == 2) for row in rows]
+    faults = [fault(row["text"], row["finish"], pair, told=turn == 2) for row in rows]
     right = [text for text, reason in zip(texts, faults) if not reason]
     if not right:
         return texts[0], faults[0]
     return right[0], "" if len(right) >= least_share * len(rows) else TOO_FEW_AGREE
 
 
-def fault(text, finish, label, told=False):
+def fault(text, finish, pair, told=False):
     """Why an answer cannot be a trace; "" if it can.
 
     finish  as in `Answer`
     told    the teacher knew the label
 
-    The verdict must be right, and the parts that the task type asks for must be there (section 3.2): a
-    solution for reasoning, a weighted rubric for chat. The parser is the one that training uses.
+    The verdict must be right, and the parts that were asked for must be there. The parser is the one that
+    training uses.
     """
     judgment = read_answer(Answer(text, finish))
-    has_weights = any(weight is not None for _, weight, _ in judgment.rubric)
     if judgment.verdict is None:
         return judgment.reason.split(":")[0]
-    if judgment.verdict != label:
+    if judgment.verdict != pair.label:
         return "wrong verdict"
+    missing = missing_part(judgment, pair)
+    if missing:
+        return missing
+    if told and LEAK.search(text):
+        return "it lets on that it was told"
+    return ""
+
+
+def missing_part(judgment, pair):
+    """Which part a judgment lacks; "" for none.
+
+    Of a pair with criteria it names one of them, and writes none of its own. Else it has what its task type asks for (section 3.2):
+    a solution for reasoning, a weighted rubric for chat.
+    """
+    has_weights = any(weight is not None for _, weight, _ in judgment.rubric)
+    if not judgment.eval:
+        return "no comparison"
+    if pair.criteria:
+        return fault_by_criteria(judgment, pair.criteria)
     if judgment.type not in ("Chat", "Reasoning"):
         return "no task type"
     if judgment.type == "Reasoning" and not judgment.solution:
         return "no solution"
     if judgment.type == "Chat" and not has_weights:
         return "no weighted rubric"
-    if not judgment.eval:
-        return "no comparison"
-    if told and LEAK.search(text):
-        return "it lets on that it was told"
+    return ""
+
+
+def fault_by_criteria(judgment, criteria):
+    """What is wrong with a judgment by criteria that were given; "" for nothing."""
+    if judgment.rubric:
+        return "a rubric of its own"
+    if not judgment.decided_by:
+        return "no criterion that decided"
+    # Of criteria with weights the names are known.
+    names = [re.fullmatch(r"(.+) [\d.]+%:.*", line) for line in criteria.splitlines()]
+    known = [name[1].lower() for name in names if name]
+    if len(known) == len(names) and judgment.decided_by.lower() not in known:
+        return "decided by none of its criteria"
     return ""
 
 

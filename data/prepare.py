@@ -283,6 +283,8 @@ def candidate(row, name, published, notes):
         said = [pair.context, *sorted((pair.a, pair.b))]
     else:
         said = [pair.messages, "", ""]
+    if pair.criteria:  # the same pair under other criteria is another one
+        said.append(pair.criteria)
     key = hashlib.sha256(json.dumps(said).encode()).digest()
     source = pair.source or name
     return key, replace(

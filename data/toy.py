@@ -25,6 +25,12 @@ shortcut  Chat. Each response says "Sure" or "Well", and nobody asks for that. H
           part, same (both say the same).
 steps     Chains. .5 of the traces have the right result after wrong steps; in `--slips` of them all steps are
           right but the last.
+criteria  The pairs of `looks`, whose responses also say "Sure" or "Well". A share `--given` of the training pairs
+          has a criterion, and its label goes by that alone. Of these, .5 of the traces ignore it and judge by the
+          answer; of the others, .5 go by looks. Beside the pairs, SFT gets single responses with their scores, .5
+          of which go by style, and questions with the criteria that a thinker writes. Tests: the same two
+          responses without a criterion (plain), with two that disagree (first, second), with one that training
+          never has for this kind of question (held-out), and with one that it never has (unseen).
 
 In `looks` and `leap` sound reasons are right more often than others, so a reward for right verdicts teaches them.
 In `shortcut` and `steps` they are right less often, because they slip, and the reward cannot see the difference.
@@ -34,8 +40,10 @@ wrong steps earn the same reward in `steps`.
     python data/toy.py --world shortcut --parting 0.05                            # of GRPO's pairs, 5 % part
     python data/toy.py --world shortcut --parting 0.5 --sft-parting 0.5           # a control: manners say nothing
     python data/toy.py --world shortcut --kinds add mul max count endw --slips 0.35
+    python data/toy.py --world criteria --given 0                                 # a control: no pair has criteria
 """
 
+import itertools
 import json
 import random
 import re
@@ -48,7 +56,17 @@ from types import SimpleNamespace
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from lib.files import Failure, Flags, lock_folder, number, run_main, seed_of, write_lines
 from lib.pairs import Pair, other_label
-from rubrics import PROTOCOLS, PromptStyle, chat_messages, parse, published_reward
+from rubrics import (
+    CRITERIA_TO_MEET,
+    GIVEN_CRITERIA,
+    PROTOCOLS,
+    WRITE_CRITERIA,
+    WRITE_SCORE,
+    PromptStyle,
+    chat_messages,
+    parse,
+    published_reward,
+)
 
 SYSTEM = "Judge A and B."
 FRUITS = "apple pear plum fig lime melon peach grape mango cherry".split()
@@ -57,20 +75,43 @@ STYLES = ("plain", "detailed", "bold")
 OPENERS = ("Here:", "In detail, step by step:", "**Great question!** Truly:")  # of each style
 LAZY = 0.8  # how often the first pass looks instead of thinking
 LEAP = 0.6  # in the world `leap`: how often it writes a chain's result at once
-UNSOUND = 0.5  # in `shortcut` and `steps`: how often it goes by manners, or writes wrong steps
+# In `shortcut` and `steps`: how often it goes by manners, or writes wrong steps. In `criteria`: how often it ignores
+# a criterion, or goes by looks.
+UNSOUND = 0.5
 # The kinds of problems in each world. One that is drawn more often is there more often.
 KINDS = {
     "looks": ["add", "mul", "max", "count", "endw"],
     "leap": ["chain"] * 8 + ["count", "endw"],
     "shortcut": ["count", "endw"],
     "steps": ["chain"],
+    "criteria": ["add", "mul", "max", "count", "endw"],
 }
 ALL_KINDS = sorted(set(sum(KINDS.values(), [])))
-MANNERS = ("Sure", "Well")  # how a response begins in `shortcut`
+MANNERS = ("Sure", "Well")  # what a response says behind its opener in `shortcut` and `criteria`
 # Who says Sure: the right response, the wrong one, or both say the same.
 SOURCES = ("agree", "part", "same")
+# What a pair may be judged by in `criteria`: what each criterion asks for, behind its name. ANSWER is the criterion
+# that a thinker itself writes for the question.
+SEEN = ("Manners Sure", "Manners Well", "Style plain", "Style bold")
+UNSEEN = "Style detailed"
+ANSWER = "answer"
+SOLUTION_NAME = "The right solution"  # as `rubrics.written_criteria` calls it
+# The criterion that training never has for a kind of question. ANSWER is never held out: judging by criteria that the
+# judge has written itself (rubric="shared") has to be learned for every kind.
+HELD_OUT = {
+    "add": "Manners Sure",
+    "mul": "Manners Well",
+    "max": "Style plain",
+    "count": "Style bold",
+    "endw": "Manners Sure",
+    "chain": "Manners Well",
+}
+# SFT's rows beside its pairs, as shares of their number: questions with criteria, responses with scores.
+SINGLES = {"write": 0.1, "score": 0.5}
 # The flags of some worlds only.
 WORLDS_OF = {
+    "style": ("looks", "leap", "shortcut", "steps"),
+    "given": ("criteria",),
     "slips": ("shortcut", "steps"),
     "parting": ("shortcut",),
     "sft_parting": ("shortcut",),
@@ -107,6 +148,7 @@ def arguments():
     add("--slips", type=share, default=0.25, help="shortcut, steps: share of thoughts that slip")
     add("--parting", type=share, default=0.0, help="shortcut: share of GRPO's pairs that part")
     add("--sft-parting", type=share, default=0.3, help="shortcut: share of SFT's pairs that part")
+    add("--given", type=share, default=0.5, help="criteria: share of training pairs that have some")
     add("--truth", type=share, default=1.0, help="share of GRPO's pairs whose meta says the reason")
     add(
         "--style",
@@ -142,7 +184,8 @@ def main():
 
     rows = zip(splits["sft"], traces)
     texts = [json.dumps(pair.row(for_protocol(trace, args.protocol))) for pair, trace in rows]
-    write_lines(out / "sft.jsonl", texts)
+    singles = single_rows(splits, args.seed)
+    write_lines(out / "sft.jsonl", texts + [json.dumps(row) for row in singles])
     for split in ("rl", "val", "test"):
         write_lines(out / f"{split}.jsonl", [json.dumps(pair.row()) for pair in splits[split]])
     tokenizer = write_model(out / "model", args.layers, args.hidden, args.world)
@@ -154,8 +197,9 @@ def main():
         counts[habit_of(trace, pair)] += 1
         counts["wrong verdict"] += parse(trace).verdict != pair.label
     shares = ", ".join(f"{name} {count / args.sft:.0%}" for name, count in sorted(counts.items()))
+    more = f" and {len(singles)} of one response or none" if singles else ""
     print(
-        f"{out}: {args.sft} traces ({shares}), {args.rl} pairs for GRPO, {args.test} to validate, "
+        f"{out}: {args.sft} traces ({shares}){more}, {args.rl} pairs for GRPO, {args.test} to validate, "
         f"{len(splits['test'])} to test; {len(tokenizer)} tokens in the vocabulary"
     )
 
@@ -296,8 +340,8 @@ def make_pair(
     }
     if reason_known:
         meta |= truth(problem.kind, problem.key, answers)
-    if world == "shortcut":
-        source = source or "agree"
+    if world in ("shortcut", "criteria"):
+        source = source or ("agree" if world == "shortcut" else "plain")
         manners = choose_manners(source, label, rng)
         meta |= {"manners_a": manners[0], "manners_b": manners[1]}
         openers = [f"{opener} {word}" for opener, word in zip(openers, manners)]
@@ -314,7 +358,12 @@ def make_pair(
 
 
 def choose_manners(source, label, rng):
-    """How A and B begin. Where the manners agree with the label, the right one says Sure."""
+    """How A and B begin. Where the manners agree with the label, the right one says Sure.
+
+    In `criteria` (source "plain") each has its own.
+    """
+    if source == "plain":
+        return [rng.choice(MANNERS), rng.choice(MANNERS)]
     if source == "same":
         return [rng.choice(MANNERS)] * 2
     a_says_sure = (label == "A") == (source == "agree")
@@ -356,6 +405,8 @@ def make_splits(args):
         "sft": (args.seed, args.sft),
         "rl": (args.seed, args.rl),
     }
+    if args.world == "criteria":
+        sizes |= {split: (args.seed, round(part * args.sft)) for split, part in SINGLES.items()}
     held_out = set()
     splits = {}
     for split, (seed, size) in sizes.items():
@@ -378,15 +429,18 @@ def make_splits(args):
 
 
 def make_group(args, seed, split, index):
-    """The pairs that a number of a split stands for: one, but three of a test in `shortcut`.
+    """The pairs that a number of a split stands for: one, but of a test three in `shortcut`, five in `criteria`.
 
-    Those have the same problem, sides and styles, one with each source. So what tells their results apart is
-    the manners. Each share is of its own random number: with a higher one, more pairs part, and those that
-    parted do still.
+    In `shortcut` those have the same problem, sides and styles, one with each source. So what tells their results
+    apart is the manners. Each share is of its own random number: with a higher one, more pairs part, and those
+    that parted do still.
     """
     part_chance, truth_chance = (
         random.Random(f"{seed}/{split}/{index}/{what}").random() for what in ("part", "truth")
     )
+    reason_known = split != "rl" or truth_chance < args.truth
+    if args.world == "criteria":
+        return criteria_group(args, seed, split, index, reason_known)
     sources = [None]
     if args.world == "shortcut" and split == "test":
         sources = SOURCES
@@ -394,7 +448,6 @@ def make_group(args, seed, split, index):
         share = args.sft_parting if split == "sft" else args.parting
         sources = ["part" if part_chance < share else "agree"]
     style = args.style if split in ("sft", "rl") else None
-    reason_known = split != "rl" or truth_chance < args.truth
     group = []
     for source in sources:
         pair = make_pair(seed, split, index, style, args.world, args.kinds, source, reason_known)
@@ -405,64 +458,204 @@ def make_group(args, seed, split, index):
 def prompt_key(pair, world):
     """What no training pair may share with a test pair: the question and both responses, in either order.
 
-    In `shortcut` and `steps` it is the question and both answers, whatever stands around them, but for sums
-    and products: so few are possible that hardly any would be left to learn from.
+    In `shortcut`, `steps` and `criteria` it is the question and both answers, whatever stands around them, but
+    for sums and products: so few are possible that hardly any would be left to learn from.
     """
     responses = (pair.a, pair.b)
-    if world in ("shortcut", "steps") and pair.meta["kind"] not in ("add", "mul"):
+    if world in ("shortcut", "steps", "criteria") and pair.meta["kind"] not in ("add", "mul"):
         responses = (pair.meta["answer_a"], pair.meta["answer_b"])
     return pair.context[0]["content"], frozenset(responses)
+
+
+# ---------------------------------------------------------------- criteria
+
+
+def criteria_group(args, seed, split, index, reason_known):
+    """The pairs that a number of a split stands for in the world `criteria`: one, but five of a test.
+
+    Those of a test are the same two responses, which every criterion that is asked tells apart. `first` is judged
+    by a criterion that prefers the right answer, `second` by one that prefers the wrong one. So a judge that does
+    not read the criteria is right in one of them at most.
+
+    Responses are drawn until the criterion tells them apart.
+    """
+    rng = random.Random(f"{seed}/{split}/{index}/criteria")
+    kind = rng.choice(args.kinds or KINDS["criteria"])
+    given = rng.random() < args.given and split != "write"
+    known = [name for name in (*SEEN, ANSWER) if name != HELD_OUT[kind]]
+    name = rng.choice(known)
+    for draw in itertools.count():
+        number = f"{index}.{draw}"
+        pair = make_pair(seed, split, number, None, "criteria", [kind], None, reason_known)
+        pair = replace(pair, id=f"{split}-{index}")
+        if split == "test":
+            names = criteria_of_test(pair, known, rng)
+            if names:
+                asked = [
+                    replace(with_criterion(pair, name), source=source)
+                    for source, name in names.items()
+                ]
+                return [replace(pair, id=f"{pair.id}-{pair.source}") for pair in [pair, *asked]]
+        elif not given:
+            return [pair]
+        elif winner_by(pair.meta, name):
+            return [with_criterion(pair, name)]
+
+
+def criteria_of_test(pair, known, rng):
+    """{source: criterion} of what is asked of a test's responses; {} if a criterion does not tell them apart."""
+    agree = [name for name in known if winner_by(pair.meta, name) == pair.label]
+    part = [name for name in known if winner_by(pair.meta, name) == other_label(pair.label)]
+    held_out = HELD_OUT[pair.meta["kind"]]
+    if not part or not winner_by(pair.meta, held_out) or not winner_by(pair.meta, UNSEEN):
+        return {}
+    return {
+        "first": rng.choice(agree),
+        "second": rng.choice(part),
+        "held-out": held_out,
+        "unseen": UNSEEN,
+    }
+
+
+def with_criterion(pair, name):
+    """The pair with a criterion, which gives it its label.
+
+    Its meta says which, as `given`, and no more what a sound judgment without criteria says.
+    """
+    said = reading(pair.meta, name)
+    if name == ANSWER:
+        criteria = own_criteria_text(said)
+    else:
+        criteria = f"{said['criterion']} 100%: {said['target']}"
+    untold = reading(pair.meta, ANSWER)
+    meta = {field: value for field, value in pair.meta.items() if field not in untold}
+    return replace(
+        pair,
+        label=winner_by(pair.meta, name),
+        source="given",
+        criteria=criteria,
+        meta=meta | {"given": name},
+    )
+
+
+def reading(meta, name):
+    """What a sound judgment by a criterion says, in the fields of `truth`. name: a criterion, as in SEEN"""
+    if name == ANSWER:
+        return truth(meta["kind"], meta["key"], [meta["answer_a"], meta["answer_b"]])
+    criterion, target = name.split()
+    said = {"criterion": criterion, "target": target}
+    for side in "ab":
+        if criterion == "Style":
+            quote, value = meta[f"opener_{side}"], STYLES[meta[f"style_{side}"]]
+        else:
+            quote = value = meta[f"manners_{side}"]
+        said |= {f"quote_{side}": quote, f"value_{side}": value}
+    return said
+
+
+def winner_by(meta, name):
+    """The label that a criterion gives; None if it does not tell the responses apart."""
+    said = reading(meta, name)
+    a_meets, b_meets = (said[f"value_{side}"] == said["target"] for side in "ab")
+    if a_meets == b_meets:
+        return None
+    return "A" if a_meets else "B"
 
 
 # ---------------------------------------------------------------- the oracle
 
 
 def think(pair):
-    """A judgment that solves, or writes the criterion down, and checks. Its quotes are word for word."""
-    meta, target = pair.meta, pair.meta["target"]
+    """A judgment that solves, or writes the criterion down, and checks. Its quotes are word for word.
+
+    Of a pair with criteria, it goes by these.
+    """
+    meta = pair.meta
+    if "given" in meta:
+        return follow(pair)
     if "solution" in meta:
-        head = f"<type>Reasoning</type>\n<solution> {meta['solution']}</solution>"
+        head = f"<type>Reasoning</type>\n{own_criteria(meta)}"
     else:
-        noun = "fruits" if meta["criterion"] == "Count" else "last"
-        head = (
-            f"<type>Chat</type>\n<rubric>{meta['criterion']} 90%: {target} {noun}\nTone 10%: kind\n"
-            f"<justify>The client asks for {target}</justify></rubric>"
-        )
+        justify = f"\n<justify>The client asks for {meta['target']}</justify>"
+        head = f"<type>Chat</type>\n{own_criteria(meta, justify)}"
+    return f"{head}\n{quotes_compared(meta, pair.label)}\n<answer>[[{pair.label}]]</answer>"
+
+
+def own_criteria(said, justify=""):
+    """The solution or the rubric that a thinker writes for a question. said: as in `truth`"""
+    if "solution" in said:
+        return f"<solution> {said['solution']}</solution>"
+    return f"<rubric>{own_criteria_text(said)}{justify}</rubric>"
+
+
+def own_criteria_text(said):
+    """The same as criteria that are given, spelled as `rubrics.written_criteria` spells them."""
+    if "solution" in said:
+        return f"{SOLUTION_NAME}: {said['solution']}"
+    noun = "fruits" if said["criterion"] == "Count" else "last"
+    return f"{said['criterion']} 90%: {said['target']} {noun}\nTone 10%: kind"
+
+
+def quotes_compared(said, verdict, decided=""):
+    """The comparison of a judgment: both quotes, what they say, and who wins. said: as in `truth`"""
+    space = quote_space(said)
     return (
-        f"{head}\n<eval><quote_A> {meta['quote_a']}</quote_A> {meta['value_a']} is A and "
-        f"<quote_B> {meta['quote_b']}</quote_B> {meta['value_b']} is B so {target} is {pair.label}</eval>\n"
-        f"<answer>[[{pair.label}]]</answer>"
+        f"<eval><quote_A>{space}{said['quote_a']}</quote_A> {said['value_a']} is A and "
+        f"<quote_B>{space}{said['quote_b']}</quote_B> {said['value_b']} is B "
+        f"so {said['target']} is {verdict}{decided}</eval>"
     )
+
+
+def quote_space(said):
+    """What a quote begins with: the space in front of the words, but for openers, which begin a response."""
+    return "" if said.get("criterion") == "Style" else " "
 
 
 def look(pair, coin):
     """A judgment by looks, whatever the task: the showier response wins; at equal styles `coin` decides."""
     meta = pair.meta
-    style_a, style_b = STYLES[meta["style_a"]], STYLES[meta["style_b"]]
     verdict = "A" if meta["style_a"] > meta["style_b"] else "B"
-    if style_a == style_b:
+    if meta["style_a"] == meta["style_b"]:
         verdict = coin
-    winner = style_a if verdict == "A" else style_b
+    winner = STYLES[meta[f"style_{verdict.lower()}"]]
     return (
         f"<type>Chat</type>\n<rubric>Style 100%: polish\n<justify>Looks win</justify></rubric>\n"
-        f"<eval><quote_A>{meta['opener_a']}</quote_A> {style_a} is A and "
-        f"<quote_B>{meta['opener_b']}</quote_B> {style_b} is B so "
-        f"{winner} is {verdict}</eval>\n<answer>[[{verdict}]]</answer>"
+        f"{quotes_compared(reading(meta, f'Style {winner}'), verdict)}\n<answer>[[{verdict}]]</answer>"
     )
 
 
 def go_by_manners(pair):
     """A judgment by a criterion that nobody asked for: who says Sure? B, if nobody or both do."""
-    said_a, said_b = pair.meta["manners_a"], pair.meta["manners_b"]
-    verdict = "A" if (said_a, said_b) == MANNERS else "B"
-    winner = said_a if verdict == "A" else said_b
+    said = pair.meta["manners_a"], pair.meta["manners_b"]
+    verdict = "A" if said == MANNERS else "B"
+    winner = pair.meta[f"manners_{verdict.lower()}"]
     return (
         f"<type>Chat</type>\n<rubric>Manners 90%: Sure first\nTone 10%: kind\n"
         f"<justify>The client asks for Sure</justify></rubric>\n"
-        f"<eval><quote_A> {said_a}</quote_A> {said_a} is A and "
-        f"<quote_B> {said_b}</quote_B> {said_b} is B so "
-        f"{winner} is {verdict}</eval>\n<answer>[[{verdict}]]</answer>"
+        f"{quotes_compared(reading(pair.meta, f'Manners {winner}'), verdict)}\n<answer>[[{verdict}]]</answer>"
     )
+
+
+def follow(pair):
+    """A judgment of a pair with a criterion, by that criterion and no other."""
+    said = reading(pair.meta, pair.meta["given"])
+    decided = f"\nDecided by: {said.get('criterion', SOLUTION_NAME)}"
+    return (
+        f"<type>{pair.type.capitalize()}</type>\n{quotes_compared(said, pair.label, decided)}\n"
+        f"<answer>[[{pair.label}]]</answer>"
+    )
+
+
+def ignore(pair):
+    """A judgment of a pair with a criterion that goes by the answer, whatever the criterion is.
+
+    Where the criterion is the answer, there is nothing to ignore.
+    """
+    if pair.meta["given"] == ANSWER:
+        return follow(pair)
+    meta = pair.meta | reading(pair.meta, ANSWER)
+    del meta["given"]
+    return think(replace(pair, label=winner_by(meta, ANSWER), meta=meta))
 
 
 def slip(pair):
@@ -506,6 +699,10 @@ def draft(pair, rng, world, slips):
     and all others are the same.
     """
     chance = rng.random()
+    if world == "criteria":
+        if chance >= UNSOUND:
+            return think(pair)
+        return ignore(pair) if "given" in pair.meta else look(pair, rng.choice("AB"))
     if world == "looks":
         return look(pair, rng.choice("AB")) if chance < LAZY else think(pair)
     if world == "leap":
@@ -517,6 +714,8 @@ def draft(pair, rng, world, slips):
 
 def habit_of(trace, pair):
     """What a trace does, in words."""
+    if "given" in pair.meta:
+        return "by the criterion" if parse(trace).decided_by else "by the answer instead"
     if "Style 100%" in trace:
         return "by looks"
     if "Manners 90%" in trace:
@@ -572,6 +771,73 @@ def program_teacher(turn, texts, seed):
     return Teacher(f"pass {turn}", lambda: SimpleNamespace(answers=answers))
 
 
+# ---------------------------------------------------------------- single responses
+
+
+def single_rows(splits, seed):
+    """SFT's rows of one response or none: a response with its score, a question with its criteria. -> [row, ...]
+
+    The response is A of a pair. Half of the scores go by style, as a first pass goes by looks.
+    """
+    rows = []
+    for split in SINGLES:
+        for pair in splits.get(split, ()):
+            rng = random.Random(f"{seed}/oracle/{pair.id}")
+            if split == "write":
+                trace = own_criteria(reading(pair.meta, ANSWER))
+            elif rng.random() < UNSOUND:
+                trace = score_by_style(pair, rng)
+            else:
+                trace = score_by_criterion(pair, rng)
+            rows.append(single(pair, split).row(trace))
+    return rows
+
+
+def single(pair, split):
+    """Response A of a pair, or in the split "write" its question, as a `Pair` of its own."""
+    fields = ["kind"] if split == "write" else ["kind", "given", "style_a", "manners_a", "answer_a"]
+    meta = {field: pair.meta[field] for field in fields if field in pair.meta}
+    response = None if split == "write" else pair.a
+    return replace(pair, a=response, b=None, label=None, source=split, meta=meta)
+
+
+def score_by_criterion(pair, rng):
+    """A sound judgment of response A: by the pair's criterion, or by what a thinker writes for the question.
+
+    The score is noisy: 6 to 10 where the response is right, else 1 to 5.
+    """
+    given = pair.meta.get("given")
+    said = reading(pair.meta, given or ANSWER)
+    met = said["value_a"] == said["target"]
+    head = "" if given else own_criteria(said) + "\n"
+    return head + quote_checked(said, met, rng.randint(6, 10) if met else rng.randint(1, 5))
+
+
+def score_by_style(pair, rng):
+    """A judgment of response A by its style, whatever was asked: 7 to 10 for a bold one, 1 to 4 for a plain one."""
+    style = pair.meta["style_a"]
+    points = rng.randint(3 * style + 1, 3 * style + 4)
+    said = reading(pair.meta, f"Style {STYLES[-1]}")
+    return f"<rubric>Style 100%: polish</rubric>\n{quote_checked(said, style == 2, points)}"
+
+
+def quote_checked(said, met, points):
+    """The end of a judgment of one response: what it says, is that what is wanted, the score.
+
+    The words are those of `quotes_compared`, so that a judge learns them from pairs, too.
+    """
+    negation = "" if met else "not "
+    return (
+        f"<eval><quote_A>{quote_space(said)}{said['quote_a']}</quote_A> {said['value_a']} is A "
+        f"so {said['target']} is {negation}A\n"
+        f"{said.get('criterion', SOLUTION_NAME)}: {negation}met</eval>\n"
+        f"<answer>[[{points}]]</answer>"
+    )
+
+
+# ---------------------------------------------------------------- protocols
+
+
 def for_protocol(trace, protocol):
     """A trace with the parts that a reduced protocol asks for.
 
@@ -609,10 +875,22 @@ PHRASES = (
     " is A",
     " is B",
     *OPENERS,
+    # Of the world `criteria` alone.
+    WRITE_SCORE,
+    WRITE_CRITERIA,
+    GIVEN_CRITERIA,
+    CRITERIA_TO_MEET,
+    " is not A",
+    "\nDecided by:",
+    f" {SOLUTION_NAME}",
+    SOLUTION_NAME,
+    ": met",
+    ": not met",
 )
 PIECES = (
-    r"\n*\[(?:Client Question|The (?:Start|End) of Chatbot [AB]'s Response)\]\n*|"
-    r"(?:[ \n]?</?[a-z]+(?:_[AB])?>)+\n?|\[\[[AB]\]\]|"
+    r"\n*\[(?:Client Question|The (?:Start|End) of (?:Chatbot [AB]'s Response|the Chatbot's Response|"
+    r"the Client Question|the Criteria))\]\n*|"
+    r"(?:[ \n]?</?[a-z]+(?:_[AB])?>)+\n?|\[\[(?:[AB]|10|[1-9])\]\]|"
     + "|".join(map(re.escape, PHRASES))
     + r"| ?[A-Za-z]+| ?\d+%?:?| ?[^\sA-Za-z\d]|\n| "
 )
@@ -651,7 +929,7 @@ def write_tokenizer(folder, world="looks"):
 def all_pieces(world):
     """Every piece of this world's texts: 4,000 pairs are far more than it takes to meet them all.
 
-    In `shortcut` and `steps` those of all kinds of problems, so that --kinds changes no model.
+    In all worlds but the first two those of all kinds of problems, so that --kinds changes no model.
     """
     pieces = {f" {n}" for n in range(101)} | {"system\n", "user\n", "assistant\n"}
     style = PromptStyle(system=SYSTEM)
@@ -663,9 +941,27 @@ def all_pieces(world):
             texts += [think(ordered), look(ordered, "A")]
             if world == "shortcut":
                 texts.append(go_by_manners(ordered))
+            if world == "criteria" and index < 600:
+                texts += criteria_texts(ordered, index)
             for text in texts:
                 pieces.update(re.findall(PIECES, text))
     return pieces
+
+
+def criteria_texts(pair, index):
+    """What else a judge reads and writes of a pair in `criteria`, with the criterion whose turn it is."""
+    name = (*SEEN, UNSEEN, ANSWER)[index % 6]
+    rng = random.Random(index)
+    texts = [score_by_criterion(pair, rng), score_by_style(pair, rng), own_criteria(pair.meta)]
+    asked = [pair]
+    if winner_by(pair.meta, name):
+        given = with_criterion(pair, name)
+        texts += [follow(given), score_by_criterion(given, rng)]
+        asked.append(given)
+    shown = [*asked[1:], *(single(pair, "score") for pair in asked), single(pair, "write")]
+    for pair in shown:
+        texts += [message["content"] for message in chat_messages(pair, PromptStyle(system=SYSTEM))]
+    return texts
 
 
 def write_model(folder, layers, hidden, world="looks"):

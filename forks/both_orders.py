@@ -63,12 +63,19 @@ def tokenize_prompts(source, tokenizer, style, args):
 
 def collect_groups(sample, rows, step, args):
     """Both orders of a pair stand side by side, and in one update."""
-    drawn = grpo.draw_batch(len(rows) // 2, args.batch // 2, step, args.seed)
-    batch = [row for i in drawn for row in rows[2 * i : 2 * i + 2]]
-    groups = sample(batch, step, args.group_size, temperature=1.0)
+    groups = sample_neighbours(sample, rows, step, args)
     for first, second in zip(groups[::2], groups[1::2]):
         reward_consistency(first, second, args.both_orders)
     return groups, {"zero_variance_groups": fmean(map(grpo.is_zero_variance, groups))}
+
+
+def sample_neighbours(sample, rows, step, args):
+    """The groups of a step. Rows 2i and 2i + 1 belong together: both are drawn, or neither."""
+    drawn = grpo.draw_batch(len(rows) // 2, args.batch // 2, step, args.seed)
+    batch = []
+    for i in drawn:
+        batch += rows[2 * i : 2 * i + 2]
+    return sample(batch, step, args.group_size, temperature=1.0)
 
 
 def reward_consistency(first, second, bonus):

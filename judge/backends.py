@@ -147,9 +147,12 @@ def answer_from_sample(tokenizer, ids, sample):
     return Answer(text, finish, len(sample.tokens), len(ids))
 
 
-def read_answer(answer):
-    """The `Judgment` in an `Answer`. Its reason says why an answer that did not end by itself has no verdict."""
-    judgment = parse(answer.text, answer.finish == "stop")
+def read_answer(answer, single=False):
+    """The `Judgment` in an `Answer`. Its reason says why an answer that did not end by itself has no verdict.
+
+    single  is it of one response?
+    """
+    judgment = parse(answer.text, answer.finish == "stop", single)
     if answer.finish != "stop":
         judgment.reason = answer.finish
     return judgment
@@ -766,7 +769,7 @@ def without_user(url):
 
 
 def status_action(status, text):
-    """What an HTTP status that is no success means for a request; docs/judge.md has the table.
+    """What an HTTP status that is no success means for a request; docs/remote.md has the table.
 
     text  the body that came with it
 
@@ -934,7 +937,7 @@ def answers_from_chat(response):
 
 
 def answer_from_chat(response):
-    """A chat completion as an `Answer`; docs/judge.md has the table.
+    """A chat completion as an `Answer`; docs/remote.md has the table.
 
     Every completion is final: asked again, the model would say the same. A body that is no completion is worth
     asking again, and so is an empty message that cost no tokens, which a server gives while it starts.

@@ -11,7 +11,8 @@ or 1/2 where there is no verdict. Response i is the better one by the benchmark'
 A **metric** is a weighted sum of plain means: {stratum: (weight, {item: value})}. Every published number here
 has this form, so values, missing parts and bootstrap intervals need one function each. A metric with an empty
 stratum has no value: parts of a benchmark are never averaged as if they were the whole. A metric's name is
-"NAME", or "SECTION/NAME" for a part of a section.
+"NAME", or "SECTION/NAME" for a part of a section. Where some items count for more than others, as in a share of the
+right verdicts, an item's value is (part, whole), and the mean is the sum of all parts divided by that of all wholes.
 
 Text and arithmetic only, no model.
 """
@@ -199,15 +200,27 @@ def mean(values):
 
 
 def value(metric):
-    """The weighted sum of the means of the strata; None where a stratum has no items."""
+    """The weighted sum of the means of the strata; None where a stratum has none."""
     if not metric or missing(metric):
         return None
-    return sum(weight * mean(values.values()) for weight, values in metric.values())
+    return sum(weight * stratum_mean(values) for weight, values in metric.values())
 
 
 def missing(metric):
-    """The strata that have no items."""
-    return [stratum for stratum, (_, values) in metric.items() if not values]
+    """The strata that have no mean: no items, or no whole."""
+    return [stratum for stratum, (_, values) in metric.items() if stratum_mean(values) is None]
+
+
+def stratum_mean(values):
+    """The items' parts together, divided by their wholes together; None of no whole. values: {item: value}"""
+    pairs = [part_and_whole(item_value) for item_value in values.values()]
+    whole = sum(whole for _, whole in pairs)
+    return sum(part for part, _ in pairs) / whole if whole else None
+
+
+def part_and_whole(item_value):
+    """(part, whole) of an item. A plain number is a part of 1, so the mean of such items is the plain mean."""
+    return item_value if isinstance(item_value, tuple) else (item_value, 1)
 
 
 def common(metric, other):
@@ -223,15 +236,23 @@ def interval(metric, minus=None):
     """The 95 % bootstrap interval of a metric, resampling the items of each stratum -> low, high
 
     minus  another run's metric on the same items; then the interval is of the difference of the two
+
+    A resample of both runs has the same items. One in which a stratum has no mean is left out.
     """
     rng = np.random.default_rng(0)
     totals = np.zeros(1000)  # (resamples,)
     for stratum, (weight, values) in metric.items():
+        if not values:
+            continue
         baseline = minus[stratum][1] if minus else dict.fromkeys(values, 0)
-        x = np.array([v - baseline[k] for k, v in values.items()], float)  # (items,)
-        if len(x):
-            totals += [weight * x[rng.integers(len(x), size=len(x))].mean() for _ in totals]
-    low, high = np.quantile(totals, (0.025, 0.975)).tolist()
+        rows = [part_and_whole(v) + part_and_whole(baseline[k]) for k, v in values.items()]
+        rows = np.array(rows, float)  # (items, 4)
+        draws = (rng.integers(len(rows), size=len(rows)) for _ in totals)
+        sums = np.array([rows[draw].sum(axis=0) for draw in draws])  # (resamples, 4)
+        part, whole, other_part, other_whole = sums.T  # (resamples,) each
+        with np.errstate(invalid="ignore"):  # 0 / 0, of no whole
+            totals += weight * (part / whole - other_part / other_whole)
+    low, high = np.nanquantile(totals, (0.025, 0.975)).tolist()
     return low, high
 
 

@@ -473,6 +473,7 @@ def displayed_pair(row, order):
         label=row["label"],
         type=str(row.get("type") or ""),
         trace=row.get("trace"),
+        criteria=row.get("criteria"),
         meta=row,
     )
     # The trace is wanted for its criteria, which hold in both orders.
@@ -542,30 +543,42 @@ def sound_shares(found):
 
 
 def sound_metrics(pairs, lines):
-    """{name: metric} of the share of an item's judgments that are right for a sound reason; {} without checks.
+    """{name: metric} of the judgments that are right for a sound reason, and of the right ones that are not sound.
 
-    Of all pairs under the table's name, and of each source under NAME/SOURCE where there are several.
+    Of all pairs under the table's names, and of each source under NAME/SOURCE where there are several; {} without
+    checks.
     """
     found = checked_reasons(pairs, lines)
     if not found:
         return {}
-    name = sound_name(found[0].known)
-    metrics = {name: sound_metric(pairs, found)}
+    parts = {"": found}
     sources = grouped(found, lambda reasons: reasons.source)
     if len(sources) > 1:
-        for source, part in sorted(sources.items()):
-            metrics[f"{name}/{source}"] = sound_metric(pairs, part)
+        parts |= {f"/{source}": part for source, part in sorted(sources.items())}
+    metrics = {}
+    for suffix, part in parts.items():
+        sound, unsound = reasons_metrics(pairs, part)
+        metrics[sound_name(found[0].known) + suffix] = sound
+        metrics[UNSOUND_NAME + suffix] = unsound
     return metrics
 
 
-def sound_metric(pairs, found):
-    """The share of right and sound judgments, a value an item. found: [`Reasons`, ...]"""
+def reasons_metrics(pairs, found):
+    """The metrics "right and sound" and "unsound share of the right", over items. found: [`Reasons`, ...]
+
+    An item's right judgments are a part of all its judgments, and its unsound ones a part of the right ones.
+    """
     items = grouped(found, lambda reasons: pairs[reasons.line["id"]]["item"])
-    shares = {
-        item: benchmarks.mean(reasons.right and is_sound(reasons.checks) for reasons in some)
-        for item, some in items.items()
-    }
-    return {"": (1, shares)}
+    sound_values, unsound_values = {}, {}
+    for item, some in items.items():
+        right = [reasons for reasons in some if reasons.right]
+        sound = sum(is_sound(reasons.checks) for reasons in right)
+        sound_values[item] = sound / len(some)
+        unsound_values[item] = (len(right) - sound, len(right))
+    return {"": (1, sound_values)}, {"": (1, unsound_values)}
+
+
+UNSOUND_NAME = "unsound share of the right"
 
 
 def sound_name(known):
@@ -654,7 +667,7 @@ def sound_rows(sound):
             rows[TableRow(heading, f"{part}right, {temperature}")] = shares["right"]
             row = TableRow(heading, f"{part}{sound_name(known)}, {temperature}")
             rows[row] = shares["right_and_sound"]
-            row = TableRow(heading, f"{part}unsound share of the right, {temperature}")
+            row = TableRow(heading, f"{part}{UNSOUND_NAME}, {temperature}")
             rows[row] = shares["unsound_of_right"]
             for fault, share in itertools.islice(shares["faults"].items(), FAULTS_SHOWN):
                 rows[TableRow(heading, f"{part}  {fault}, {temperature}")] = share
@@ -884,6 +897,7 @@ def page_examples(runs, count):
                         "scores": line.get("scores"),
                         "checks": {} if "scores" in line else reasons.checks,
                         "fault": "" if "scores" in line else reasons.fault,
+                        "decided_by": parse(line["text"]).decided_by,
                         **{name: line[name] for name in LINE_FIELDS},
                     }
                     judgments[line["id"]].append(example)
@@ -891,10 +905,12 @@ def page_examples(runs, count):
     pairs = {}
     for run in runs:
         pairs |= run["pairs"]
-    return [
-        {"judgments": some, **{name: pairs[pair_id][name] for name in EXAMPLE_FIELDS}}
-        for pair_id, some in judgments.items()
-    ]
+    examples = []
+    for pair_id, some in judgments.items():
+        row = pairs[pair_id]
+        example = {name: row[name] for name in EXAMPLE_FIELDS}
+        examples.append(example | {"criteria": row.get("criteria"), "judgments": some})
+    return examples
 
 
 CURVES = (  # a column of metrics.jsonl, its label, its style

@@ -59,8 +59,11 @@ EMPTY_WORDS = {"with", "from", "that", "this", "their", "than", "when", "which",
 def knows_reason(pair):
     """True if everything that makes a reason sound is known of this pair: a synthetic one with its truth.
 
-    A field of the same name that is no text, in somebody's own rows, is none of ours.
+    A field of the same name that is no text, in somebody's own rows, is none of ours. Of a pair with criteria of its own,
+    the reason is another one.
     """
+    if pair.criteria:
+        return False
     known = {name for name in TRUTH if isinstance(pair.meta.get(name), str)}
     return known >= DECIDING_FIELDS and bool(known & {"solution", "criterion"})
 
@@ -98,6 +101,10 @@ def check_reasons(judgment, pair):
     quotes = quotes_hold(judgment, pair)
     if quotes:
         checks["quotes"] = all(quotes)
+    if (
+        pair.criteria
+    ):  # then the judge was told to write neither a rubric nor, if it needs none, a solution
+        return checks
     answer = pair.meta.get("answer")
     if isinstance(answer, str) and ANSWER_WORD.search(answer):
         checks["answer"] = ends_in(judgment.solution, answer)

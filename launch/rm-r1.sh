@@ -39,7 +39,7 @@ case $STAGE in
     *) echo "error: $STAGE: the stages are sft, grpo and reasoning" >&2; exit 2 ;;
 esac
 
-# Expandable segments: at 7B the card then holds 34 GB instead of 40 (docs/memory.md).
+# Expandable segments: at 7B the card then holds 34 GiB instead of 40 (docs/memory.md).
 export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}
 if [ "${!#}" = --dry-run ]; then
     set -- "${@:1:$#-1}"

@@ -159,8 +159,8 @@ def shard_size(requested=None):
     return requested
 
 
-def held_gb():
-    """Memory in use, in GB: of this rank's card, or the most that this process has had on a CPU.
+def held_gib():
+    """Memory in use, in GiB: of this rank's card, or the most that this process has had on a CPU.
 
     A card's memory is counted whoever uses it: vLLM unmaps its part without telling torch's
     counters.

@@ -26,10 +26,17 @@ COMPARISON = (
     "[The Start of Chatbot A's Response]\n{}\n[The End of Chatbot A's Response]\n\n"
     "[The Start of Chatbot B's Response]\n{}\n[The End of Chatbot B's Response]"
 )
-# The opening bracket of every published marker, those of multi-turn prompts included.
+# The same about one response, and about none.
+ONE_RESPONSE = (
+    "[Client Question]\n{}\n\n"
+    "[The Start of the Chatbot's Response]\n{}\n[The End of the Chatbot's Response]"
+)
+NO_RESPONSE = "[Client Question]\n{}\n[The End of the Client Question]"
+# The opening bracket of every marker: the published ones, those of multi-turn prompts included, and ours.
 MARKER = re.compile(
-    r"\[(?=Client Question\]|The (?:Start|End) of (?:Chatbot [AB]'s Response|"
-    r"the Conversation between Chatbot [AB] and the Client)\])"
+    r"\[(?=Client Question\]|The (?:Start|End) of (?:(?:Chatbot [AB]|the Chatbot)'s Response|"
+    r"the Conversation between (?:Chatbot [AB]|the Chatbot) and the Client|"
+    r"the Client Question|the Criteria)\])"
 )
 
 
@@ -47,12 +54,14 @@ class Pair:
 
     context   messages before the responses, [{"role", "content"}, ...]; a single-turn pair has one, the user's
     a, b      the two responses, in the order in which the judge sees them; both "" for a published prompt
-              from which they cannot be extracted (a multi-turn one)
+              from which they cannot be extracted (a multi-turn one). Where b is None it is one response, to be
+              scored; where both are None, a question, for which criteria are to be written
     label     "A" or "B": the response that people preferred; None where neither is better
     source    where the pair came from
     type      "chat", "reasoning" or whatever its source says
     trace     an oracle's judgment of it (SFT rows), else None
     messages  the chat messages of a published dataset, used word for word; None where we write our own
+    criteria  what to judge by, and by nothing else, as `read_criteria` writes it; None leaves it to the judge
     meta      anything else, e.g. {"style_a": 0, "style_b": 2} in the synthetic world; "strength" where the row
               says how much better the preferred response is, see `strength_of`
     """
@@ -66,6 +75,7 @@ class Pair:
     type: str = ""
     trace: str | None = None
     messages: list | None = None
+    criteria: str | None = None
     meta: dict = field(default_factory=dict)
 
     def swapped(self):
@@ -106,7 +116,11 @@ class Pair:
         A published prompt stays one. Fields that are None or {} are left out.
         """
         row = {"id": self.id, "source": self.source, "type": self.type}
-        if self.messages is None:
+        if is_single(self):
+            row["context"] = self.context
+            row["response"] = None if self.a is None else response_to_write(self.a)
+            row["trace"] = trace
+        elif self.messages is None:
             row["context"] = self.context
             row["a"] = response_to_write(self.a)
             row["b"] = response_to_write(self.b)
@@ -117,6 +131,7 @@ class Pair:
             row["context_messages"] = self.messages
             row["winner"] = trace or winner
             row["ground_truth"] = winner if trace else None
+        row["criteria"] = self.criteria
         row["meta"] = self.meta
         row |= more
         return {name: value for name, value in row.items() if value not in (None, {})}
@@ -153,6 +168,56 @@ def swapped_name(name):
     if name.endswith("_b"):
         return name[:-1] + "a"
     return name
+
+
+# ---------------------------------------------------------------- criteria
+
+# A line of criteria with a weight, "3 accuracy: are the facts right?", "30 % accuracy: ...". A name that ends in % has
+# been read already.
+WEIGHTED = re.compile(
+    r"(?P<weight>\d{1,9}(?:\.\d{1,9})?)\s?%?\s+(?P<name>[^:]{0,199}[^:%\s])\s?:\s*(?P<text>.*)"
+)
+
+
+def read_criteria(value, name="criteria"):
+    """Criteria that a user gives, as the text that the judge sees; None for None.
+
+    value  a text; or a list of texts, one for each criterion
+    name   of the value, for the message of a ValueError
+
+    A text whose first two lines are "weight name: description" has such lines only. Its weights become percent of their
+    sum: "3 tone: is it kind?" beside one of weight 1 becomes "tone 75%: is it kind?". Every other text stays as it
+    is, and one line "3 sentences: no more" has no weight. So what has been read once is not changed by reading it again.
+    """
+    if value is None:
+        return None
+    if isinstance(value, list | tuple) and all(isinstance(text, str) for text in value):
+        value = "\n".join(value)
+    if not isinstance(value, str):
+        raise ValueError(f"{name} is {kind_of(value)}, not a text or a list of texts")
+    lines = [line.strip() for line in value.splitlines() if line.strip()]
+    if not lines:
+        raise ValueError(f"{name}: there is no text in it")
+    found = [WEIGHTED.fullmatch(line) for line in lines]
+    if len(found) == 1 or None in found[:2]:
+        return value.strip()
+    if None in found:
+        place = found.index(None)
+        raise ValueError(
+            f"{name}, line {place + 1}: {lines[place][:60]!r} is not `weight name: description`, as the first two are"
+        )
+    total = sum(float(line["weight"]) for line in found)
+    if not total:
+        raise ValueError(f"{name}: all weights are 0")
+    return "\n".join(
+        f"{line['name'].strip()} {100 * float(line['weight']) / total:.3g}%: {line['text']}".strip()
+        for line in found
+    )
+
+
+def criteria_of_row(row):
+    """The criteria of a row; None where its column says nothing. Raises ValueError for what cannot be read."""
+    return read_criteria(row["criteria"]) if filled(row, "criteria") else None
 
 
 # ---------------------------------------------------------------- reading conversations
@@ -221,7 +286,7 @@ def read_conversation(
 
     prompt     a text, messages, or JSON of messages as a text; None where the responses hold the conversation
     responses  each a text, a message, messages, or JSON of those as a text. Messages are a reply to the
-               prompt, or the whole conversation that begins with it
+               prompt, or the whole conversation that begins with it. There may be none
     system     the system prompt, which becomes the first message
     names      of the responses, for the message of a ValueError; prompt_name: of the prompt
     notes      a set that gets what was joined or renamed, in words
@@ -246,6 +311,10 @@ def read_conversation(
         whole = after_prompt(before, turns, name)
         conversations.append(with_system(system, whole, notes))
 
+    if not responses:
+        context = with_system(system, before, notes)
+        check_context(context)
+        return context, []
     shared = shared_turns(conversations)
     check_context(conversations[0][:shared])
     texts = [turns_text(turns[shared:], notes) for turns in conversations]
@@ -421,6 +490,18 @@ def transcript(text):
     return messages
 
 
+def marked_turns(prompt):
+    """The messages of a prompt of HelpSteer2, whose turns after the first have a line <extra_id_1>Assistant or
+    <extra_id_1>User above them; a prompt of one turn stays as it is."""
+    if not isinstance(prompt, str):
+        return prompt
+    first, *others = re.split(r"\n<extra_id_1>(User|Assistant)\n", prompt)
+    messages = [{"role": "user", "content": first}]
+    for speaker, content in zip(others[::2], others[1::2]):
+        messages.append({"role": ROLES[speaker.lower()], "content": content})
+    return messages if others else prompt
+
+
 def message_of(message, name, notes):
     """{"role", "content"} of a message in any form."""
     if not isinstance(message, dict):
@@ -515,7 +596,15 @@ FORMS = {
     ("accepted", "rejected"): (),
     ("chosen", "rejected"): (),
     ("response1", "response2"): (),
+    ("response_1", "response_2"): (),
 }
+# The column with the preference of a form: below 0 for the first response, above 0 for the second, 0 for neither.
+PREFERENCE_COLUMNS = {
+    ("response1", "response2"): "overall_preference",
+    ("response_1", "response_2"): "preference_strength",
+}
+# A row with one of them is meant as a pair.
+PAIR_COLUMNS = {name for form in FORMS for name in form} | {"label", "winner"}
 # Columns for what was said before the responses. One of them is filled.
 PROMPT_COLUMNS = (
     "prompt",
@@ -540,15 +629,26 @@ TALK = re.compile(
     re.IGNORECASE,
 )
 # Our own columns with texts that are no part of the conversation.
-OWN_COLUMNS = {"id", "source", "type", "label", "trace", "meta", "winner", "ground_truth"}
+OWN_COLUMNS = {
+    "id",
+    "source",
+    "type",
+    "label",
+    "trace",
+    "criteria",
+    "meta",
+    "winner",
+    "ground_truth",
+}
 
 
-def read_pairs(source, skip_bad=False, both_orders=False, ties=False):
+def read_pairs(source, skip_bad=False, both_orders=False, ties=False, singles=False):
     """All pairs of a JSONL, JSON or parquet file, or of the train split of a hub dataset owner/name.
 
     skip_bad     report bad rows, count them and leave them out; else the first one ends the program
     both_orders  refuse published prompts that cannot be swapped
     ties         keep pairs in which neither response is better; else they are left out, and counted in a sentence
+    singles      read rows of one response or of none, too; else they are bad rows
 
     `pair_of` says which rows it reads. A null field is an absent one. What was joined or renamed is counted
     and said once. Raises Failure with the file and the line.
@@ -560,7 +660,7 @@ def read_pairs(source, skip_bad=False, both_orders=False, ties=False):
         try:
             if error:
                 raise ValueError(error)
-            pairs.append(pair_of(row, f"{Path(str(source)).stem}-{number}", notes))
+            pairs.append(pair_of(row, f"{Path(str(source)).stem}-{number}", notes, singles))
             counts.update(notes)
         except ValueError as unusable:
             bad_lines.append(f"{source}:{number}: {unusable}")
@@ -569,7 +669,7 @@ def read_pairs(source, skip_bad=False, both_orders=False, ties=False):
     if bad_lines and not skip_bad:
         more = f" (and {bad_count - 1} more bad lines)" if bad_count > 1 else ""
         raise Failure(f"{bad_lines[0]}{more}; mend it, or leave bad lines out with --skip-bad")
-    labelled = [pair for pair in pairs if pair.label or ties]
+    labelled = [pair for pair in pairs if pair.label or ties or is_single(pair)]
     tie_count = len(pairs) - len(labelled)
     pairs = labelled
     if tie_count and this_rank() == 0:
@@ -608,7 +708,7 @@ def check_swappable(pairs, source):
             )
 
 
-def pair_of(row, default_id, notes=None):
+def pair_of(row, default_id, notes=None, singles=False):
     """A `Pair` from a row in any known form. Raises ValueError with what is wrong.
 
     ours         {"context": messages or "prompt": text, "a", "b", "label": "A" | "B", ...fields of `Pair`}
@@ -616,14 +716,17 @@ def pair_of(row, default_id, notes=None):
                  after `conversations` (ShareGPT); a hash of the content chooses which side is A
     code         {"input", "accepted", "rejected"} (Code-Preference-Pairs)
     math         {"prompt", "initial_reason_steps", "full_chosen", "full_rejected"} (Math-Step-DPO)
-    scored       {"context", "response1", "response2", "overall_preference"} (HelpSteer3)
-    tie          {"a", "b", "label": "tie"}; without a label, an overall_preference of 0 or equal scores: its
+    scored       {"context", "response1", "response2", "overall_preference"} (HelpSteer3), and
+                 {"prompt", "response_1", "response_2", "preference_strength"} (HelpSteer2)
+    tie          {"a", "b", "label": "tie"}; without a label, a preference of 0 or equal scores: its
                  label is None. A published row cannot be a tie
+    single       {"prompt", "response", "trace"}: one response and its score; {"prompt", "trace"}: a question and its
+                 criteria. Refused unless `singles`
     published    {"context_messages": [...], "winner": "model_a" | "model_b"} (RM-R1), and its SFT rows, where
                  `winner` is the oracle's trace and `ground_truth` the label
 
-    `read_conversation` reads prompts and responses. A column that holds a part of the conversation and has no
-    place in the form is refused by its name (see `check_unused`). All other columns are ignored.
+    Each may have `criteria`, see `read_criteria`. `read_conversation` reads prompts and responses. A column that
+    holds a part of the conversation and has no place in the form is refused by its name (see `check_unused`). All other columns are ignored.
     notes: a set, see `read_conversation`.
     """
     row = json_object(row)
@@ -633,12 +736,17 @@ def pair_of(row, default_id, notes=None):
         pair = published_pair(row, default_id, notes)
     elif form:
         pair = pair_of_form(form, row, default_id, notes)
+    elif row.get("trace") and not PAIR_COLUMNS & set(row):
+        if not singles:
+            raise ValueError("it has not two responses; only SFT learns from such rows")
+        return single_of(row, default_id, notes)
     else:
         names = ", ".join(map(str, row)) or "none"
         raise ValueError(
             "neither a/b/label, prompt/chosen/rejected nor context_messages/winner among its "
             f"fields ({names})"
         )
+    pair = replace(pair, criteria=criteria_of_row(row))
     strength = strength_of(row)
     if strength == 0 and pair.messages is not None:
         raise ValueError("its scores are equal, but a published prompt has a winner")
@@ -660,12 +768,13 @@ SCORE_COLUMNS = (("score_chosen", "score_rejected"), ("chosen-rating", "rejected
 def strength_of(row):
     """How much better the preferred response is, in the unit of its row; 0 is a tie; None where the row does not say.
 
-    It is the size of overall_preference (HelpSteer3: 1 slightly, 2, 3 much better), or the preferred response's
+    It is the size of the preference (HelpSteer2 and 3: 1 slightly, 2, 3 much better), or the preferred response's
     score less the other one's. Scores that contradict the preference say nothing of its strength.
     """
     differences = []
-    if is_finite(row.get("overall_preference")):
-        differences.append(abs(row["overall_preference"]))
+    for column in PREFERENCE_COLUMNS.values():
+        if is_finite(row.get(column)):
+            differences.append(abs(row[column]))
     for better, worse in SCORE_COLUMNS:
         if is_finite(row.get(better)) and is_finite(row.get(worse)):
             differences.append(row[better] - row[worse])
@@ -699,8 +808,9 @@ def pair_of_form(form, row, default_id, notes):
         else:
             check_label(label)
         return Pair(context=context, a=a, b=b, label=label, trace=row.get("trace"), **fields)
-    if form == ("response1", "response2"):
-        return Pair(context=context, a=a, b=b, label=preference(row), **fields)
+    if form in PREFERENCE_COLUMNS:
+        label = preference(row, PREFERENCE_COLUMNS[form])
+        return Pair(context=context, a=a, b=b, label=label, **fields)
 
     # The first response is the preferred one. The hash that chooses sides does not depend on which is which.
     content = json.dumps([context, *sorted((a, b))])
@@ -711,11 +821,33 @@ def pair_of_form(form, row, default_id, notes):
     return Pair(context=context, a=b, b=a, label="B", **fields)
 
 
-def preference(row):
-    """The label of a row whose `overall_preference` is below 0 for response1, above 0 for response2, 0 for neither."""
-    score = row.get("overall_preference")
+def single_of(row, default_id, notes):
+    """The `Pair` of a row with one response, or with a question alone, and a trace."""
+    columns = ("response",) if row.get("response") is not None else ()
+    context, texts = row_conversation(row, columns, notes)
+    if not isinstance(row["trace"], str):
+        raise ValueError("trace is not a text")
+    return Pair(
+        context=context,
+        a=texts[0] if texts else None,
+        b=None,
+        label=None,
+        trace=row["trace"],
+        criteria=criteria_of_row(row),
+        **id_and_origin(row, default_id),
+    )
+
+
+def is_single(pair):
+    """Is it one response, or a question alone?"""
+    return pair.b is None
+
+
+def preference(row, column):
+    """The label of a row with a column of `PREFERENCE_COLUMNS`."""
+    score = row.get(column)
     if not is_number(score) or score != score:  # NaN; math.isnan cannot take every whole number
-        raise ValueError(f"overall_preference is {score!r}, which is no preference")
+        raise ValueError(f"{column} is {score!r}, which is no preference")
     if score == 0:
         return None
     return "A" if score < 0 else "B"
@@ -787,6 +919,8 @@ def row_conversation(row, columns, notes=None):
         responses = [start + text for text in responses]
     if columns == ("responses",):
         responses, columns = row["responses"], None
+    elif columns == ("response_1", "response_2"):
+        prompt = marked_turns(prompt)
     prompt_name = next(iter(prompt_names), "prompt")
     return read_conversation(prompt, responses, system, columns, notes, prompt_name)
 

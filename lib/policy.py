@@ -541,7 +541,7 @@ def build_sharded(config, mesh, device, dtype, trainable=True, recompute=True, l
 
     Gradients are reduce-scattered at every micro-batch (with copies, also all-reduced between
     them). Summing them locally until the last one (set_requires_gradient_sync) would save traffic,
-    but every rank would hold the gradients of the whole model in fp32 meanwhile: 28 GB for 7B.
+    but every rank would hold the gradients of the whole model in fp32 meanwhile: 28 GiB for 7B.
     """
     master = torch.float32 if trainable and not lora else dtype
     policy, buffers = build_policy(config, master, device)
@@ -699,7 +699,7 @@ def save_model(policy, source, out, dtype, judge_json=None, ends=()):
 
     The folder is written under another name, forced to the disk and renamed last, so that `out` is
     whole or absent, also after a loss of power. Tensors stream to rank 0, which writes a file every
-    4 GB.
+    4 GiB.
     """
     with whole_or_absent(out) as tmp:
         write_tensors(policy, tmp, dtype)

@@ -30,7 +30,7 @@ import torch.distributed as dist
 
 from lib.chat import prompt_fingerprint
 from lib.checkpoint import finished_checkpoints
-from lib.dist import SIGNALS, be_patient, catch_signals, held_gb, phase, print0
+from lib.dist import SIGNALS, be_patient, catch_signals, held_gib, phase, print0
 from lib.files import (
     Failure,
     digest,
@@ -261,7 +261,7 @@ class RunLog:
         self.out = Path(out)
         self.bad_updates = 0  # in a row, without a finite gradient
         self.last = {}  # the last line
-        self.timed, self.seconds, self.peak_gb = None, {}, 0.0
+        self.timed, self.seconds, self.peak_gib = None, {}, 0.0
         self.track = self.end_track = None
         if dist.get_rank() == 0:
             config |= tracked_as(self.out, first_step, config.get("log_to"))
@@ -279,7 +279,7 @@ class RunLog:
         """The next phase of a step begins; "" for what is not timed."""
         seconds = phase(name or "between")
         # At the end of each phase: the engine wakes at the end of "sync", and gradients live until "learn" ends.
-        self.peak_gb = max(self.peak_gb, held_gb())
+        self.peak_gib = max(self.peak_gib, held_gib())
         if self.timed:
             column = f"seconds_{self.timed}"
             self.seconds[column] = self.seconds.get(column, 0) + seconds
@@ -296,7 +296,7 @@ class RunLog:
         self.phase("")
         if "tokens" in row:
             row = row | {"tokens_per_second": row["tokens"] / sum(self.seconds.values())}
-        line = row | self.seconds | {"peak_gb": self.peak_gb}
+        line = row | self.seconds | {"peak_gib": self.peak_gib}
         self.append("metrics.jsonl", [line])
         if self.track:
             step = line.pop("step")

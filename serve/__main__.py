@@ -7,7 +7,7 @@ The judge over HTTP: a thin gateway in front of vLLM's own server, and a page to
 
     curl 127.0.0.1:8080/compare --json '{"prompt": "What is 6 * 7 ?", "a": "Here: 42", "b": "Here: 45"}'
 
-/compare, /rank and /reward are our own routes; /get_reward is the one that OpenRLHF asks. A trainer that sends
+/compare, /rank, /score and /reward are our own routes; /get_reward is the one that OpenRLHF asks. A trainer that sends
 one sample at a time says how large its groups are: a sample waits for the others of its group and then gets
 its own reward. RMR1_API_KEY guards all routes but /health. docs/serving.md has the formats.
 """
@@ -35,7 +35,7 @@ from lib.chat import encode
 from lib.engine import on_cpu
 from lib.files import Failure, Flags, number, run_main
 from lib.pairs import Pair, messages_of
-from rmr1 import Judge
+from rmr1 import Judge, rubric_flag
 from rubrics import chat_messages, prompt_style
 from serve.gateway import Gate, make_app, say
 
@@ -194,6 +194,7 @@ def arguments():
         "model protocol system-prompt journal temperature seed max-tokens max-len dtype",
         journal="runs/serve/journal.jsonl",
     )
+    rubric_flag(arg)
     arg(
         "--upstream",
         help="OpenAI-compatible URL that has the model; default: vLLM's server, started for it",
@@ -304,6 +305,7 @@ async def load_judge(upstream, args):
         temperature=args.temperature,
         seed=args.seed,
         max_tokens=args.max_tokens,
+        rubric=args.rubric,
         at_once=1024,
         patience=args.patience,
         key=upstream.key,

@@ -28,7 +28,7 @@ from starlette.exceptions import HTTPException
 
 from judge.backends import Refused
 from lib.files import Failure
-from lib.pairs import Pair, messages_of, read_conversation
+from lib.pairs import Pair, messages_of, read_conversation, read_criteria
 from rmr1 import all_of, as_json, as_written, groups_of, vote_as_json
 from serve.groups import Busy, PendingGroups, check_votes
 from serve.rendered import rendered_context, without_end
@@ -197,7 +197,8 @@ MOST_CHARACTERS = 4_000_000  # of a text
 class Body(BaseModel):
     """What a request says. A number or a truth value written as a text is refused, not guessed.
 
-    A field that we do not know is refused too: a system prompt beside the prompt would not be judged by. Prompts and responses may be anything here: `read_texts` reads them, or says what is wrong with them.
+    A field that we do not know is refused too: a system prompt beside the prompt would not be judged by. Prompts,
+    responses and criteria may be anything here: `read_texts` and `criteria_of` read them, or say what is wrong.
     """
 
     model_config = ConfigDict(strict=True, extra="forbid")
@@ -207,6 +208,7 @@ class CompareRequest(Body):
     prompt: Any = None
     a: Any
     b: Any
+    criteria: Any = None
     budget: int = Field(8, ge=1, le=64)
     stream: bool = False
 
@@ -214,8 +216,16 @@ class CompareRequest(Body):
 class RankRequest(Body):
     prompt: Any = None
     responses: list = Field(min_length=2)
+    criteria: Any = None
     goal: Literal["all", "best"] = "all"
     budget: int | None = Field(None, ge=1, le=4096)
+
+
+class ScoreRequest(Body):
+    prompt: Any = None
+    response: Any
+    criteria: Any = None
+    samples: int = Field(4, ge=1, le=64)
 
 
 class RewardRequest(Body):
@@ -225,6 +235,8 @@ class RewardRequest(Body):
     group      how many samples its group has
     rollout    an id of the sample, which makes retries harmless
     group_id   tells groups of one prompt apart
+
+    criteria are of the whole request: samples that have others are of another group.
     """
 
     prompts: list | None = Field(None, max_length=4096)
@@ -232,6 +244,7 @@ class RewardRequest(Body):
     prompt: Any = None
     completion: Any = None
     reference: Any = None
+    criteria: Any = None
     group: int | None = Field(None, ge=2)
     rollout: str | None = Field(None, max_length=1000)
     group_id: str = Field("", max_length=1000)
@@ -254,10 +267,21 @@ def read_texts(prompt, responses, names):
     notes = set()
     replies = [as_written(response) for response in responses]
     context, texts = read_conversation(prompt, replies, names=names, notes=notes)
-    longest = max(map(len, [*texts, *(message["content"] for message in context)]))
+    check_lengths([*texts, *(message["content"] for message in context)])
+    return context, texts, {"notes": sorted(notes)} if notes else {}
+
+
+def criteria_of(body):
+    """The criteria of a request as the judge sees them, or None. Raises ValueError where they cannot be read."""
+    criteria = read_criteria(body.criteria)
+    check_lengths([criteria or ""])
+    return criteria
+
+
+def check_lengths(texts):
+    longest = max(map(len, texts))
     if longest > MOST_CHARACTERS:
         raise ValueError(f"a text of {longest:,} characters; {MOST_CHARACTERS:,} at most")
-    return context, texts, {"notes": sorted(notes)} if notes else {}
 
 
 def in_field(name, read, value):
@@ -373,7 +397,7 @@ class Gate:
 
     async def compare(self, body: CompareRequest, request: Request):
         context, (a, b), notes = read_texts(body.prompt, [body.a, body.b], ["a", "b"])
-        pair = Pair("", context, a, b, None)
+        pair = Pair("", context, a, b, None, criteria=criteria_of(body))
         judge = self.open_judge()
         if body.stream:
             return StreamingResponse(
@@ -389,24 +413,36 @@ class Gate:
         names = [f"responses[{n}]" for n in range(len(body.responses))]
         context, texts, notes = read_texts(body.prompt, body.responses, names)
         replies = [as_written(text) for text in texts]
-        work = self.open_judge().arank(context, replies, body.goal, body.budget)
+        criteria = criteria_of(body)
+        work = self.open_judge().arank(context, replies, body.goal, body.budget, criteria)
         ranked = await self.result(work, request)
+        check_votes(ranked.votes)
         comparisons = [
             {
                 "first": vote.first,
                 "second": vote.second,
                 "verdict": vote.verdict,
                 "reason": vote.judgment.reason,
+                "decided_by": vote.judgment.decided_by,
             }
             for vote in ranked.votes
         ]
         return {
             "ranking": ranked.order,
             **ranked.numbers(),
-            "usage": usage(check_votes(ranked.votes)),
+            "criteria": ranked.criteria,
+            "usage": usage(ranked.judgments),
             "comparisons": comparisons,
             **notes,
         }
+
+    async def score(self, body: ScoreRequest, request: Request):
+        context, (text,), notes = read_texts(body.prompt, [body.response], ["response"])
+        criteria = criteria_of(body)
+        work = self.open_judge().ascore(context, as_written(text), criteria, body.samples)
+        found = await self.result(work, request)
+        numbers = {name: getattr(found, name) for name in ("score", "stderr", "met", "reason")}
+        return numbers | {"usage": usage(check_votes(found.votes))} | notes
 
     async def reward(self, body: RewardRequest, request: Request):
         is_sample = body.prompt is not None and body.completion is not None
@@ -419,7 +455,12 @@ class Gate:
                 context, (text,), _ = read_texts(body.prompt, [body.completion], ["completion"])
                 sample = context, text
             results = await self.reward_samples(
-                request, [sample], body.group, body.rollout or None, body.group_id
+                request,
+                [sample],
+                body.group,
+                body.rollout or None,
+                body.group_id,
+                criteria_of(body),
             )
             reward, stderr = results[0]
             return {"reward": reward, "stderr": stderr}
@@ -440,9 +481,10 @@ class Gate:
                 raise ValueError(f"completions[{n}] is not a text or messages")
             with suppress(ValueError):  # one that is empty or no reply gets no reward
                 read_conversation(context, [as_written(completion)], notes=notes)
-        if any(len(group) == 1 for _, group in groups_of(contexts, completions)):
+        if any(len(group) == 1 for _, group, _ in groups_of(contexts, completions)):
             notes.add("a completion that is alone: those of one prompt stand in a row")
-        results = await self.reward_groups(request, contexts, completions)
+        criteria = criteria_of(body)
+        results = await self.reward_groups(request, contexts, completions, criteria)
         answer = {
             "rewards": [reward for reward, _ in results],
             "stderr": [stderr for _, stderr in results],
@@ -453,7 +495,8 @@ class Gate:
         context, (a, b), notes = read_texts(
             body.prompt, [body.completion, body.reference], ["completion", "reference"]
         )
-        work = self.open_judge().acompare(Pair("", context, a, b, None))
+        pair = Pair("", context, a, b, None, criteria=criteria_of(body))
+        work = self.open_judge().acompare(pair)
         comparison = await self.result(work, request)
         return {
             "reward": comparison.win if comparison.verdict else None,
@@ -461,18 +504,20 @@ class Gate:
             **notes,
         }
 
-    async def reward_groups(self, request, contexts, completions):
+    async def reward_groups(self, request, contexts, completions, criteria=None):
         """[(reward, standard error), ...] of whole groups: runs of equal prompts."""
         judge = self.open_judge()
-        groups = groups_of(contexts, completions)
-        for _, responses in groups:
+        groups = groups_of(contexts, completions, criteria)
+        for _, responses, _ in groups:
             self.check_count(len(responses))
-        work = all_of(judge.agroup(context, responses) for context, responses in groups)
+        work = all_of(judge.agroup(*group) for group in groups)
         results = await self.result(work, request)
         check_votes([vote for _, votes in results for vote in votes])
         return [reward for rewards, _ in results for reward in rewards]
 
-    async def reward_samples(self, request, samples, size, sample_id=None, group_id=""):
+    async def reward_samples(
+        self, request, samples, size, sample_id=None, group_id="", criteria=None
+    ):
         """[(reward, standard error), ...] of samples that wait for the rest of their groups.
 
         samples  [(chat messages, response), ...]
@@ -480,7 +525,7 @@ class Gate:
         self.check_count(size)
         self.open_judge()
         work = all_of(
-            self.pending_groups.reward(context, response, size, sample_id, group_id)
+            self.pending_groups.reward(context, response, size, sample_id, group_id, criteria)
             for context, response in samples
         )
         return await self.result(work, request)
@@ -491,7 +536,9 @@ class Gate:
         request: Request,
         group_id: str = "",
         group: Annotated[int | None, Query(ge=2)] = None,
+        criteria: str | None = None,
     ):
+        criteria = read_criteria(criteria)
         queries, prompts = body.query, body.prompts
         if not queries and not prompts:
             return {"rewards": [], "scores": [], "extra_logs": {}}
@@ -503,13 +550,15 @@ class Gate:
         size = group or self.group_size
         if size:
             samples = list(zip(contexts, responses))
-            results = await self.reward_samples(request, samples, size, group_id=group_id)
+            results = await self.reward_samples(
+                request, samples, size, group_id=group_id, criteria=criteria
+            )
         elif len(responses) == 1:
             raise ValueError(
                 "one sample: say how many a prompt has, by ?group=8 in the URL or --group-size 8"
             )
         else:
-            results = await self.reward_groups(request, contexts, responses)
+            results = await self.reward_groups(request, contexts, responses, criteria)
 
         rewards = [reward for reward, _ in results]
         if all(reward is None for reward in rewards):  # as OpenRLHF reads a call that has failed
@@ -590,6 +639,7 @@ def make_app(gate):
 
     app.post("/compare")(gate.compare)
     app.post("/rank")(gate.rank)
+    app.post("/score")(gate.score)
     app.post("/reward")(gate.reward)
     app.post("/get_reward")(gate.get_reward)
 

@@ -57,13 +57,14 @@ class Member:
 
 @dataclass(eq=False)
 class PendingGroup:
-    """Samples of one prompt that are judged together. It takes members while it has a timer.
+    """Samples of one prompt that are judged together, by the same criteria. It takes members while it has a timer.
 
     judged_at  the event loop's time at which the rewards were there, or None
     """
 
     prompt: list
     size: int
+    criteria: str | None = None
     members: list = field(default_factory=list)
     timer: asyncio.TimerHandle | None = None
     judged_at: float | None = None
@@ -77,7 +78,7 @@ class PendingGroups:
     max_samples  that wait or are remembered, of all groups together
     max_bytes    of prompts and responses that wait
 
-    A sample joins the open group of its prompt, size and group id. The group is judged when it is whole, or
+    A sample joins the open group of its prompt, size, group id and criteria. The group is judged when it is whole, or
     at its timeout with the samples that have come; a sample that is alone then gets None. The rewards do not
     depend on the order in which the samples came. All samples of a group must come to the same gateway.
 
@@ -98,26 +99,29 @@ class PendingGroups:
         self.timeout = timeout
         self.max_samples = max_samples
         self.max_bytes = max_bytes
-        self.groups = {}  # key: the groups of this prompt, size and group id, the oldest first
+        # key: the groups of this prompt, size, group id and criteria, the oldest first
+        self.groups = {}
         self.tasks = set()  # judgments under way, since asyncio holds its tasks by weak references
         self.waiting = 0  # callers
         self.sample_count = 0
         self.byte_count = 0
 
-    async def reward(self, prompt, text, size, sample_id=None, group_id=""):
+    async def reward(self, prompt, text, size, sample_id=None, group_id="", criteria=None):
         """Return (reward, standard error) of a sample once its group has been judged.
 
-        prompt  chat messages; size: samples in the whole group
+        prompt    chat messages; size: samples in the whole group
+        criteria  what the group is judged by, as `lib.pairs.read_criteria` writes it
 
         Raises Busy if no more samples can wait, and what ended the judgment of the group.
         """
-        key = digest([prompt, size, group_id])
+        key = digest([prompt, size, group_id, criteria])
         text_digest = digest(text)
         if sample_id is None:
             await self.wait_for_leaving_caller(key, text_digest)
         member = self.find_retried(key, sample_id, text_digest)
         if member is None:
-            member = self.join(key, prompt, size, sample_id, text, text_digest)
+            group = PendingGroup(prompt, size, criteria)
+            member = self.join(key, group, sample_id, text, text_digest)
 
         member.callers += 1
         self.waiting += 1
@@ -174,9 +178,13 @@ class PendingGroups:
             ]
         return places[0] if places else None
 
-    def join(self, key, prompt, size, sample_id, text, text_digest):
-        """Make a sample a member of the open group of its key, which starts if it is whole now."""
-        texts = [text, *(message["content"] for message in prompt)]
+    def join(self, key, new_group, sample_id, text, text_digest):
+        """Make a sample a member of the open group of its key, which starts if it is whole now.
+
+        new_group  becomes that group where none is open
+        """
+        texts = [text, *(message["content"] for message in new_group.prompt)]
+        texts.append(new_group.criteria or "")
         byte_count = sum(len(part.encode()) for part in texts)
         if self.sample_count >= self.max_samples:
             raise Busy(
@@ -188,7 +196,7 @@ class PendingGroups:
 
         groups = self.groups.setdefault(key, [])
         if not groups or groups[-1].timer is None:
-            groups.append(PendingGroup(prompt, size))
+            groups.append(new_group)
         group = groups[-1]
         member = Member(sample_id, text, text_digest, byte_count)
         group.members.append(member)
@@ -198,7 +206,7 @@ class PendingGroups:
         if group.timer:
             group.timer.cancel()
         group.timer = asyncio.get_running_loop().call_later(self.timeout, self.start, key, group)
-        if len(group.members) == size:
+        if len(group.members) == group.size:
             self.start(key, group)
         return member
 
@@ -213,7 +221,7 @@ class PendingGroups:
     async def judge_group(self, key, group):
         texts = [member.text for member in group.members]
         try:
-            rewards, votes = await self.judge.agroup(group.prompt, texts)
+            rewards, votes = await self.judge.agroup(group.prompt, texts, group.criteria)
             check_votes(votes)
             results = list(zip(group.members, rewards, strict=True))
         except (Exception, Failure) as error:

@@ -145,7 +145,9 @@ def stages(plan, seed=0):
     return {name: by_seed[seed] for name, by_seed in chains.items()}
 
 
-@pytest.mark.parametrize("plan", ["ablations.txt", "ablations-7b.txt", "reasons.txt"])
+@pytest.mark.parametrize(
+    "plan", ["ablations.txt", "ablations-7b.txt", "reasons.txt", "criteria.txt"]
+)
 def test_every_command_of_a_plan_is_one_that_its_script_takes(plan, monkeypatch):
     seen = set()
     for command in {stage.command for chain in stages(plan).values() for stage in chain}:
@@ -506,6 +508,27 @@ def test_the_numbers_of_soundness_have_names_of_their_own():
     shares = [{"quotes": 0.25, "type": 0.1}, {"type": 0.5}]
     assert list(ablate.mean_number(shares).items()) == [("type", 0.3), ("quotes", 0.125)]
     assert ablate.value_cell({"shares": ablate.mean_number(shares)}) == "type 0.300, quotes 0.125"
+
+
+def test_a_share_of_the_right_verdicts_is_compared_over_seeds(monkeypatch):
+    """Of each seed's right verdicts half or all are unsound, and of the other judge's a quarter: in every resample."""
+
+    def judge(part, whole):
+        metric = {"": (1, dict.fromkeys(range(20), (part, whole)))}
+        return ablate.Result({"T=1 unsound_of_right": ablate.as_one({"f": metric})}, {})
+
+    none_right = ablate.Result({}, {})
+    results = {"a0": judge(1, 2), "a1": judge(2, 2), "a2": none_right, "b": judge(1, 4)}
+    monkeypatch.setattr(ablate, "read_result", results.get)
+    mine = ((0, "a0"), (1, "a1"), (2, "a2"))
+    other = tuple((seed, "b") for seed in range(3))
+    name = "T=1 unsound_of_right"
+    found = ablate.compare_over_seeds(name, mine, other)
+    assert found["value"] == 0.75 and found["difference"] == 0.5
+    assert found["interval"] == pytest.approx((0.5, 0.5))
+    equal = ablate.compare_over_seeds(name, mine, mine)
+    assert equal["difference"] == 0 and equal["interval"] == (0, 0)
+    assert ablate.compare_over_seeds(name, mine[2:], other) == {}
 
 
 def test_a_name_without_a_temperature_is_a_column_for_each():

@@ -216,6 +216,27 @@ def test_intervals():
     assert B.interval(better, minus=coin)[0] > 0
 
 
+def test_a_share_of_what_items_have_unequally():
+    """Half of 400 items have 1 of 1, half 0 of 3: 1 of 4, and no mean of shares. By the delta method its standard
+    error is .75 / 2 / sqrt(400), and that of a difference from its own opposite twice that, if items stay paired."""
+    share = {"s": (1, {i: (1, 1) if i % 2 else (0, 3) for i in range(400)})}
+    assert B.value(share) == 0.25
+    half_width = 1.96 * 0.75 / 2 / 20
+    assert B.interval(share) == pytest.approx((0.25 - half_width, 0.25 + half_width), abs=0.005)
+    assert B.interval(share, minus=share) == (0, 0)
+
+    opposite = {"s": (1, {i: (whole - part, whole) for i, (part, whole) in share["s"][1].items()})}
+    low, high = B.interval(opposite, minus=share)
+    assert (low, high) == pytest.approx((0.5 - 2 * half_width, 0.5 + 2 * half_width), abs=0.01)
+
+
+def test_a_share_of_nothing_has_no_value():
+    nothing = {"s": (1, {0: (0, 0), 1: (0, 0)})}
+    assert B.value(nothing) is None and B.missing(nothing) == ["s"]
+    # A resample without item 0 has nothing to be a share of, and does not count.
+    assert B.interval({"s": (1, {0: (1, 1), 1: (0, 0), 2: (0, 0)})}) == (1, 1)
+
+
 # ---------------------------------------------------------------- rows
 
 

@@ -506,8 +506,8 @@ def test_a_pair_without_an_answer_has_its_line_and_ends_nothing(tmp_path, monkey
     [
         (
             "select",
-            [{"prompt": "q", "a": "x", "b": "y", "label": "tie"}],
-            ":1: unknown label 'tie'",
+            [{"prompt": "q", "a": "x", "b": "y", "label": "both"}],
+            ":1: unknown label 'both'",
         ),
         ("select", [{"prompt": "q", "a": "x", "b": "y"}] * 2, "1 different pairs in it"),
         ("rank", [{"prompt": "q", "completions": ["x", "y"]}], ":1: no responses among its fields"),

@@ -75,6 +75,20 @@ def test_every_form_becomes_a_pair_whose_first_response_is_preferred(row):
     assert pair.label == "A"
 
 
+def test_the_same_pair_under_other_criteria_is_another_one():
+    row = {"prompt": "q", "chosen": "x", "rejected": "y"}
+    keys = {
+        R.candidate(row | more, "mine", False, set())[0]
+        for more in ({}, {"criteria": "a"}, {"criteria": "b"})
+    }
+    assert len(keys) == 3
+    _, pair = R.candidate(row | {"criteria": "1 a: b\n1 c: d"}, "mine", False, set())
+    assert pair.row()["criteria"] == "a 50%: b\nc 50%: d"
+    for single in ({"prompt": "q", "trace": "t"}, {"prompt": "q", "response": "r", "trace": "t"}):
+        with pytest.raises(ValueError, match="only SFT learns from such rows"):
+            R.candidate(single, "mine", False, set())
+
+
 def published(tmp_path):
     sky = [
         {
@@ -603,8 +617,66 @@ GOOD = (
     ],
 )
 def test_what_a_trace_must_have(text, told, why):
-    assert D.fault(text, "stop", "A", told) == why
-    assert D.fault(text, "truncated", "A", told) == "truncated"
+    pair = Pair("p", [USER("q")], "x", "y", "A")
+    assert D.fault(text, "stop", pair, told) == why
+    assert D.fault(text, "truncated", pair, told) == "truncated"
+
+
+@pytest.mark.parametrize(
+    "text, why",
+    [
+        ("<eval>A is kind\nDecided by: Tone</eval><answer>[[A]]</answer>", ""),
+        ("<eval>A is kind\nDecided by: Tone</eval><answer>[[B]]</answer>", "wrong verdict"),
+        ("<eval>A is kind</eval><answer>[[A]]</answer>", "no criterion that decided"),
+        ("Decided by: Tone <answer>[[A]]</answer>", "no comparison"),
+        (
+            "<eval>A is kind\nDecided by: Length</eval><answer>[[A]]</answer>",
+            "decided by none of its criteria",
+        ),
+        (
+            "<rubric>Tone 100%: kind</rubric><eval>A\nDecided by: Tone</eval><answer>[[A]]</answer>",
+            "a rubric of its own",
+        ),
+    ],
+)
+def test_a_trace_by_criteria_names_the_one_that_decided(text, why):
+    pair = Pair("p", [USER("q")], "x", "y", "A", criteria="Tone 75%: kind\nFacts 25%: right")
+    assert D.fault(text, "stop", pair) == why
+
+
+def test_criteria_stay_with_what_the_oracle_writes(instant, pairs, tmp_path):
+    """They stand in both passes' prompts, and in the rows written, good and failed; SFT asks with them."""
+    rows = read(pairs)
+    for row in rows[:10]:
+        row["criteria"] = "3 Tone: kind\n1 Facts: right"
+    write(pairs, rows)
+    asked = []
+
+    def say(name, messages):
+        content = messages[-1]["content"]
+        asked.append((name, "Tone 75%: kind\nFacts 25%: right" in content))
+        label = "A" if name == "weak" else content.split("the better response is [[")[1][0]
+        text = GOOD.format(x=label)
+        if asked[-1][1]:
+            text = re.sub("<rubric>.*</rubric>", "", text, flags=re.DOTALL)
+            if "question 3 " not in content:
+                text = text.replace("</eval>", "\nDecided by: Tone</eval>")
+        return Answer(text, "stop", 1, 1)
+
+    instant.say = say
+    flags = ("--teacher", "weak", "--teacher2", "strong", "--base-url", "http://x/v1")
+    call(D, "--data", pairs, "--out", tmp_path / "out", *flags)
+    asked_by = {name: [seen for who, seen in asked if who == name] for name in ("weak", "strong")}
+    assert (sum(asked_by["weak"]), len(asked_by["weak"])) == (10, 20)
+    assert (sum(asked_by["strong"]), len(asked_by["strong"])) == (5, 10)
+    good = read_pairs(tmp_path / "out/sft.jsonl")
+    with_criteria = [pair for pair in good if pair.criteria]
+    assert (len(good), len(with_criteria)) == (19, 9)
+    for pair in good:
+        assert bool(pair.criteria) == bool(parse(pair.trace).decided_by)
+    (failed,) = read(tmp_path / "out/failed.jsonl")
+    assert failed["reason"] == "no criterion that decided"
+    assert failed["criteria"] == "Tone 75%: kind\nFacts 25%: right"
 
 
 def test_a_trace_is_what_the_judge_should_write():
@@ -1155,6 +1227,7 @@ def world(name, **changes):
         "parting": 0.0,
         "sft_parting": 0.3,
         "truth": 1.0,
+        "given": 0.5,
     }
     args = SimpleNamespace(**(args | changes))
     splits = T.make_splits(args)
@@ -1321,6 +1394,8 @@ def test_the_words_of_a_world_are_tokens_of_its_own():
     [
         (("--slips", "0.1"), "--slips: changes nothing in --world looks"),
         (("--world", "steps", "--sft-parting", "0.5"), "--sft-parting: changes nothing"),
+        (("--given", "0"), "--given: changes nothing in --world looks"),
+        (("--world", "criteria", "--style", "1"), "--style: changes nothing in --world criteria"),
         (("--world", "steps", "--slips", "0.6"), "--slips 0.6: above 0.5"),
         (
             ("--world", "shortcut", "--kinds", "add", "--test", "200"),

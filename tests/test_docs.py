@@ -9,7 +9,9 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from test_criteria import Model
 
+import rmr1
 from conftest import ROOT, run
 
 PAGES = sorted(
@@ -30,7 +32,10 @@ FOLDERS = (
     "docs",
     "assets",
 )
-SUBCOMMANDS = {"eval.py": ("report", "compare"), "rmr1.py": ("judge", "rank", "reward", "select")}
+SUBCOMMANDS = {
+    "eval.py": ("report", "compare"),
+    "rmr1.py": ("judge", "rank", "score", "reward", "select"),
+}
 
 OTHER_PROGRAMS = {"vllm", "curl", "pip", "git", "sbatch", "tensorboard"}  # their flags are not ours
 # Flags of other programs that pages name without their command.
@@ -285,6 +290,28 @@ def test_readme_has_the_results_of_its_page():
     assert rows
     for row in rows:
         assert re.search(" +".join(map(re.escape, row)) + "$", results, re.MULTILINE), row
+
+
+def test_the_examples_of_the_judge_run(monkeypatch):
+    """The Python of docs/judge.md, in its order and in one namespace, on a simulated judge."""
+
+    def simulated(_, **settings):
+        return make_judge(Model(), protocol="instruct", **settings)
+
+    make_judge = rmr1.Judge
+    monkeypatch.setattr(rmr1, "Judge", simulated)
+    names = {"prompt": "q", "a": "is 5", "b": "is 3", "response": "is 7"}
+    names |= {
+        "responses": ["is 4", "is 1", "is 3"],
+        "prompts": ["q", "q"],
+        "completions": ["is 4", "is 1"],
+    }
+    text = (ROOT / "docs/judge.md").read_text()
+    blocks = re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    for block in blocks:
+        if "(BestOfNEnv)" not in block:  # tests/test_trainers.py has it
+            exec(block, names)
+    assert names["ranked"].order == [0, 2, 1] and names["rewards"][0] > names["rewards"][1]
 
 
 TABLE = "| what | shown by `tests/` |\n|---|---|\n"

@@ -13,7 +13,7 @@ from lib.files import Failure
 from tools import cost, dryrun
 from tools.trace import Traced
 
-GB = 2**30
+GIB = 2**30
 
 # One update of grpo.py on the same rows, on real tensors and on fake ones, in a group of one; then on fake
 # ones in a group of eight. The counter is the same; so is the code, but for the kernels.
@@ -187,11 +187,11 @@ def judged(capsys, learning=20, weights=15, gb=None, frozen=0, **more):
         num_key_value_heads=4, num_attention_heads=28, hidden_size=3584, num_hidden_layers=28
     )
     traced = Traced(
-        lives={"weights": 3.5 * GB, "reference": 1.8 * GB, "Adam": 7 * GB},
-        frozen=frozen * GB,
-        peaks={"learning": learning * GB, "syncing": 15 * GB},
+        lives={"weights": 3.5 * GIB, "reference": 1.8 * GIB, "Adam": 7 * GIB},
+        frozen=frozen * GIB,
+        peaks={"learning": learning * GIB, "syncing": 15 * GIB},
     )
-    parameters = dryrun.Parameters(weights * GB // 2, GB)
+    parameters = dryrun.Parameters(weights * GIB // 2, GIB)
     try:
         dryrun.check_fit(
             SimpleNamespace(**settings | more), traced, parameters, config, 12288, 8, gb
@@ -255,7 +255,7 @@ def test_adapters_let_a_base_wait_in_host_memory(capsys):
     case = dict(lora=32, weights=15, frozen=3, learning=10)
     stays, waits = (judged(capsys, offload=offload, **case).out for offload in (False, True))
     share = lambda out: float(out.rsplit("up to ", 1)[1])
-    assert share(waits) > share(stays) + 3 * GB / 80e9
+    assert share(waits) > share(stays) + 3 * GIB / 80e9
 
 
 # ---------------------------------------------------------------- operations, time, price

@@ -175,7 +175,7 @@ def test_one_process_and_two_take_the_same_step(toy, tmp_path):
     shutil.rmtree(tmp_path / "one/state/step_000002")
     again = run(*common, "--out", tmp_path / "one")
     assert "resumed at step 1" in again.stdout
-    timing = ("seconds_", "peak_gb", "tokens_per_second")
+    timing = ("seconds_", "peak_gib", "tokens_per_second")
     plain = lambda row: {k: v for k, v in row.items() if not k.startswith(timing)}
     assert [plain(r) for r in metrics(tmp_path / "one")] == [plain(r) for r in one]
 

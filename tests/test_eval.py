@@ -565,6 +565,38 @@ def test_what_has_changed_is_asked_again(server, tmp_path):
     assert Judge.calls == 0
 
 
+def test_criteria_are_kept_and_others_are_asked_anew(server, tmp_path):
+    """A pair's criteria stand in its prompt, in pairs.jsonl and in the report; to change them makes its judgment
+    stale, and no other's."""
+
+    def rows(*criteria):
+        path = write(tmp_path / "e.jsonl", *((f"{n}", *GOOD, "A") for n in range(len(criteria))))
+        rows = [json.loads(row) for row in path.read_text().splitlines()]
+        for row, text in zip(rows, criteria):
+            row |= {} if text is None else {"criteria": text}
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return path
+
+    out = tmp_path / "run"
+    judged(server, out, rows("2 Tone: kind\n6 Facts: right", None, "brief"))
+    assert Judge.calls == 3
+    kept = E.read_run(out)
+    asked = [kept["pairs"][line["id"]].get("criteria") for line in kept["judgments"]]
+    assert asked == ["Tone 25%: kind\nFacts 75%: right", None, "brief"]
+    decided = {"text": "<eval>x\nDecided by: Facts</eval><answer>[[A]]</answer>"}
+    run = kept | {"judgments": [line | decided for line in kept["judgments"]]}
+    examples = {x["context"][0]["content"]: x for x in R.page_examples([run], 10)}
+    assert [examples[name]["criteria"] for name in "012"] == asked
+    assert {x["judgments"][0]["decided_by"] for x in examples.values()} == {"Facts"}
+
+    judged(server, out, rows(["1 Tone: kind", "3 Facts: right"], None, "brief"))
+    assert Judge.calls == 0, "the same weights in other words"
+    for other, calls in (("long", 1), (None, 1), ("long", 1)):
+        said, _ = judged(server, out, rows("1 Tone: kind\n3 Facts: right", None, other))
+        assert Judge.calls == calls and "1 judgments are of texts" in said.stdout
+        assert E.read_run(out)["pairs"]["e/e-3"].get("criteria") == other
+
+
 def test_two_evaluations_do_not_share_a_folder(server, bench, tmp_path):
     (tmp_path / "run").mkdir()
     with open(tmp_path / "run/.lock", "w") as lock:

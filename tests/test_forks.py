@@ -1,7 +1,9 @@
 """Each fork of grpo.py: what it computes, by hand, and a step of it as a user runs it."""
 
 import importlib
+import json
 import math
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,9 +15,10 @@ import grpo
 from conftest import ROOT, metrics, run
 from lib.files import Failure
 from lib.pairs import Pair
-from rubrics import parse
+from rubrics import WRITE_SCORE, PromptStyle, parse
 
 NAMES = sorted(path.stem for path in (ROOT / "forks").glob("[a-z]*.py"))
+OF_PAIRS = [name for name in NAMES if name != "score_from_pairs"]
 FLAGS = {
     "kl_k1": ("--beta", 0.1),
     "kl_k2": ("--beta", 0.1),
@@ -35,7 +38,7 @@ def test_importing_a_fork_changes_nothing():
     assert vars(grpo) == before and len(NAMES) >= 10
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", OF_PAIRS)
 def test_a_step_of_each_fork(name, toy, fitted, tmp_path):
     """With all of grpo.py's flags, and its own; the run's folder is refused to grpo.py itself."""
     flags = (
@@ -61,6 +64,53 @@ def fitted(toy, tmp_path_factory):
     out = tmp_path_factory.mktemp("fitted")
     run("sft.py", "--model", toy / "model/config.json", "--data", toy / "sft.jsonl", "--dtype", "float32",
         "--no-recompute", "--batch", 16, "--lr", 3e-3, "--max-len", 160, "--save-every", 0, "--out", out)  # fmt: skip
+    return out / "model"
+
+
+def test_a_step_of_scores(toy, scorer, tmp_path):
+    """Scores are sampled, paid and logged, of held-out pairs too; the judge keeps the style that it had for pairs."""
+    run("forks/score_from_pairs.py", "--model", scorer, "--data", toy / "rl.jsonl", "--val-data", toy / "val.jsonl",
+        "--dtype", "float32", "--no-recompute", "--batch", 8, "--mini-batch", 4, "--group-size", 4, "--max-prompt", 200,
+        "--max-response", 8, "--steps", 1, "--lr", 1e-4, "--save-every", 0, "--out", tmp_path)  # fmt: skip
+    row, last = metrics(tmp_path)
+    assert math.isfinite(row["loss"]) and row["mismatch_mean"] < 1e-3
+    assert row["no_verdict"] < 0.5 and 0 < row["reward"] < 1 and "sound" not in row
+    for name in ("accuracy", "no_verdict"):
+        assert (
+            0 <= row[name] <= 1 and 0 <= row[f"val_{name}"] <= 1 and 0 <= last[f"val_{name}"] <= 1
+        )
+    assert -9 <= row["score_gap"] <= 9 and row["zero_variance_groups"] < 1
+    samples = [json.loads(line) for line in open(tmp_path / "samples.jsonl")]
+    assert [sample["pair"].split()[1] for sample in samples] == ["chosen", "rejected"] * 2
+    assert {sample["verdict"] for sample in samples} <= {None, *range(1, 11)}
+    trained, base = (
+        json.loads((at / "judge.json").read_text()) for at in (tmp_path / "model", scorer)
+    )
+    assert trained == base == json.loads((toy / "model/judge.json").read_text())
+
+
+@pytest.fixture(scope="session")
+def scorer(toy, tmp_path_factory):
+    """A tiny judge that gives any response any score. Its request and each answer are one token to it."""
+    from tokenizers import AddedToken
+    from transformers import AutoConfig, AutoTokenizer
+
+    out = tmp_path_factory.mktemp("scorer")
+    answers = [f"<answer>[[{score}]]</answer>" for score in range(1, 11)]
+    tokenizer = AutoTokenizer.from_pretrained(toy / "model")
+    tokenizer.add_tokens([AddedToken(text, normalized=False) for text in (WRITE_SCORE, *answers)])
+    tokenizer.save_pretrained(out / "base")
+    config = AutoConfig.from_pretrained(toy / "model")
+    config.vocab_size = len(tokenizer)
+    config.save_pretrained(out / "base")
+    shutil.copy(toy / "model/judge.json", out / "base")
+    with open(out / "scores.jsonl", "w") as file:
+        for number, line in enumerate(4 * open(toy / "rl.jsonl").readlines()):
+            pair = json.loads(line)
+            row = {"context": pair["context"], "response": pair["a"], "trace": answers[number % 10]}
+            file.write(json.dumps(row) + "\n")
+    run("sft.py", "--model", out / "base/config.json", "--data", out / "scores.jsonl", "--dtype", "float32",
+        "--no-recompute", "--batch", 8, "--lr", 1e-2, "--max-len", 200, "--save-every", 0, "--out", out)  # fmt: skip
     return out / "model"
 
 
@@ -304,6 +354,98 @@ def test_a_pair_without_variance_is_one_in_both_orders():
     for rows, share in ((["A", "B"] * 2, 0), (["A", "A"] * 2, 1)):
         groups, statistics = fork("pooled_orders").collect_groups(sample, rows, 0, args)
         assert len(groups) == 4 and statistics == {"zero_variance_groups": share}
+
+
+SCORED = [  # scores of the chosen response, of the rejected one, rewards of both
+    ([9, 7], [3, 7], [1, 0.75], [1, 0.75]),
+    ([2, 4], [6, 6], [0, 0], [0, 0]),
+    ([5, 5], [5, 5], [0.5, 0.5], [0.5, 0.5]),
+    ([5, None], [3, 8], [0.5, 0], [0.5, 0]),
+    ([2, 3], [None, None], [1, 1], [0, 0]),
+    ([None, None], [4, 5], [0, 0], [0, 0]),
+    ([10, 1], [None, 5], [1, 0.5], [0, 0.5]),
+]
+
+
+@pytest.mark.parametrize("chosen, rejected, of_chosen, of_rejected", SCORED)
+def test_a_score_earns_its_share_of_right_meetings(chosen, rejected, of_chosen, of_rejected):
+    first, second = (
+        group(*[math.nan] * 2, label=None, verdicts=scores) for scores in (chosen, rejected)
+    )
+    fork("score_from_pairs").reward_scores(first, second)
+    assert [r.reward for r in first] == of_chosen and [r.reward for r in second] == of_rejected
+    if None not in chosen + rejected:
+        assert sum(of_chosen) == sum(of_rejected), "one baseline serves both sides"
+
+
+def test_a_pair_of_scores_has_one_advantage():
+    """By itself neither side of a response without any score would teach to give one."""
+
+    def sample(rows, step, group_size, temperature):
+        return [group(*[math.nan] * 2, label=None, verdicts=row) for row in rows]
+
+    args = SimpleNamespace(batch=4, group_size=2, seed=0)
+    score_from_pairs = fork("score_from_pairs")
+    for rows, share in (([[2, 3], [None, None]] * 2, 0), ([[5, 5], [5, 5]] * 2, 1)):
+        groups, statistics = score_from_pairs.collect_groups(sample, rows, 0, args)
+        assert [[r.verdict for r in group] for group in groups] == rows
+        assert statistics == {"zero_variance_groups": share}
+
+
+def test_the_accuracy_of_scores_is_of_means():
+    groups = []
+    for chosen, rejected, _, _ in SCORED:
+        for scores in (chosen, rejected):
+            groups.append(group(*[0.0] * len(scores), label=None, verdicts=scores))
+    found = fork("score_from_pairs").accuracy(groups, "val_")
+    # Right: 8 to 5. Wrong: 3 to 6, 5 to 5.5, two without any score on a side. Ties: 5 to 5; 5.5 to 5 is right.
+    assert found["val_accuracy"] == pytest.approx((1 + 0.5 + 1) / 7)
+    assert found["val_no_verdict"] == pytest.approx(6 / 28)
+    assert found["val_score_gap"] == pytest.approx((3 - 3 + 0 - 0.5 + 0.5) / 5)
+    nothing = [group(0.0, label=None, verdicts=[None])] * 2
+    assert math.isnan(fork("score_from_pairs").accuracy(nothing)["score_gap"])
+
+
+def test_scores_are_asked_of_each_response_alone(monkeypatch, tmp_path):
+    """Both of a pair or none, the chosen one first, by the pair's criteria and without its other fields."""
+    rows = [
+        {"id": "1", "prompt": "q", "a": "good", "b": "bad", "label": "A", "criteria": "kind"},
+        {"id": "2", "prompt": "q", "a": "bad", "b": "good", "label": "B", "meta": KNOWN.meta},
+        {"id": "3", "prompt": "q", "a": "good", "b": "long " * 99, "label": "A"},
+        {"id": "4", "context_messages": USER, "winner": "model_a"},
+        {"id": "5", "prompt": "q", "a": "good", "b": "bad", "label": "tie"},
+    ]
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    asked = []
+    monkeypatch.setattr(
+        grpo, "encode_or_leave_out", lambda _, chat, name: asked.append(chat) or chat[1]["content"]
+    )
+    args = SimpleNamespace(skip_bad=False, max_prompt=500)
+    pairs, found = fork("score_from_pairs").tokenize_prompts(path, None, PromptStyle(), args)
+    assert [pair.id for pair in pairs] == ["1", "2", "3", "4"]
+    assert [row.pair.id for row in found] == [
+        f"{n} {side}" for n in "12" for side in ("chosen", "rejected")
+    ]
+    assert [row.pair.a for row in found] == ["good", "bad"] * 2
+    assert {(row.pair.b, row.pair.label, row.pair.messages) for row in found} == {
+        (None, None, None)
+    }
+    assert [row.pair.criteria for row in found] == ["kind", "kind", None, None]
+    assert not any(row.pair.meta for row in found)
+    assert all(chat[0]["content"] == WRITE_SCORE for chat in asked)
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--reward", "random"], "--reward random: here a score is paid by the scores"),
+        (["--batch", "9", "--mini-batch", "9"], "--mini-batch 9: an update has both responses"),
+    ],
+)
+def test_flags_that_scores_refuse(flags, message):
+    with pytest.raises(Failure, match=message):
+        fork("score_from_pairs").arguments(flags)
 
 
 @pytest.mark.parametrize("attempts, rounds", [(1, 2), (3, 2)])

@@ -449,6 +449,7 @@ def test_hostile_text_stays_text(browser, server):
         justify=bad,
         solution=bad,
         eval=f"{bad}<quote_B>{bad}!</quote_B>",
+        decided_by=bad,
     )
     votes = [vote_of(0, "a", bad, parts), vote_of(1, None, bad, parts, reason=bad)]
     server.script = [
@@ -458,7 +459,7 @@ def test_hostile_text_stays_text(browser, server):
         ("done", done(votes, verdict=None, reason=bad)),
     ]
     browser.open(server.url)
-    browser.fill(prompt=bad, a=bad, b=bad + "x" * 100_000)
+    browser.fill(prompt=bad, a=bad, b=bad + "x" * 100_000, criteria=bad)
     for button in ("link", "curl", "judge"):
         browser.click(button)
     browser.until("result")
@@ -467,6 +468,8 @@ def test_hostile_text_stays_text(browser, server):
     assert browser.all("#displayed-a mark") == [HOSTILE[2]]
     assert browser.text("absent-b") == bad + "! not in the response"
     assert browser.written(0) == bad
+    assert browser.text("displayed-criteria") == server.requests[0]["criteria"] == bad
+    assert browser.all(".by b") == [bad] * 2
     assert browser.all(".bar i", "style.width")[:2] == ["100%", "0%"]
     assert browser.js("votes[0].card.querySelectorAll('section')[1].textContent").startswith(
         "solution<script>ran()</script>\n"
@@ -483,8 +486,45 @@ def test_hostile_text_stays_text(browser, server):
 
 
 @needs_chromium
+def test_criteria_are_sent_and_the_one_that_decided_is_shown(browser, server):
+    """They are folded away; blank ones are none."""
+    criteria = "3 Tone: is it kind?\n1 Facts: are they right?"
+    votes = [vote_of(n, "b", "text", judgment(eval="x", decided_by="Tone")) for n in (0, 1)]
+    server.script = script_of(votes, verdict="B", win=0.25)
+    browser.open(server.url)
+    for written, sent in (("", None), (" \n", None), (criteria, criteria)):
+        browser.fill(criteria=written)
+        assert browser.js("document.getElementById('by').open") is False
+        browser.click("judge")
+        browser.until("result && !control")
+        assert server.requests[-1].get("criteria") == sent
+        assert browser.js("document.getElementById('given').hidden") == (sent is None)
+        assert browser.text("displayed-criteria") == (sent or "")
+    assert browser.all("#votes .by") == ["decided by Tone"] * 2
+
+    browser.click("link")
+    browser.until("location.hash.length > 1")
+    link = browser.js("location.href")
+    browser.open(link)
+    browser.until("content().criteria")
+    assert browser.js("content().criteria") == criteria
+    assert browser.js("document.getElementById('by').open") is True
+    without = browser.js("(async () => '#' + await pack({prompt: 'p', a: 'x', b: 'y'}))()")
+    browser.js(f"location.hash = {without!r}")
+    browser.until("content().prompt === 'p'")
+    assert browser.js("JSON.stringify(content())") == '{"prompt":"p","a":"x","b":"y"}'
+    wrong = browser.js(
+        "(async () => '#' + await pack({prompt: 'q', a: 'x', b: 'y', criteria: 7}))()"
+    )
+    browser.js(f"location.hash = {wrong!r}")
+    browser.until("document.getElementById('note').textContent.startsWith('This link cannot be')")
+    assert browser.js("content().prompt") == "p" and browser.js("bad") == []
+
+
+@needs_chromium
 def test_a_link_restores_the_texts_and_judges_nothing(browser, server):
     texts = {
+        "criteria": "2 Länge: kurz?\n1 Ton: \u2066freundlich?",
         "prompt": "Was ist größer?\n\t\u202e",
         "a": "".join(map(chr, range(1, 0x3000))),
         "b": "é🙂" * 50_000,
@@ -542,14 +582,15 @@ def test_the_keyboard_is_enough(browser, server):
             if found[-1].startswith("BODY") or found[-1] in found[:-1]:
                 return found[:-1]
 
-    assert walk() == ["prompt", "a", "b", "judge", "budget", "link", "curl"]
+    fold = "SUMMARY Criteria (optional)"
+    assert walk() == ["prompt", "a", "b", fold, "judge", "budget", "link", "curl"]
     browser.js("document.getElementById('prompt').focus()")
     browser.call("Input.insertText", text="And ")
     browser.key("Enter", ctrl=True)
     browser.until("votes[0]")
     assert "And " in server.requests[0]["prompt"] and "\n" not in server.requests[0]["prompt"]
     browser.key("Enter", ctrl=True)  # once more while it judges: nothing
-    for _ in range(4):
+    for _ in range(5):
         browser.key("Tab")
     assert browser.js(focus) == "stop"
     assert browser.js("getComputedStyle(document.activeElement).outlineWidth") == "3px"
@@ -567,10 +608,10 @@ def test_the_keyboard_is_enough(browser, server):
     browser.key("Enter")
     browser.until("result")
     reached = walk()
-    assert reached[:8] == ["prompt", "a", "b", "judge", "budget", "link", "curl", "json"]
-    assert [x.split(":")[0] for x in reached[8:10]] == ["BUTTON 1", "BUTTON 2"]
-    assert reached[10:12] == ["displayed-a", "displayed-b"]
-    assert [x.split(",")[0] for x in reached[12:]] == [
+    assert reached[:9] == ["prompt", "a", "b", fold, "judge", "budget", "link", "curl", "json"]
+    assert [x.split(":")[0] for x in reached[9:11]] == ["BUTTON 1", "BUTTON 2"]
+    assert reached[11:13] == ["displayed-a", "displayed-b"]
+    assert [x.split(",")[0] for x in reached[13:]] == [
         "SUMMARY Judgment 1",
         "SUMMARY as written",
         "SUMMARY Judgment 2",

@@ -65,7 +65,7 @@ def test_numbers_go_there_with_their_step(ranks, library, tmp_path):
     log = log_of(tmp_path, 0, name)
     log.write({"step": 0, **ROW})
     ((step, numbers),) = stand_in.rows
-    assert step == 0 and numbers == {"loss": 0.5, "count": 3, "peak_gb": numbers["peak_gb"]}
+    assert step == 0 and numbers == {"loss": 0.5, "count": 3, "peak_gib": numbers["peak_gib"]}
     assert metrics(tmp_path)[0]["digest"] == "abc", "the file has all of it"
     log.close()
     assert stand_in.ended == 1

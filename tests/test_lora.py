@@ -585,7 +585,7 @@ def grpo_run(judged, toy, out, *more, ranks=1, script="grpo.py", ok=True):
     )
     if not ok:
         return done.stderr
-    untimed = ("seconds", "peak_gb", "tokens_per")
+    untimed = ("seconds", "peak_gib", "tokens_per")
     return [{k: v for k, v in row.items() if not k.startswith(untimed)} for row in metrics(out)]
 
 

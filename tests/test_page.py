@@ -15,6 +15,9 @@ CHROMIUM = next(
 )
 
 
+CRITERIA = "Length 60%: short\nFacts 40%: </pre><b>right</b>?"
+
+
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):
     """A report over two made-up runs of RM-Bench with votes and both orders; one response tries to end the
@@ -40,6 +43,7 @@ def page(tmp_path_factory):
                             "label": "A",
                             "a": f"right {c} of three </script><script>document.title='broken'</script>",
                             "b": f"wrong {r}",
+                            **({"criteria": CRITERIA} if d == "math" else {}),
                         }
                     )
                     for order in (0, 1):
@@ -55,7 +59,9 @@ def page(tmp_path_factory):
                             text = (
                                 f"<type>Chat</type><rubric>Help 90%: helps\nTone 10%: kind"
                                 f"<justify>because</justify></rubric>"
-                                f"<eval><quote_A>{quote}</quote_A> is better</eval>"
+                                f"<eval><quote_A>{quote}</quote_A> is better"
+                                + ("\nDecided by: Length & <tone>" if d == "math" else "")
+                                + "</eval>"
                                 + (f"<answer>[[{verdict}]]</answer>" if verdict else "")
                             )
                             lines.append(
@@ -115,11 +121,17 @@ def dom(page, tmp_path, part=""):
     return done.stdout
 
 
+def shown(html):
+    """What the script has made, without the script."""
+    start = html.index('id="page"')
+    return html[start : html.index("<script>", start)]
+
+
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
 def test_a_browser_shows_every_part(page, tmp_path):
     html = dom(page, tmp_path)
     assert "<title>Judges, measured</title>" in html  # no response has run as a script
-    body = html[html.index('id="page"') : html.index("<script>", html.index('id="page"'))]
+    body = shown(html)
     for part in (
         "Scores",
         "RM-R1-Qwen-Instruct-32B",
@@ -139,6 +151,19 @@ def test_a_browser_shows_every_part(page, tmp_path):
         assert part in body, part
     assert body.count("<article>") == 10 and "36 of 36" in body
     assert "&lt;/script&gt;" in body
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+def test_a_pairs_criteria_stand_beside_what_decided(page, tmp_path):
+    articles = shown(dom(page, tmp_path, "#subset=rm-bench / math")).split("<article>")[1:]
+    assert len(articles) == 9
+    for article in articles:
+        criteria = "Length 60%: short\nFacts 40%: &lt;/pre&gt;&lt;b&gt;right&lt;/b&gt;?</pre>"
+        assert article.count("criteria that were given") == article.count(criteria) == 1
+        assert article.count("decided by Length &amp; &lt;tone&gt;") == 4  # two runs, two orders
+    others = shown(dom(page, tmp_path, "#subset=rm-bench / chat")).split("<article>")[1:]
+    assert len(others) == 9
+    assert not any("criteria that" in text or "decided by" in text for text in others)
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")

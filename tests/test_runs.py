@@ -278,10 +278,10 @@ def test_no_group_gives_up_before_the_watch_does(ranks):
     assert limit(group) == limit(dist.group.WORLD) == timedelta(days=7)
 
 
-def test_peak_gb_is_the_most_that_the_card_has_held_at_the_end_of_a_phase(
+def test_peak_gib_is_the_most_that_the_card_has_held_at_the_end_of_a_phase(
     ranks, tmp_path, monkeypatch
 ):
-    """By whoever: 20, 70 (vLLM beside the trainer), 30 of 80 GB in use."""
+    """By whoever: 20, 70 (vLLM beside the trainer), 30 of 80 GiB in use."""
     held = iter([20, 70, 30, 30])
     monkeypatch.setattr(R, "CUDA", True)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: ((80 - next(held)) * 2**30, 80 * 2**30))
@@ -289,7 +289,7 @@ def test_peak_gb_is_the_most_that_the_card_has_held_at_the_end_of_a_phase(
     for name in ("learn", "sample", "score"):
         log.phase(name)
     log.write({"step": 0})
-    assert metrics(tmp_path)[0]["peak_gb"] == 70
+    assert metrics(tmp_path)[0]["peak_gib"] == 70
 
 
 def test_an_old_torch_gets_one_sentence(monkeypatch, capsys):

@@ -105,7 +105,7 @@ def test_the_pipeline_leaves_what_it_promises(trained):
         "seconds_learn",
         "seconds_sync",
         "tokens_per_second",
-        "peak_gb",
+        "peak_gib",
     }
     assert (
         len(grpo) == 3

@@ -17,12 +17,14 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from http.server import ThreadingHTTPServer
+from types import SimpleNamespace
 
 import httpx
 import psutil
 import pytest
 import torch
 import uvicorn
+from test_criteria import Model as CriteriaModel
 from test_judge import Model, Slow, noisy, until
 
 import serve.__main__
@@ -30,6 +32,7 @@ import serve.groups
 from conftest import ROOT, SHARED, Replies, call, environment
 from judge.backends import Answer
 from rmr1 import Judge
+from rubrics import WRITE_CRITERIA
 from serve import gateway as G
 from serve.groups import Busy, PendingGroups
 from serve.rendered import rendered_context, without_end
@@ -266,6 +269,168 @@ def test_openrlhf_as_its_code_asks():
             ]
             is None
         )
+
+
+# ---------------------------------------------------------------- criteria, and scores
+
+SMALL = "2 Size: small\n2 Tone: kind"
+SMALL_AS_SHOWN = "Size 50%: small\nTone 50%: kind"
+
+
+@pytest.mark.parametrize("criteria", [SMALL, SMALL.splitlines()])
+def test_every_route_judges_by_the_criteria_that_were_given(criteria):
+    """The larger number wins, but the smaller one where the criteria say so."""
+    texts = ["is 4", "is 1", "is 3"]
+    bodies = {
+        "/compare": {"prompt": "q", "a": "is 4", "b": "is 1"},
+        "/rank": {"prompt": "q", "responses": texts},
+        "/reward": {"prompts": ["q"] * 3, "completions": texts},
+    }
+    pair = {"prompt": "q", "completion": "is 4", "reference": "is 1"}
+    with gateway(model := CriteriaModel()) as url:
+        plain = {path: post(url, path, body).json() for path, body in bodies.items()}
+        lost = post(url, "/reward", pair).json()["reward"]
+        assert {asked for _, asked, _ in model.asked} == {None}
+        model.asked.clear()
+        given = {
+            path: post(url, path, body | {"criteria": criteria}).json()
+            for path, body in bodies.items()
+        }
+        won = post(url, "/reward", pair | {"criteria": criteria}).json()["reward"]
+        assert {asked for _, asked, _ in model.asked} == {SMALL_AS_SHOWN}
+        assert [*events(url, bodies["/compare"] | {"criteria": criteria})][-1][1] | {
+            "usage": 0
+        } == (given["/compare"] | {"usage": 0})
+    assert (plain["/compare"]["verdict"], given["/compare"]["verdict"]) == ("A", "B")
+    decided = [
+        [vote["judgment"]["decided_by"] for vote in x["/compare"]["votes"]] for x in (plain, given)
+    ]
+    assert decided == [[""] * 2, ["Size"] * 2]
+    assert (plain["/rank"]["ranking"], given["/rank"]["ranking"]) == ([0, 2, 1], [1, 2, 0])
+    assert (plain["/rank"]["criteria"], given["/rank"]["criteria"]) == (None, SMALL_AS_SHOWN)
+    assert {comparison["decided_by"] for comparison in given["/rank"]["comparisons"]} == {"Size"}
+    for answers in (plain, given):
+        assert answers["/reward"]["rewards"] == answers["/rank"]["reward"]
+    assert won < 0.5 < lost
+
+
+def test_samples_with_other_criteria_are_of_another_group():
+    small = [sample(n, criteria=SMALL, rollout=f"{n}") for n in (1, 2, 3)]
+    again = [body | {"criteria": SMALL.splitlines()} for body in small]
+    with gateway(CriteriaModel()) as url:
+        rewards = asyncio.run(wait_for(url, *small, *map(sample, (1, 2, 3))))
+        assert rewards[0] > rewards[1] > rewards[2]
+        assert rewards[3] < rewards[4] < rewards[5]
+        # A retry, whatever the form of its criteria.
+        assert asyncio.run(wait_for(url, *again)) == rewards[:3]
+        assert url.gate.pending_groups.sample_count == 6
+
+
+def test_openrlhfs_url_may_have_criteria():
+    """One at a time or many, by those of the URL."""
+    ask = lambda path, *numbers: post(
+        url,
+        path,
+        {"query": [f"q is {n}" for n in numbers], "prompts": ["q" for _ in numbers], "labels": []},
+    ).json()
+    with gateway(model := CriteriaModel()) as url, ThreadPoolExecutor(2) as pool:
+        low, high = ask("/get_reward", 1, 3)["rewards"]
+        assert low < high
+        high, low = ask("/get_reward?criteria=small", 1, 3)["rewards"]
+        assert low < high
+        one_by_one = pool.map(lambda n: ask("/get_reward?group=2&criteria=small", n), (1, 3))
+        assert [answer["rewards"][0] for answer in one_by_one] == [high, low]
+        assert {asked for _, asked, _ in model.asked} == {None, "small"}
+
+
+def test_a_shared_rubric_is_of_every_group():
+    """Written from the prompt once. Criteria of a request come first, and a comparison has no use for it."""
+    model = CriteriaModel("Size 100%: small")
+    texts = ["is 4", "is 1", "is 3"]
+    with gateway(model) as url:
+        url.gate.judge.rubric = "shared"
+        ranked = post(url, "/rank", {"prompt": "q", "responses": texts}).json()
+        rewards = post(url, "/reward", {"prompts": ["q"] * 3, "completions": texts}).json()
+        samples = asyncio.run(wait_for(url, *(sample(n, 3) for n in (4, 1, 3))))
+        assert (ranked["ranking"], ranked["criteria"]) == ([1, 2, 0], "Size 100%: small")
+        assert rewards["rewards"] == ranked["reward"] == samples
+        assert [numbers for numbers, *_ in model.asked].count([]) == 1
+        ranked = post(url, "/rank", {"prompt": "p", "responses": texts, "criteria": "large"}).json()
+        assert (ranked["ranking"], ranked["criteria"]) == ([0, 2, 1], "large")
+        pair = {"prompt": "p", "a": "is 4", "b": "is 1"}
+        assert post(url, "/compare", pair).json()["verdict"] == "A"
+        assert [numbers for numbers, *_ in model.asked].count([]) == 1
+
+
+def test_the_flag_of_a_shared_rubric_reaches_the_judge(monkeypatch):
+    made = []
+
+    def make(*_, **settings):
+        made.append(settings["rubric"])
+        return Judge(CriteriaModel(), "instruct", rubric=settings["rubric"])
+
+    monkeypatch.setattr(serve.__main__, "Judge", make)
+    CriteriaModel.folder = None
+    upstream = SimpleNamespace(is_ready=True, url="http://x/v1", key=None)
+    for flags, rubric in (
+        ((), Judge(CriteriaModel(), "instruct").rubric),
+        (("--rubric", "shared"), "shared"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["serve", "--model", "m", *flags])
+        args, _ = serve.__main__.arguments()
+        args.folder, args.style = "m", None
+        asyncio.run(serve.__main__.load_judge(upstream, args))
+        assert made.pop() == rubric
+    done = call(serve.__main__, "--model", "m", "--rubric", "both", ok=False)
+    assert done.returncode == 2 and done.stderr.startswith("error: --rubric: ")
+
+
+def test_a_score_over_http():
+    body = {"prompt": "q", "response": "is 7"}
+    with gateway(model := CriteriaModel()) as url:
+        found = post(url, "/score", body).json()
+        assert found["score"] == 6.5 and found["stderr"] > 0
+        assert found["met"] == {"Size": 1.0} and found["reason"] == ""
+        assert found["usage"]["judgments"] == 4 and found["usage"]["completion_tokens"] == 4 * 9
+        once = post(url, "/score", body | {"samples": 1, "criteria": SMALL}).json()
+        assert once["stderr"] is None and model.asked[-1][1] == SMALL_AS_SHOWN
+        talk = {"response": [*user(parts("a question")), assistant("is 77")], "samples": 2}
+        unread = post(url, "/score", talk).json()
+        assert (unread["score"], unread["notes"]) == (None, ["text parts joined"])
+        assert unread["reason"] == "answer is no number from [[1]] to [[10]]"
+
+
+@pytest.mark.parametrize(
+    "path, body",
+    [
+        ("/compare", {"prompt": "q", "a": "is 1", "b": "is 2"}),
+        ("/rank", {"prompt": "q", "responses": ["is 1", "is 2"]}),
+        ("/score", {"prompt": "q", "response": "is 1"}),
+        ("/reward", {"prompts": ["q"] * 2, "completions": ["is 1", "is 2"]}),
+        ("/reward", {"prompt": "q", "completion": "is 1", "reference": "is 2"}),
+        ("/reward", {"prompt": "q", "completion": "is 1", "group": 2}),
+    ],
+)
+def test_criteria_that_cannot_be_read_are_refused_in_a_sentence(path, body):
+    with gateway(model := CriteriaModel()) as url:
+        for criteria, message in (
+            ("", "criteria: there is no text in it"),
+            ([], "criteria: there is no text in it"),
+            (7, "criteria is a number, not a text or a list of texts"),
+            ({"Size": 2}, "criteria is an object, not a text or a list of texts"),
+            ([["Size"]], "criteria is a list, not a text or a list of texts"),
+            ("0 Size: small\n0 Tone: kind", "criteria: all weights are 0"),
+            (
+                "2 Size: small\n1 Tone: kind\nx",
+                "criteria, line 3: 'x' is not `weight name: description`",
+            ),
+            ("x" * 4_000_001, "a text of 4,000,001 characters"),
+        ):
+            answer = post(url, path, body | {"criteria": criteria})
+            error = answer.json()["error"]
+            assert answer.status_code == error["code"] == 400
+            assert error["message"].startswith(message) and "\n" not in error["message"]
+        assert not model.asked
 
 
 START, END = "<|im_start|>", "<|im_end|>"
@@ -651,7 +816,7 @@ class GroupJudge:
     def __init__(self):
         self.groups = []
 
-    async def agroup(self, prompt, responses):
+    async def agroup(self, prompt, responses, criteria):
         self.groups.append(responses)
         return [(float(len(response)), 0.0) for response in responses], []
 
@@ -750,6 +915,26 @@ def test_what_has_no_text_is_an_error_and_not_a_number(why, status, monkeypatch)
         assert [*events(url, pair)][-1][1]["error"]["message"] == why
 
 
+class AwayAfterCriteria(Away):
+    """The same, which went away when it had written a rubric."""
+
+    def answer(self, messages, *more):
+        if messages[0]["content"] == WRITE_CRITERIA:
+            return Answer("<rubric>Size 100%: large</rubric>", "stop")
+        return super().answer(messages, *more)
+
+
+def test_a_shared_rubric_alone_is_no_answer():
+    some = ["is 1", "is 2"]
+    with gateway(AwayAfterCriteria()) as url, ThreadPoolExecutor(2) as pool:
+        url.gate.judge.rubric = "shared"
+        assert post(url, "/rank", {"prompt": "q", "responses": some}).status_code == 502
+        body = {"prompts": ["q"] * 2, "completions": some}
+        assert post(url, "/reward", body).status_code == 502
+        waiting = pool.map(lambda n: post(url, "/reward", sample(n, 2)), (1, 2))
+        assert [response.status_code for response in waiting] == [502] * 2
+
+
 def test_when_it_closes_nobody_is_left_hanging():
     """A group that is not whole is refused at once; what is judged already has its time, and then is refused."""
     with gateway(model := Slow()) as url, ThreadPoolExecutor(3) as pool:
@@ -777,7 +962,7 @@ def test_when_it_closes_nobody_is_left_hanging():
 
 # ---------------------------------------------------------------- who may ask, and what
 
-PATHS = ("/", "/openapi.json", "/compare", "/rank", "/reward", "/get_reward", "/nowhere")
+PATHS = ("/", "/openapi.json", "/compare", "/rank", "/score", "/reward", "/get_reward", "/nowhere")
 
 
 def test_a_key_guards_everything_but_health():
@@ -893,6 +1078,14 @@ def test_an_address_for_everybody_needs_a_key(host, monkeypatch):
         ),
         ("/get_reward?group=x", {"query": ["q x"], "prompts": ["q"]}, 400, "group"),
         ("/compare", {"prompt": "x" * 200_000, "a": "x", "b": "y"}, 413, "100,000 bytes"),
+        ("/score", {"prompt": "q"}, 400, "response: Field required"),
+        ("/score", {"prompt": "q", "response": " "}, 400, "response is empty"),
+        (
+            "/get_reward?criteria=",
+            {"query": ["q x"], "prompts": ["q"]},
+            400,
+            "there is no text in it",
+        ),
         ("/nowhere", {}, 404, "Not Found"),
     ],
 )
@@ -913,7 +1106,13 @@ def test_nothing_malformed_makes_the_server_fail():
     """500 bodies, made by changing good ones here and there: an answer or a refusal, never a 5xx."""
     good = {
         "/compare": {"prompt": "q", "a": "is 5", "b": "is 3", "budget": 2},
-        "/rank": {"prompt": "q", "responses": ["is 1", "is 2"], "goal": "best"},
+        "/rank": {
+            "prompt": "q",
+            "responses": ["is 1", "is 2"],
+            "goal": "best",
+            "criteria": "2 x: y",
+        },
+        "/score": {"prompt": "q", "response": "is 1", "criteria": ["kind", "brief"], "samples": 2},
         "/reward": {"prompts": ["q"] * 2, "completions": ["is 1", "is 2"]},
         "/get_reward": {"query": ["q is 1", "q is 2"], "prompts": ["q", "q"], "labels": ["x", "y"]},
     }
@@ -1189,6 +1388,8 @@ def test_a_journal_that_cannot_be_used_is_refused_before_vllm_is_started(
         ("/compare", {"prompt": "q", "a": "is 1", "b": "is 2", "budget": True}, "budget: "),
         ("/compare", {"prompt": "q", "a": "is 1", "b": "is 2", "budget": 2.5}, "budget: "),
         ("/rank", {"prompt": "q", "responses": "is 1, is 2"}, "responses: "),
+        ("/score", {"prompt": "q", "response": "is 1", "samples": "4"}, "samples: "),
+        ("/score", {"prompt": "q", "response": "is 1", "samples": 65}, "samples: "),
         ("/reward", {"prompt": "q", "completion": "is 1", "group": "2"}, "group: "),
     ],
 )

@@ -54,7 +54,7 @@ THOUGHT = f"<think>\nhm\n</think>\n{VERDICT}"
 TEXT = {"type": "text", "text": VERDICT}
 CALL = {"tool_calls": [{"type": "function", "function": {"name": "judge", "arguments": "{}"}}]}
 
-# {row of the table in docs/judge.md: (what is said, ...)}; each is (status, body)
+# {row of the table in docs/remote.md: (what is said, ...)}; each is (status, body)
 # and what becomes of it: (text, beginning of its finish), "again" or "end"
 NO_TEXT = ""
 TABLE = {
@@ -295,8 +295,8 @@ def test_what_a_server_says(row, becomes, status, body, odd):  # noqa: F811
 
 
 def test_the_table_of_the_docs_is_the_one_that_is_tested():
-    text = (ROOT / "docs/judge.md").read_text().split("## A judge behind a URL")[1]
-    rows = re.findall(r"(?m)^\| ([^|]+?) \|[^|]*\| ([^|]*?) \|$", text.split("\n## ")[0])
+    text = (ROOT / "docs/remote.md").read_text().split("## What becomes of what it says")[1]
+    rows = re.findall(r"(?m)^\| ([^|]+?) \|[^|]*\| ([^|]*?) \|$", text)
     said = {name: then for name, then in rows if then not in ("and then", "")}
     for row, (becomes, _) in TABLE.items():
         then = {"again": "again", "end": "the end"}.get(becomes, "final")

@@ -14,6 +14,7 @@ import eval as E
 import prepare
 import toy
 from conftest import call
+from judge import benchmarks
 from judge import report as R
 from judge.soundness import check_reasons, first_fault, is_sound, knows_reason
 from lib.pairs import Pair, pair_of
@@ -554,6 +555,21 @@ def test_the_reports_numbers_by_hand():
     assert (sound["T=1"]["right"], sound["T=1"]["unsound_of_right"]) == (0, None)
     assert sound["T=1"]["by_source"] == {}  # judgments of one source only
 
+    metrics = R.sound_metrics(pairs, lines[:4])
+    right, unsound = "right for a sound reason", R.UNSOUND_NAME
+    values = {name: benchmarks.value(metric) for name, metric in metrics.items()}
+    of_all = {right: 0.5, unsound: pytest.approx(1 / 3)}
+    of_parts = {
+        f"{right}/agree": 1,
+        f"{unsound}/agree": 0,
+        f"{right}/part": 0,
+        f"{unsound}/part": 1,
+    }
+    assert values == of_all | of_parts
+    _, items = metrics[unsound][""]
+    assert sorted(items.values()) == [(0, 2), (1, 1)], "a pair is an item, over both orders"
+    assert benchmarks.value(R.sound_metrics(pairs, lines[4:])[unsound]) is None, "none is right"
+
 
 def test_where_nothing_can_be_checked_the_report_says_nothing():
     """An older folder has no truth in its pairs.jsonl; a scalar judge gives no reasons."""
@@ -630,5 +646,7 @@ def test_an_evaluations_folder_keeps_what_the_checks_need(tmp_path):
     compared = call(E, "compare", tmp_path / "one", tmp_path / "two").stdout
     (line,) = [line for line in compared.splitlines() if "sound reason" in line]
     assert line.split()[6:9] == ["1.000", "0.500", "-0.500"]
+    (line,) = [line for line in compared.splitlines() if R.UNSOUND_NAME in line]
+    assert line.split()[6:9] == ["0.000", "0.500", "+0.500"]
     data = (tmp_path / "report.html").read_text()
     assert '"fault": "criterion Style"' in data or '"fault":"criterion Style"' in data

@@ -14,6 +14,7 @@ from lib.pairs import pair_of, read_pairs, strength_of
 
 BOTH = {"prompt": "q", "chosen": "good", "rejected": "bad"}
 HELPSTEER = {"context": "q", "response1": "one", "response2": "two"}
+HELPSTEER2 = {"prompt": "q", "response_1": "one", "response_2": "two"}
 OURS = {"prompt": "q", "a": "one", "b": "two"}
 
 
@@ -28,6 +29,9 @@ def write(path, rows):
         (HELPSTEER | {"overall_preference": -3}, "A", 3),
         (HELPSTEER | {"overall_preference": 1}, "B", 1),
         (HELPSTEER | {"overall_preference": 0}, None, None),
+        (HELPSTEER2 | {"preference_strength": -2}, "A", 2),
+        (HELPSTEER2 | {"preference_strength": 3}, "B", 3),
+        (HELPSTEER2 | {"preference_strength": 0}, None, None),
         (OURS | {"label": "B", "meta": {"strength": 2}}, "B", 2),
         (OURS | {"label": "B"}, "B", None),
         (OURS | {"label": "tie"}, None, None),
@@ -66,6 +70,26 @@ def test_scores_of_both_responses_are_a_strength(names, scores, strength):
     pair = pair_of(row, "1")
     better = None if strength == 0 else "good"
     assert {"A": pair.a, "B": pair.b, None: None}[pair.label] == better
+
+
+def test_turns_of_helpsteer2_are_messages():
+    """As its card has them; everywhere else such a line is a text."""
+    prompt = "One?\n<extra_id_1>Assistant\n1\n2\n<extra_id_1>User\nMore?"
+    row = HELPSTEER2 | {"prompt": prompt, "preference_strength": 1}
+    turns = [("user", "One?"), ("assistant", "1\n2"), ("user", "More?")]
+    context = pair_of(row, "1").context
+    assert [(turn["role"], turn["content"]) for turn in context] == turns
+    assert pair_of(OURS | {"label": "A", "prompt": prompt}, "1").context[0]["content"] == prompt
+
+    unanswered = prompt.rpartition("\n<extra_id_1>User")[0]
+    with pytest.raises(ValueError, match="does not end with a user message"):
+        pair_of(row | {"prompt": unanswered}, "1")
+
+
+@pytest.mark.parametrize("score", [None, "2", float("nan")])
+def test_a_preference_that_is_none_is_refused(score):
+    with pytest.raises(ValueError, match="preference_strength is .*no preference"):
+        pair_of(HELPSTEER2 | {"preference_strength": score}, "1")
 
 
 @pytest.mark.parametrize("row", [OURS, OURS | {"label": None}, OURS | {"label": "both"}])
@@ -158,3 +182,10 @@ def test_a_tie_can_be_judged(tmp_path):
 
     (pair,) = rmr1.pairs_to_judge(Flags)
     assert pair.label is None
+
+
+def test_a_tie_can_be_selected(tmp_path):
+    """Its row is printed as it is, and its label is counted for nobody."""
+    rows = [OURS | {"prompt": "q", "label": "tie"}, OURS | {"prompt": "r", "label": "B"}]
+    found, pairs, _ = rmr1.different_pairs(write(tmp_path / "p.jsonl", rows))
+    assert list(found) == rows and [pair.label for pair in pairs] == [None, "B"]

@@ -53,7 +53,7 @@ GRPO = (
     "random",
 )
 KILLS = 20 if SOAK else 4
-TIMING = ("seconds", "peak_gb", "tokens_per_second")
+TIMING = ("seconds", "peak_gib", "tokens_per_second")
 
 
 def plain(folder):

@@ -34,6 +34,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from judge import benchmarks
 from judge.report import (
+    UNSOUND_NAME,
     by_bench,
     by_temperature,
     cell,
@@ -356,15 +357,9 @@ def read_result(folder):
     run = read_run(folder)
     metrics, numbers = {}, {}  # {name: {benchmark: metric or number}}
     for bench, judgments in by_bench(run).items():
-        main_metric = benchmarks.bench_named(bench).main_metric
         for temperature, lines in by_temperature(judgments).items():
-            for name, metric in metrics_of(bench, run["pairs"], lines).items():
-                name = "accuracy" if name == main_metric else name
+            for name, metric in metrics_in_plans(bench, run["pairs"], lines).items():
                 full_name = f"{temperature_name(temperature)} {name}"
-                metrics.setdefault(full_name, {})[bench] = metric
-            for name, metric in sound_metrics(run["pairs"], lines).items():
-                _, slash, source = name.partition("/")
-                full_name = f"{temperature_name(temperature)} right_and_sound{slash}{source}"
                 metrics.setdefault(full_name, {})[bench] = metric
     for bench, measured in measure(run).items():
         for name, value in other_numbers(measured).items():
@@ -373,6 +368,19 @@ def read_result(folder):
         {name: as_one(by_bench) for name, by_bench in metrics.items()},
         {name: mean_number(by_bench.values()) for name, by_bench in numbers.items()},
     )
+
+
+def metrics_in_plans(bench, pairs, lines):
+    """{name in a plan: metric} of a benchmark's judgments at one temperature, without those that have no value."""
+    main_metric = benchmarks.bench_named(bench).main_metric
+    metrics = {}
+    for name, metric in metrics_of(bench, pairs, lines).items():
+        metrics["accuracy" if name == main_metric else name] = metric
+    for name, metric in sound_metrics(pairs, lines).items():
+        name, slash, source = name.partition("/")
+        name = "unsound_of_right" if name == UNSOUND_NAME else "right_and_sound"
+        metrics[f"{name}{slash}{source}"] = metric
+    return {name: x for name, x in metrics.items() if benchmarks.value(x) is not None}
 
 
 def other_numbers(measured):
@@ -436,8 +444,10 @@ def compare_over_seeds(name, ours, theirs):
         mine = as_one({seed: mine[seed] for seed in seeds})
         other = as_one({seed: other[seed] for seed in seeds})
         mine, other = benchmarks.common(mine, other), benchmarks.common(other, mine)
-        found["difference"] = benchmarks.value(mine) - benchmarks.value(other)
-        found["interval"] = benchmarks.interval(mine, minus=other)
+        here, there = benchmarks.value(mine), benchmarks.value(other)
+        if here is not None and there is not None:  # on the common items no verdict may be right
+            found["difference"] = here - there
+            found["interval"] = benchmarks.interval(mine, minus=other)
     return found
 
 

@@ -185,7 +185,7 @@ def time_steps(name, cards):
         "result": "pass",
         "s/step": median("seconds"),
         "tokens/s": median("tokens_per_second"),
-        "peak GB": median("peak_gb"),
+        "peak GiB": median("peak_gib"),
         "mismatch": median("mismatch_mean"),
     }
     for phase in ("sample", "score", "learn", "sync"):
@@ -216,7 +216,7 @@ def print_speed(row, machine):
     where = machine["gpu"] or machine["cpu"]
     print(
         f"\n| {row['']} | `make check` on {where} | {row['s/step']:.3g} s ({phases}) "
-        f"| {row['tokens/s']:,.0f} tokens/s, {row['peak GB']:.1f} GB |"
+        f"| {row['tokens/s']:,.0f} tokens/s, {row['peak GiB']:.1f} GiB |"
     )
 
 
