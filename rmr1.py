@@ -1109,7 +1109,7 @@ def reward_command(args):
         for (line, _), reward in zip(batch, rewards):
             print(json_text({"line": line, "reward": reward}), flush=True)
 
-    batch = []  # of (line, (prompt, completion))
+    batch = []  # of (line, (prompt, completion, criteria))
     with rejects:
         for line, fields in parse_lines(args.data, read, rejects if args.rejects else None):
             prompt = fields[0]

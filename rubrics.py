@@ -110,13 +110,13 @@ If the task has a right solution, solve it inside <solution> ... </solution>. El
 this very request inside <rubric> ... </rubric>, a line each: name weight%: what it asks for."""
 
 # Criteria that somebody gives, or that the judge has written before it saw a response: of a pair, of one response.
-GIVEN_CRITERIA = """\
-Judge by the criteria between these marks, and by no others. Write no rubric. In <eval>, compare by each of them; its \
+BY_CRITERIA = "Judge by the criteria between these marks, and by no others."
+GIVEN_CRITERIA = f"""\
+{BY_CRITERIA} Write no rubric. In <eval>, compare by each of them; its \
 last line names the one that decided: "Decided by: name"."""
-BY_CRITERIA = """\
-Judge by the criteria between these marks, and by no others."""
-CRITERIA_TO_MEET = """\
-The criteria stand between these marks, and there are no others. Write no rubric."""
+CRITERIA_TO_MEET = (
+    "The criteria stand between these marks, and there are no others. Write no rubric."
+)
 CRITERIA = """\
 
 
